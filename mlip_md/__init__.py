@@ -1,0 +1,34 @@
+"""Molecular dynamics with machine-learned potentials, in JAX.
+
+``load`` opens a potential; ``mlip_md.integrations`` runs it in ASE and OpenMM;
+``mlip_md.trainer`` makes new ones. Importing this package loads neither JAX nor a host library.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "load"]
+
+if TYPE_CHECKING:
+    from mlip_md.potential import Potential
+
+
+def load(name_or_path: str) -> Potential:
+    """Open a potential.
+
+    Args:
+        name_or_path: name of a bundled potential ("organics-gfn2"), or path of a ``.safetensors``
+            file of this project, of an InstaDeep ``.zip``, or of a training run's folder.
+
+    Returns:
+        The potential.
+
+    Raises:
+        ModelFileError: if there is no such potential or its file is unusable.
+    """
+    from mlip_md.model_file import open_potential
+
+    return open_potential(name_or_path)

@@ -1,0 +1,37 @@
+"""Errors that a user of mlip-md can meet; each says what was given, what is allowed, what to do."""
+
+
+class MLIPError(Exception):
+    """Base of every error that mlip-md raises on purpose."""
+
+
+class UnsupportedElementError(MLIPError, ValueError):
+    """An atom is of an element that the potential was not made for."""
+
+
+class StructureError(MLIPError, ValueError):
+    """Positions, cell or atomic numbers with which nothing can be computed (NaN, overlap, volume 0)."""
+
+
+class ConfigError(MLIPError, ValueError):
+    """A hyperparameter or option is unknown, or its value is not allowed or not supported."""
+
+
+class ModelFileError(MLIPError, ValueError):
+    """A model file is damaged, foreign, of an unknown version or does not fit its description."""
+
+
+class DataError(MLIPError, ValueError):
+    """A data set, a label or a statistic of it is unusable."""
+
+
+class CheckpointError(MLIPError, RuntimeError):
+    """A checkpoint is damaged or belongs to another run."""
+
+
+class CapacityError(MLIPError, MemoryError):
+    """A neighbour list would need more memory than it may have."""
+
+
+class NonFiniteError(MLIPError, FloatingPointError):
+    """A potential gave NaN or infinite energies or forces."""

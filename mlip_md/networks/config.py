@@ -1,0 +1,207 @@
+"""Hyperparameters of the networks: every row of the two published model cards.
+
+Field names and defaults of the cards; a value that the networks do not support is refused here,
+by name, before anything is built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from mlip_md.errors import ConfigError
+
+ACTIVATIONS = ("silu", "swish", "elu", "relu", "tanh", "sigmoid")
+RADIAL_ENVELOPES = ("polynomial_envelope", "soft_envelope")
+
+AtomicEnergies = str | Mapping[int, float] | None
+
+
+def _require(condition: bool, name: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name} = {value!r} is not allowed; it must be {allowed}")
+
+
+def _check_integer(name: str, value: object, minimum: int) -> None:
+    valid = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+    _require(valid, name, value, f"an integer of at least {minimum}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    _require(value in choices, name, value, "one of " + ", ".join(choices))
+
+
+def _check_positive_or_none(name: str, value: object) -> None:
+    valid = value is None or (isinstance(value, (int, float)) and 0 < value < float("inf"))
+    _require(valid, name, value, "a positive number, or null to take it from the training set")
+
+
+def _check_atomic_energies(value: AtomicEnergies) -> None:
+    valid = value is None or value in ("average", "zero") or isinstance(value, Mapping)
+    _require(valid, "atomic_energies", value, "null, average, zero or a map of Z to eV")
+
+
+@dataclasses.dataclass(frozen=True)
+class MACEConfig:
+    """Hyperparameters of MACE; defaults are the values of the published card.
+
+    Attributes:
+        num_layers: interaction layers, at least 1.
+        num_channels: channels of every feature.
+        l_max: highest degree of the spherical harmonics and of the messages.
+        node_symmetry: highest degree kept after the product basis, at most l_max; None is l_max.
+        correlation: highest correlation order (body order - 1) of the product basis.
+        readout_irreps: hidden and output irreps of the last readout (two entries).
+        num_readout_heads: readout heads, summed.
+        include_pseudotensors: keep features of both parities instead of (-1)^l only.
+        num_bessel: radial basis functions.
+        activation: nonlinearity of the radial network and of the last readout.
+        radial_envelope: smooth cutoff function.
+        symmetric_tensor_product_basis: product basis of permutation-symmetric couplings only.
+        atomic_energies: E0 per element: None or "average" from the data set, "zero", or {Z: eV}.
+        avg_num_neighbors: divisor of the summed messages; None takes the data set's mean.
+        avg_r_min: Å, where the normalisation of the radial basis starts; None: data set's mean.
+        gate_nodes: gated self-interaction (not in the original MACE).
+        species_embedding_dim: width of the edge species embedding (not in the original MACE).
+    """
+
+    architecture: ClassVar[str] = "mace"
+
+    num_layers: int = 2
+    num_channels: int = 128
+    l_max: int = 3
+    node_symmetry: int | None = 3
+    correlation: int = 2
+    readout_irreps: tuple[str, ...] = ("16x0e", "0e")
+    num_readout_heads: int = 1
+    include_pseudotensors: bool = False
+    num_bessel: int = 8
+    activation: str = "silu"
+    radial_envelope: str = "polynomial_envelope"
+    symmetric_tensor_product_basis: bool = False
+    atomic_energies: AtomicEnergies = "average"
+    avg_num_neighbors: float | None = None
+    avg_r_min: float | None = None
+    gate_nodes: bool = False
+    species_embedding_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_channels", "correlation", "num_readout_heads", "num_bessel"):
+            _check_integer(name, getattr(self, name), 1)
+        _check_integer("l_max", self.l_max, 0)
+        _require(self.correlation <= 4, "correlation", self.correlation, "1, 2, 3 or 4")
+        if self.node_symmetry is not None:
+            _check_integer("node_symmetry", self.node_symmetry, 0)
+            _require(
+                self.node_symmetry <= self.l_max,
+                "node_symmetry",
+                self.node_symmetry,
+                f"at most l_max = {self.l_max}",
+            )
+        object.__setattr__(self, "readout_irreps", tuple(self.readout_irreps))
+        _require(
+            len(self.readout_irreps) == 2, "readout_irreps", self.readout_irreps, "of two entries"
+        )
+        _check_choice("activation", self.activation, ACTIVATIONS)
+        _check_choice("radial_envelope", self.radial_envelope, RADIAL_ENVELOPES)
+        _check_positive_or_none("avg_num_neighbors", self.avg_num_neighbors)
+        _check_positive_or_none("avg_r_min", self.avg_r_min)
+        _check_atomic_energies(self.atomic_energies)
+
+    @property
+    def receptive_layers(self) -> int:
+        """Number of message-passing layers: the receptive field in units of the cutoff."""
+        return self.num_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class NequIPConfig:
+    """Hyperparameters of NequIP; defaults are the values of the published card.
+
+    Attributes:
+        num_layers: interaction layers, at least 1.
+        node_irreps: irreps of the node features.
+        l_max: highest degree of the spherical harmonics.
+        num_bessel: radial basis functions.
+        radial_net_nonlinearity: nonlinearity of the radial network (not normalised).
+        radial_net_n_hidden: width of its hidden layers.
+        radial_net_n_layers: number of its hidden layers.
+        radial_envelope: smooth cutoff function.
+        scalar_mlp_std: variance scale at which its hidden layers are drawn.
+        atomic_energies: E0 per element: None or "average" from the data set, "zero", or {Z: eV}.
+        avg_num_neighbors: divisor of the summed messages; None takes the data set's mean.
+    """
+
+    architecture: ClassVar[str] = "nequip"
+
+    num_layers: int = 5
+    node_irreps: str = "64x0e + 64x0o + 32x1e + 32x1o + 4x2e + 4x2o"
+    l_max: int = 2
+    num_bessel: int = 8
+    radial_net_nonlinearity: str = "swish"
+    radial_net_n_hidden: int = 64
+    radial_net_n_layers: int = 2
+    radial_envelope: str = "polynomial_envelope"
+    scalar_mlp_std: float = 4.0
+    atomic_energies: AtomicEnergies = None
+    avg_num_neighbors: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_bessel", "radial_net_n_hidden", "radial_net_n_layers"):
+            _check_integer(name, getattr(self, name), 1)
+        _check_integer("l_max", self.l_max, 0)
+        _check_choice("radial_net_nonlinearity", self.radial_net_nonlinearity, ACTIVATIONS)
+        _check_choice("radial_envelope", self.radial_envelope, RADIAL_ENVELOPES)
+        _require(self.scalar_mlp_std > 0, "scalar_mlp_std", self.scalar_mlp_std, "positive")
+        _check_positive_or_none("avg_num_neighbors", self.avg_num_neighbors)
+        _check_atomic_energies(self.atomic_energies)
+
+    @property
+    def receptive_layers(self) -> int:
+        """Number of message-passing layers: the receptive field in units of the cutoff."""
+        return self.num_layers
+
+
+NetworkConfig = MACEConfig | NequIPConfig
+
+CONFIGS: Mapping[str, type[MACEConfig] | type[NequIPConfig]] = types.MappingProxyType(
+    {"mace": MACEConfig, "nequip": NequIPConfig}
+)
+
+
+def config_from_dict(architecture: str, fields: Mapping[str, Any]) -> NetworkConfig:
+    """Build the configuration of an architecture from plain values (JSON, YAML).
+
+    Args:
+        architecture: "mace" or "nequip".
+        fields: values by field name; missing ones take their defaults.
+
+    Returns:
+        The validated configuration.
+
+    Raises:
+        ConfigError: on an unknown architecture or field (naming the nearest one) or a bad value.
+    """
+    if architecture not in CONFIGS:
+        raise ConfigError(f"unknown architecture {architecture!r}; known are {', '.join(CONFIGS)}")
+    config_class = CONFIGS[architecture]
+    known = [f.name for f in dataclasses.fields(config_class)]
+    for name in fields:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+            raise ConfigError(f"{architecture} has no hyperparameter {name!r}{hint}")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    if isinstance(values.get("atomic_energies"), Mapping):
+        values["atomic_energies"] = {int(z): float(e) for z, e in values["atomic_energies"].items()}
+    return typing.cast(NetworkConfig, config_class(**values))
+
+
+def config_to_dict(config: NetworkConfig) -> dict[str, Any]:
+    """Plain values of a configuration, as they go into JSON (without the architecture's name)."""
+    values = dataclasses.asdict(config)
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
