@@ -91,9 +91,7 @@ def sum_per_graph(values: jax.Array, graph: Graph) -> jax.Array:
     )
 
 
-def pad_graphs(
-    graphs: list[Graph], n_nodes: int, n_edges: int, n_graphs: int
-) -> Graph:
+def pad_graphs(graphs: list[Graph], n_nodes: int, n_edges: int, n_graphs: int) -> Graph:
     """Join unpadded NumPy graphs into one padded graph of the given capacities.
 
     Args:

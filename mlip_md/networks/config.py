@@ -90,7 +90,13 @@ class MACEConfig:
     species_embedding_dim: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "num_channels", "correlation", "num_readout_heads", "num_bessel"):
+        for name in (
+            "num_layers",
+            "num_channels",
+            "correlation",
+            "num_readout_heads",
+            "num_bessel",
+        ):
             _check_integer(name, getattr(self, name), 1)
         _check_integer("l_max", self.l_max, 0)
         _require(self.correlation <= 4, "correlation", self.correlation, "1, 2, 3 or 4")

@@ -1,0 +1,264 @@
+"""Building blocks shared by the networks.
+
+Features of one irrep are arrays (n_nodes, 2l+1, channels) with channels last. Normalisations are
+written out here; nothing depends on e3nn's process-wide configuration. Constants are computed in
+float64 and take the dtype of the features they meet.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
+import e3nn_jax as e3nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+Tree = TypeVar("Tree")
+
+MESSAGE_MEMORY = 32 * 2**20
+"""Bytes that the messages of one chunk of edges may take before edges are split further."""
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.swish,
+    "elu": jax.nn.elu,
+    "relu": jax.nn.relu,
+    "tanh": jnp.tanh,
+    "sigmoid": jax.nn.sigmoid,
+}
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """Nonlinearity by name, as it is."""
+    return _ACTIVATIONS[name]
+
+
+@functools.lru_cache
+def _second_moment(name: str) -> float:
+    """Root of <act(x)²> over a standard normal x, by its quantiles (as e3nn normalises)."""
+    with jax.ensure_compile_time_eval(), jax.enable_x64(True), _on_cpu():
+        quantiles = jnp.linspace(0.0, 1.0, 1_000_001 + 2, dtype=jnp.float64)[1:-1]
+        samples = jnp.sqrt(2.0) * jax.scipy.special.erfinv(2.0 * quantiles - 1.0)
+        return float(jnp.sqrt(jnp.mean(_ACTIVATIONS[name](samples) ** 2)))
+
+
+def normalized_activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """Nonlinearity divided by the root of its second moment under a standard normal."""
+    scale = 1.0 / _second_moment(name)
+    return lambda x: scale * _ACTIVATIONS[name](x)
+
+
+def _on_cpu():  # noqa: ANN202 - the type of JAX's context manager is private
+    return jax.default_device(jax.local_devices(backend="cpu")[0])
+
+
+def bessel_basis(lengths: jax.Array, cutoff: float, number: int) -> jax.Array:
+    """Radial Bessel functions √(2/rc)·sin(nπr/rc)/r, n = 1…number (Gasteiger 2020, Eq. 7).
+
+    Args:
+        lengths: (n,) Å, positive.
+        cutoff: rc, Å.
+        number: how many.
+
+    Returns:
+        (n, number) array.
+    """
+    n = jnp.arange(1, number + 1, dtype=lengths.dtype)
+    r = lengths[:, None]
+    return jnp.sqrt(jnp.asarray(2.0 / cutoff, r.dtype)) * jnp.sin(n * jnp.pi / cutoff * r) / r
+
+
+def polynomial_envelope(lengths: jax.Array, cutoff: float) -> jax.Array:
+    """Smooth cutoff u(x) = 1 - 21x⁵ + 35x⁶ - 15x⁷, x = r/rc (Gasteiger 2020, Eq. 8, p = 5).
+
+    The function and its first two derivatives vanish at the cutoff.
+    """
+    x = jnp.minimum(lengths / cutoff, 1.0)
+    envelope = 1.0 - 21.0 * x**5 + 35.0 * x**6 - 15.0 * x**7
+    return jnp.where(lengths < cutoff, envelope, 0.0)
+
+
+def soft_envelope(lengths: jax.Array, cutoff: float) -> jax.Array:
+    """Infinitely smooth cutoff 1.2·s(2(1 - r/rc))/s(2) with s(x) = exp(-1/x) (e3nn)."""
+    x = 2.0 * (1.0 - jnp.minimum(lengths / cutoff, 1.0))
+    inside = x > 0
+    soft_unit_step = jnp.where(inside, jnp.exp(-1.0 / jnp.where(inside, x, 1.0)), 0.0)
+    return 1.2 * np.exp(0.5) * soft_unit_step
+
+
+_ENVELOPES = {"polynomial_envelope": polynomial_envelope, "soft_envelope": soft_envelope}
+
+
+def radial_basis(
+    lengths: jax.Array, cutoff: float, number: int, envelope: str, scale: float = 1.0
+) -> jax.Array:
+    """Bessel basis under its envelope: (n_edges, number); zero at and beyond the cutoff."""
+    basis = bessel_basis(lengths, cutoff, number)
+    return scale * basis * _ENVELOPES[envelope](lengths, cutoff)[:, None]
+
+
+@functools.lru_cache
+def radial_scale(avg_r_min: float | None, cutoff: float, number: int, envelope: str) -> float:
+    """Factor that gives the radial basis a mean square of 1 between avg_r_min and the cutoff.
+
+    Evaluated in float32 whatever the working precision: published weights were trained with it.
+    """
+    if avg_r_min is None:
+        return 1.0
+    with jax.ensure_compile_time_eval(), _on_cpu():
+        samples = jnp.linspace(avg_r_min, cutoff, 1000, dtype=jnp.float32)
+        return float(jnp.mean(radial_basis(samples, cutoff, number, envelope) ** 2)) ** -0.5
+
+
+def spherical_harmonics(vectors: jax.Array, degrees: range) -> dict[int, jax.Array]:
+    """Real spherical harmonics of directions, component normalised: |Y_l|² = 2l+1.
+
+    Args:
+        vectors: (n, 3) of any non-zero length; l = 1 is ordered x, y, z.
+        degrees: degrees l wanted.
+
+    Returns:
+        {l: (n, 2l+1)}.
+    """
+    if len(degrees) == 0:
+        return {}
+    irreps = e3nn.Irreps([(1, (l, (-1) ** l)) for l in degrees])
+    array = e3nn.spherical_harmonics(irreps, vectors, normalize=True, normalization="component")
+    return {l: chunk[:, 0, :] for l, chunk in zip(degrees, array.chunks, strict=True)}
+
+
+def coupling(l1: int, l2: int, l3: int) -> np.ndarray:
+    """Clebsch-Gordan coefficients √(2l3+1)·C, float64 (2l1+1, 2l2+1, 2l3+1)."""
+    return np.sqrt(2 * l3 + 1) * np.asarray(e3nn.clebsch_gordan(l1, l2, l3), np.float64)
+
+
+class RadialKernels(nn.Module):
+    """Kernels of the perceptron without biases that turns the radial basis into message weights.
+
+    They are returned as a list, each divided by the root of its fan-in if ``scaled``, so that
+    ``perceptron`` can evaluate them chunk by chunk of the edges.
+
+    Attributes:
+        widths: number of inputs, then outputs of every layer.
+        stds: standard deviation at which each kernel is drawn.
+        scaled: divide by √fan-in in the forward pass.
+    """
+
+    widths: tuple[int, ...]
+    stds: tuple[float, ...]
+    scaled: bool
+
+    @nn.compact
+    def __call__(self) -> list[jax.Array]:
+        kernels = []
+        shapes = zip(self.widths[:-1], self.widths[1:], self.stds, strict=True)
+        for i, (fan_in, fan_out, std) in enumerate(shapes):
+            kernel = _Kernel((fan_in, fan_out), std, name=f"Dense_{i}")()
+            kernels.append(kernel / np.sqrt(fan_in) if self.scaled else kernel)
+        return kernels
+
+
+class _Kernel(nn.Module):
+    shape: tuple[int, int]
+    std: float
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return self.param("kernel", nn.initializers.normal(self.std), self.shape)
+
+
+def perceptron(
+    kernels: list[jax.Array], act: Callable[[jax.Array], jax.Array], x: jax.Array
+) -> jax.Array:
+    """Apply kernels (n_in, n_out) to x (n, n_in) with a nonlinearity between them."""
+    for kernel in kernels[:-1]:
+        x = act(x @ kernel)
+    return x @ kernels[-1]
+
+
+def species_linear(x: jax.Array, weights: jax.Array, species: jax.Array) -> jax.Array:
+    """Linear maps chosen by the species of each node.
+
+    Runs over the species, so that neither n_nodes × channels² nor a one-hot product is stored.
+
+    Args:
+        x: (n_nodes, 2l+1, channels).
+        weights: (channels, n_species, channels_out), normalisation included.
+        species: (n_nodes,) int.
+
+    Returns:
+        (n_nodes, 2l+1, channels_out).
+    """
+
+    @jax.checkpoint
+    def add_species(
+        total: jax.Array, element: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, None]:
+        index, weight = element
+        return total + jnp.where((species == index)[:, None, None], x, 0) @ weight, None
+
+    n_species = weights.shape[1]
+    zero = jnp.zeros((*x.shape[:-1], weights.shape[-1]), x.dtype)
+    elements = (jnp.arange(n_species), jnp.swapaxes(weights, 0, 1))
+    return jax.lax.scan(add_species, zero, elements)[0]
+
+
+def sum_messages(
+    messages: Callable[[Tree], Tree],
+    edges: Tree,
+    receivers: jax.Array,
+    n_nodes: int,
+    floats_per_edge: int,
+) -> Tree:
+    """Sum messages over the edges that arrive at each node, in chunks of bounded memory.
+
+    Beyond ``MESSAGE_MEMORY`` the edges are taken in chunks whose messages are computed again in
+    the backward pass, so that they never exist all at once.
+
+    Args:
+        messages: maps edge arrays (n, ...) to message arrays (n, ...); may close over nodes.
+        edges: pytree of edge arrays (n_edges, ...).
+        receivers: (n_edges,) int, ascending.
+        n_nodes: number of nodes.
+        floats_per_edge: size of one edge's messages.
+
+    Returns:
+        Pytree of (n_nodes, ...): sums at the receivers.
+    """
+    n_edges = receivers.shape[0]
+    itemsize = jax.tree_util.tree_leaves(edges)[0].dtype.itemsize
+    chunk = max(256, MESSAGE_MEMORY // (floats_per_edge * itemsize))
+
+    def summed(edges: Tree, receivers: jax.Array) -> Tree:
+        add = functools.partial(
+            jax.ops.segment_sum,
+            segment_ids=receivers,
+            num_segments=n_nodes,
+            indices_are_sorted=True,
+        )
+        return jax.tree_util.tree_map(add, messages(edges))
+
+    if n_edges <= chunk:
+        return summed(edges, receivers)
+    n_chunks = -(-n_edges // chunk)
+    missing = n_chunks * chunk - n_edges
+
+    def chunked(array: jax.Array, fill: int) -> jax.Array:
+        padding = ((0, missing),) + ((0, 0),) * (array.ndim - 1)
+        padded = jnp.pad(array, padding, constant_values=fill)
+        return padded.reshape(n_chunks, chunk, *array.shape[1:])
+
+    # Filled edges arrive at node n_nodes, which does not exist: the sum drops them.
+    pieces = jax.tree_util.tree_map(lambda a: chunked(a, 0), edges), chunked(receivers, n_nodes)
+    shapes = jax.eval_shape(lambda: summed(*jax.tree_util.tree_map(lambda a: a[0], pieces)))
+    zeros = jax.tree_util.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    summed = jax.checkpoint(summed)
+
+    def add_chunk(total: Tree, piece: tuple[Tree, jax.Array]) -> tuple[Tree, None]:
+        return jax.tree_util.tree_map(jnp.add, total, summed(*piece)), None
+
+    return jax.lax.scan(add_chunk, zeros, pieces)[0]
