@@ -10,7 +10,7 @@ class UnsupportedElementError(MLIPError, ValueError):
 
 
 class StructureError(MLIPError, ValueError):
-    """Positions, cell or atomic numbers with which nothing can be computed (NaN, overlap, volume 0)."""
+    """Positions, cell or atomic numbers that allow no result (NaN, overlap, volume 0)."""
 
 
 class ConfigError(MLIPError, ValueError):

@@ -52,7 +52,7 @@ def strained(graph: Graph, strain: jax.Array) -> Graph:
     positions = jnp.asarray(graph.positions)
     positions = positions + jnp.einsum("ni,nij->nj", positions, symmetric[graph.node_graph])
     cell = graph.cell + jnp.einsum("gai,gij->gaj", graph.cell, symmetric)
-    return graph.replace(positions=positions, cell=cell)
+    return dataclasses.replace(graph, positions=positions, cell=cell)
 
 
 def predict(
@@ -77,7 +77,9 @@ def predict(
     """
 
     def total(positions: jax.Array, strain: jax.Array) -> tuple[jax.Array, jax.Array]:
-        node_energies = apply(params, strained(graph.replace(positions=positions), strain))
+        node_energies = apply(
+            params, strained(dataclasses.replace(graph, positions=positions), strain)
+        )
         node_energies = scaling_mean + scaling_stdev * node_energies
         node_energies = jnp.where(graph.node_mask, node_energies, 0.0)
         return jnp.sum(node_energies), node_energies

@@ -202,9 +202,10 @@ def config_from_dict(architecture: str, fields: Mapping[str, Any]) -> NetworkCon
             hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
             raise ConfigError(f"{architecture} has no hyperparameter {name!r}{hint}")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    if isinstance(values.get("atomic_energies"), Mapping):
-        values["atomic_energies"] = {int(z): float(e) for z, e in values["atomic_energies"].items()}
-    return typing.cast(NetworkConfig, config_class(**values))
+    energies = values.get("atomic_energies")
+    if isinstance(energies, Mapping):
+        values["atomic_energies"] = {int(z): float(e) for z, e in energies.items()}
+    return typing.cast(NetworkConfig, typing.cast(Any, config_class)(**values))
 
 
 def config_to_dict(config: NetworkConfig) -> dict[str, Any]:

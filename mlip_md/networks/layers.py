@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 import e3nn_jax as e3nn
@@ -17,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-Tree = TypeVar("Tree")
+Edges = TypeVar("Edges")
+Messages = TypeVar("Messages")
 
 MESSAGE_MEMORY = 32 * 2**20
 """Bytes that the messages of one chunk of edges may take before edges are split further."""
@@ -52,7 +54,7 @@ def normalized_activation(name: str) -> Callable[[jax.Array], jax.Array]:
     return lambda x: scale * _ACTIVATIONS[name](x)
 
 
-def _on_cpu():  # noqa: ANN202 - the type of JAX's context manager is private
+def _on_cpu() -> AbstractContextManager:
     return jax.default_device(jax.local_devices(backend="cpu")[0])
 
 
@@ -208,12 +210,12 @@ def species_linear(x: jax.Array, weights: jax.Array, species: jax.Array) -> jax.
 
 
 def sum_messages(
-    messages: Callable[[Tree], Tree],
-    edges: Tree,
+    messages: Callable[[Edges], Messages],
+    edges: Edges,
     receivers: jax.Array,
     n_nodes: int,
     floats_per_edge: int,
-) -> Tree:
+) -> Messages:
     """Sum messages over the edges that arrive at each node, in chunks of bounded memory.
 
     Beyond ``MESSAGE_MEMORY`` the edges are taken in chunks whose messages are computed again in
@@ -233,7 +235,7 @@ def sum_messages(
     itemsize = jax.tree_util.tree_leaves(edges)[0].dtype.itemsize
     chunk = max(256, MESSAGE_MEMORY // (floats_per_edge * itemsize))
 
-    def summed(edges: Tree, receivers: jax.Array) -> Tree:
+    def summed(edges: Edges, receivers: jax.Array) -> Messages:
         add = functools.partial(
             jax.ops.segment_sum,
             segment_ids=receivers,
@@ -258,7 +260,7 @@ def sum_messages(
     zeros = jax.tree_util.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     summed = jax.checkpoint(summed)
 
-    def add_chunk(total: Tree, piece: tuple[Tree, jax.Array]) -> tuple[Tree, None]:
+    def add_chunk(total: Messages, piece: tuple[Edges, jax.Array]) -> tuple[Messages, None]:
         return jax.tree_util.tree_map(jnp.add, total, summed(*piece)), None
 
     return jax.lax.scan(add_chunk, zeros, pieces)[0]

@@ -31,7 +31,7 @@ Path = tuple[int, int, int]
 
 
 def irrep(degree: int) -> str:
-    """Name of the irrep of a degree with parity (-1)^l: "0e", "1o", "2e", …"""
+    """Name of the irrep of a degree with parity (-1)^l, such as "1o"."""
     return f"{degree}{'eo'[degree % 2]}"
 
 
@@ -390,7 +390,14 @@ class MACEBlock(nn.Module):
             layer = MACELayer(
                 config, self.num_species, self.avg_num_neighbors, i, name=f"layer_{i}"
             )
-            contribution, x = layer(x, species, harmonics, radial, graph.senders, graph.receivers)
+            contribution, x = layer(
+                x,
+                species,
+                harmonics,
+                radial,
+                jnp.asarray(graph.senders),
+                jnp.asarray(graph.receivers),
+            )
             energies = energies + contribution
         return energies
 
