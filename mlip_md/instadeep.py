@@ -1,0 +1,357 @@
+"""Model files of InstaDeep's mlip library: its first-generation MACE and NequIP networks.
+
+A file is a zip of ``hyperparams.json`` and ``params.npz``. Version 0.1.x of the library wrote the
+dialect that its published model cards describe; 0.2.x re-saves the same networks with other names
+for a few statistics. Neither says which network it holds: the hyperparameters tell.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import logging
+import math
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlip_md.errors import ModelFileError
+from mlip_md.model_file import (
+    check_potential,
+    check_statistics,
+    check_weights,
+    expected_shapes,
+    flatten,
+    naming,
+    number,
+    parse_config,
+    parse_json,
+    read_bytes,
+    unflatten,
+    write_atomically,
+)
+from mlip_md.networks.config import config_to_dict
+from mlip_md.potential import Potential
+
+logger = logging.getLogger(__name__)
+
+HYPERPARAMETERS = "hyperparams.json"
+PARAMETERS = "params.npz"
+MAX_FILE_BYTES = 2 * 2**30
+MAX_HYPERPARAMETERS_BYTES = 4 * 2**20
+MAX_PARAMETERS_BYTES = 2 * 2**30
+MAX_ARRAYS = 10_000
+
+_PREFIX = "params#mlip_network#"
+_OWN_PREFIX = "params#"
+
+_LIBRARY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "mace": {"node_symmetry": None, "correlation": 3, "atomic_energies": None},
+    "nequip": {
+        "num_layers": 2,
+        "node_irreps": "128x0e + 128x0o + 64x1o + 64x1e + 4x2e + 4x2o",
+        "l_max": 3,
+    },
+}
+"""Defaults of the library where they are not those of the model cards (ours)."""
+
+_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    ValueError,
+)
+"""What zipfile raises on damaged data, RuntimeError on encrypted, NotImplementedError on foreign."""
+
+
+def load_zip(path: str | os.PathLike[str]) -> Potential:
+    """Read a model file of InstaDeep's mlip library (MACE or NequIP of its first generation).
+
+    Args:
+        path: the ``.zip``; only its two members are read, in memory, within bounds.
+
+    Returns:
+        The potential. E0 follow the library's rules: ``atomic_energies`` null or "average" takes
+        the data set's map, "zero" none, and an explicit map is indexed by species, not by Z.
+
+    Raises:
+        ModelFileError: if the file is missing, damaged or foreign, holds another network, or if
+            its arrays are not those of the network that its hyperparameters describe.
+    """
+    path = Path(path)
+    with naming(path):
+        hyperparameters, arrays = _read_members(read_bytes(path, MAX_FILE_BYTES))
+        potential = _without_weights(hyperparameters, path.stem)
+        check_statistics(potential)
+        shapes = expected_shapes(potential)
+        arrays = _without_device_axis(_with_own_names(arrays), shapes)
+        check_weights(arrays, shapes)
+    return dataclasses.replace(potential, params=unflatten(arrays))
+
+
+def save_zip(potential: Potential, path: str | os.PathLike[str]) -> None:
+    """Write a potential as a zip that mlip 0.1.x and 0.2.x read (``models_v1`` of the latter).
+
+    Args:
+        potential: what to write; its provenance (``info``) has no place in that format.
+        path: file name ending in ``.zip``.
+
+    Raises:
+        ModelFileError: if the name has another ending or the potential is not sound.
+        OSError: if the file system refuses.
+    """
+    path = Path(path)
+    if path.suffix != ".zip":
+        raise ModelFileError(f"{path}: the name of an InstaDeep model file must end in .zip")
+    with naming(path):
+        check_potential(potential)
+    arrays = {
+        _PREFIX + name.removeprefix(_OWN_PREFIX): np.asarray(leaf, np.float32)
+        for name, leaf in flatten(potential.params).items()
+    }
+    weights = io.BytesIO()
+    np.savez(weights, allow_pickle=False, **arrays)
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as members:
+        text = json.dumps(_library_hyperparameters(potential))
+        members.writestr(zipfile.ZipInfo(HYPERPARAMETERS), text)
+        members.writestr(zipfile.ZipInfo(PARAMETERS), weights.getvalue())
+    write_atomically(path, archive.getvalue())
+
+
+def _library_hyperparameters(potential: Potential) -> dict[str, Any]:
+    energies = zip(potential.elements, potential.atomic_energies, strict=True)
+    config = config_to_dict(potential.config) | {"atomic_energies": "average", "num_species": None}
+    return {
+        "dataset_info": {
+            "atomic_energies_map": {str(z): float(e) for z, e in energies},
+            "cutoff_distance_angstrom": potential.cutoff,
+            "avg_num_neighbors": potential.avg_num_neighbors,
+            "avg_r_min_angstrom": potential.avg_r_min,
+            "scaling_mean": potential.scaling_mean,
+            "scaling_stdev": potential.scaling_stdev,
+        },
+        "config": config,
+        "predict_stress": False,
+    }
+
+
+_NPY_HEADERS: Mapping[tuple[int, int], Callable[[io.BytesIO], Any]] = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+
+def _read_members(content: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            text = _read_member(archive, HYPERPARAMETERS, MAX_HYPERPARAMETERS_BYTES)
+            weights = _read_member(archive, PARAMETERS, MAX_PARAMETERS_BYTES)
+        hyperparameters = parse_json(text, HYPERPARAMETERS)
+        with zipfile.ZipFile(io.BytesIO(weights)) as archive:
+            return hyperparameters, _read_arrays(archive)
+    except ModelFileError:
+        raise
+    except _ZIP_ERRORS as error:
+        raise ModelFileError(f"the zip is damaged or foreign ({error})") from error
+
+
+def _read_member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
+    """Bytes of the one member of that name; its declared size bounds what is read."""
+    found = [info for info in archive.infolist() if info.filename == name]
+    if len(found) != 1:
+        members = ", ".join(archive.namelist()[:5]) or "nothing"
+        raise ModelFileError(
+            f"this is no model of InstaDeep's mlip: it must hold {HYPERPARAMETERS} and "
+            f"{PARAMETERS} once each; it holds {members}"
+        )
+    if found[0].file_size > limit:
+        raise ModelFileError(f"{name} has {found[0].file_size} bytes; at most {limit} are read")
+    return archive.read(found[0])
+
+
+def _read_arrays(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
+    members = archive.infolist()
+    total = sum(info.file_size for info in members)
+    if len(members) > MAX_ARRAYS or total > MAX_PARAMETERS_BYTES:
+        raise ModelFileError(
+            f"{PARAMETERS} announces {len(members)} arrays of {total} bytes; at most {MAX_ARRAYS} "
+            f"arrays of {MAX_PARAMETERS_BYTES} bytes are read"
+        )
+    names = [info.filename.removesuffix(".npy") for info in members]
+    if len(set(names)) != len(names):
+        raise ModelFileError(f"{PARAMETERS} holds an array twice")
+    return {
+        name: _parse_array(name, archive.read(info))
+        for name, info in zip(names, members, strict=True)
+    }
+
+
+def _parse_array(name: str, content: bytes) -> np.ndarray:
+    """A float array from the bytes of an .npy file; pickled objects are refused."""
+    stream = io.BytesIO(content)
+    version = np.lib.format.read_magic(stream)
+    if version not in _NPY_HEADERS:
+        raise ModelFileError(f"array {name!r} has the unknown .npy version {version}")
+    shape, fortran_order, dtype = _NPY_HEADERS[version](stream)
+    if dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
+        raise ModelFileError(f"array {name!r} has dtype {dtype}; float32 is needed")
+    if math.prod(shape) * dtype.itemsize != len(content) - stream.tell():
+        raise ModelFileError(f"array {name!r} is not of the size that its header says")
+    array = np.frombuffer(content, dtype, offset=stream.tell())
+    return array.reshape(shape, order="F" if fortran_order else "C").astype(np.float32)
+
+
+def _with_own_names(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    foreign = [name for name in arrays if not name.startswith(_PREFIX)]
+    if foreign:
+        raise ModelFileError(
+            f"array {foreign[0]!r} is not a weight of a network of mlip (its name should begin "
+            f"with {_PREFIX!r})"
+        )
+    return {_OWN_PREFIX + name.removeprefix(_PREFIX): a for name, a in arrays.items()}
+
+
+def _without_device_axis(
+    arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, np.ndarray]:
+    """Drop the leading axis that training with pmap left: a copy per device, of which the first."""
+    if arrays.keys() != shapes.keys() or any(
+        arrays[name].ndim != len(shapes[name]) + 1 for name in arrays
+    ):
+        return dict(arrays)
+    devices = {array.shape[0] for array in arrays.values()}
+    if len(devices) != 1 or 0 in devices:
+        raise ModelFileError(f"its arrays have leading device axes of different sizes: {devices}")
+    return {name: array[0] for name, array in arrays.items()}
+
+
+def _without_weights(hyperparameters: Mapping[str, Any], name: str) -> Potential:
+    """The potential that hyperparams.json describes, its weights still missing."""
+    info = _object(hyperparameters, "dataset_info")
+    config_fields = dict(_object(hyperparameters, "config"))
+    architecture = _architecture(config_fields)
+    dataset_e0 = _energies_by_number(info)
+    elements = tuple(sorted(dataset_e0))
+    _drop_library_options(config_fields, len(elements))
+    fields = {**_LIBRARY_DEFAULTS[architecture], **config_fields}
+    energies = _atomic_energies(fields.get("atomic_energies"), elements, dataset_e0)
+    if isinstance(fields.get("atomic_energies"), dict):
+        fields["atomic_energies"] = dict(zip(elements, energies.tolist(), strict=True))
+    old_name, new_name = "cutoff_distance_angstrom", "graph_cutoff_angstrom"
+    cutoff_name = old_name if old_name in info else new_name
+    r_min = info.get("avg_r_min_angstrom")
+    if info.get("long_range_cutoff_angstrom") is not None:
+        raise ModelFileError("it has long-range interactions, which are not supported")
+    return Potential(
+        config=parse_config(architecture, fields),
+        params={},
+        elements=elements,
+        atomic_energies=energies,
+        cutoff=number(info, cutoff_name),
+        avg_num_neighbors=number(info, "avg_num_neighbors", 1.0),
+        avg_r_min=None if r_min is None else number(info, "avg_r_min_angstrom"),
+        scaling_mean=number(info, "scaling_mean", 0.0),
+        scaling_stdev=number(info, "scaling_stdev", 1.0),
+        info=_provenance(hyperparameters, info, name),
+    )
+
+
+def _architecture(fields: Mapping[str, Any]) -> str:
+    """Architecture by its hyperparameters; networks that are not read are refused by name."""
+    for key, network in _OTHER_NETWORKS.items():
+        if key in fields:
+            raise ModelFileError(
+                f"it holds {network} (hyperparameter {key!r}), which mlip-md does not have; MACE "
+                "and NequIP of mlip 0.1.x (models_v1 in 0.2.x) are read"
+            )
+    if "node_irreps" in fields:
+        return "nequip"
+    if "num_channels" in fields:
+        return "mace"
+    raise ModelFileError(
+        "its config has neither num_channels (MACE) nor node_irreps (NequIP); it has "
+        f"{', '.join(fields) or 'nothing'}"
+    )
+
+
+def _drop_library_options(fields: dict[str, Any], num_elements: int) -> None:
+    """Remove options of the library that do not change what the network computes."""
+    num_species = fields.pop("num_species", None)
+    if num_species not in (None, num_elements):
+        raise ModelFileError(
+            f"its network has num_species = {num_species}, but E0 are known for {num_elements} "
+            "elements; which elements the other species are cannot be told"
+        )
+    fields.pop("deterministic_scatter_ops", None)  # the order of a sum; ours never varies
+
+
+def _energies_by_number(info: Mapping[str, Any]) -> dict[int, float]:
+    """E0 (eV) of the data set by atomic number; with several data sets they must be equal."""
+    maps = info.get("atomic_energies_map")
+    maps = maps if isinstance(maps, list) else [maps]
+    if not maps or not all(isinstance(m, dict) and m == maps[0] for m in maps):
+        raise ModelFileError(
+            "atomic_energies_map must be a map of atomic numbers to eV, the same for every data set"
+        )
+    return {_whole_number(z, "atomic number"): number(maps[0], z) for z in maps[0]}
+
+
+def _atomic_energies(
+    choice: object, elements: tuple[int, ...], dataset_e0: Mapping[int, float]
+) -> np.ndarray:
+    """E0 by species (eV, float64) as the library's first generation chooses them."""
+    if choice is None or choice == "average":
+        return np.array([dataset_e0[z] for z in elements], np.float64)
+    if choice == "zero":
+        return np.zeros(len(elements))
+    if not isinstance(choice, dict):
+        raise ModelFileError(f"atomic_energies = {choice!r}; null, average, zero or a map is read")
+    by_species = {_whole_number(i, "species index"): number(choice, i) for i in choice}
+    if not by_species.keys() <= set(range(len(elements))):
+        logger.warning(
+            "The explicit atomic_energies of this model have keys beyond its %d species. mlip "
+            "indexes them by species, not by atomic number, and so does mlip-md: keys %s are "
+            "ignored.",
+            len(elements),
+            sorted(by_species.keys() - set(range(len(elements)))),
+        )
+    return np.array([by_species.get(i, 0.0) for i in range(len(elements))], np.float64)
+
+
+def _provenance(
+    hyperparameters: Mapping[str, Any], info: Mapping[str, Any], name: str
+) -> dict[str, Any]:
+    version = hyperparameters.get("version")
+    origin = f"InstaDeep mlip {version}" if version else "InstaDeep mlip 0.1.x"
+    return {"name": name, "source": origin, "dataset_info": dict(info)}
+
+
+def _object(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    if not isinstance(values.get(name), dict):
+        raise ModelFileError(f"{HYPERPARAMETERS} has no object {name!r}")
+    return values[name]
+
+
+def _whole_number(text: str, what: str) -> int:
+    if not (text.isdecimal() and text.isascii() and len(text) <= 4):
+        raise ModelFileError(f"{text!r:.40} is no {what}")
+    return int(text)
+
+
+_OTHER_NETWORKS: Mapping[str, str] = {
+    "vecnorm_type": "ViSNet",
+    "sphere_channels": "eSEN",
+    "target_irreps": "the second-generation NequIP of mlip 0.2.x",
+    "radial_mlp_hidden": "the second-generation MACE of mlip 0.2.x",
+}
+"""Hyperparameters that only networks have which are not read here."""

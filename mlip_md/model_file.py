@@ -1,0 +1,519 @@
+"""The model file: one ``.safetensors`` with the weights and a JSON description of everything else.
+
+The description is the text of one metadata entry, ``mlip_md``; its ``sha256`` covers that text
+(with the hash itself blanked) and every tensor's name, shape and bytes, so that a file either
+loads as it was written or is refused. Tensor names are the '#'-joined paths of the parameter tree.
+Within a format version descriptions may only grow by keys that old readers can ignore and new
+readers can default; anything else takes a new version. Nothing in a file is ever executed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import math
+import os
+import secrets
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError
+
+import mlip_md
+from mlip_md import bundled
+from mlip_md.elements import symbol
+from mlip_md.errors import ModelFileError
+from mlip_md.graph import Graph
+from mlip_md.networks.config import NetworkConfig, config_from_dict
+from mlip_md.potential import Params, Potential
+
+FORMAT_VERSION = 1
+READABLE_VERSIONS = (1,)
+MAX_HEADER_BYTES = 16 * 2**20
+MAX_FILE_BYTES = 2 * 2**30
+RUN_FOLDER_FILE = "model.safetensors"
+
+_METADATA_KEY = "mlip_md"
+_BLANK_HASH = "0" * 64
+_UNITS = {"energy": "eV", "length": "angstrom"}
+_MAX_DEGREE = 11
+"""Highest degree l for which e3nn-jax has Clebsch-Gordan coefficients."""
+
+
+def open_potential(name_or_path: str | os.PathLike[str]) -> Potential:
+    """Open a potential by name or path.
+
+    Args:
+        name_or_path: name of a bundled potential, or path of a ``.safetensors`` file, of an
+            InstaDeep ``.zip`` or of a training run's folder. Bundled names come first; write
+            ``./name`` for a folder that is called like one.
+
+    Returns:
+        The potential.
+
+    Raises:
+        ModelFileError: if there is no such potential or its file is unusable.
+    """
+    if os.fspath(name_or_path) in bundled.names():
+        return load(bundled.path(os.fspath(name_or_path)))
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return load(_file_of_run(path))
+    if not path.exists():
+        raise ModelFileError(f"there is no model {os.fspath(name_or_path)!r}; {_known_models()}")
+    if path.suffix == ".zip":
+        from mlip_md.instadeep import load_zip
+
+        return load_zip(path)
+    if path.suffix == ".safetensors":
+        return load(path)
+    raise ModelFileError(
+        f"{path}: a model file ends in .safetensors (this project) or .zip (InstaDeep); pickled "
+        "formats (.model, .pt, .ckpt) are not read, because opening them can run foreign code"
+    )
+
+
+def save(potential: Potential, path: str | os.PathLike[str]) -> None:
+    """Write a potential's model file; an existing file is replaced whole or left as it was.
+
+    Args:
+        potential: what to write; its weights are stored in float32.
+        path: file name ending in ``.safetensors``.
+
+    Raises:
+        ModelFileError: if the name has another ending, or the potential is not sound (weights
+            that are not finite or do not fit its hyperparameters).
+        OSError: if the file system refuses.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ModelFileError(f"{path}: the name of a model file must end in .safetensors")
+    with naming(path):
+        check_potential(potential)
+        content = _serialize(_describe(potential), flatten(potential.params))
+    write_atomically(path, content)
+
+
+def load(path: str | os.PathLike[str]) -> Potential:
+    """Read a model file of this project.
+
+    Args:
+        path: a ``.safetensors`` file written by ``save``.
+
+    Returns:
+        The potential, with float32 NumPy weights.
+
+    Raises:
+        ModelFileError: if the file is missing, damaged, foreign, of a version that this release
+            cannot read, or if its tensors are not exactly those of the network it describes.
+    """
+    path = Path(path)
+    with naming(path):
+        content = read_bytes(path, MAX_FILE_BYTES)
+        header = _header(content)
+        text = _description_text(header)
+        description = _parse_description(text)
+        tensors = _parse_tensors(content, header)
+        _check_digest(description["sha256"], text, tensors)
+        potential = _potential(description, unflatten(tensors))
+        check_potential(potential)
+    return potential
+
+
+def check_potential(potential: Potential) -> None:
+    """Check everything about a potential: ``check_statistics`` and ``check_weights``.
+
+    Raises:
+        ModelFileError: naming what is not allowed.
+    """
+    check_statistics(potential)
+    check_weights(flatten(potential.params), expected_shapes(potential))
+
+
+def check_statistics(potential: Potential) -> None:
+    """Check a potential's elements, E0, cutoff (Å) and numbers taken from its training set.
+
+    Raises:
+        ModelFileError: naming the first value that is not allowed.
+    """
+    elements = potential.elements
+    _require(len(elements) > 0, "it has no elements")
+    ascending = all(a < b for a, b in itertools.pairwise((0, *elements, 119)))
+    _require(ascending, f"elements = {elements}; they must be atomic numbers, ascending")
+    energies = np.asarray(potential.atomic_energies)
+    _require(energies.shape == (len(elements),), "atomic_energies must be one per element")
+    _require(bool(np.isfinite(energies).all()), "atomic_energies must be finite")
+    for name in ("cutoff", "avg_num_neighbors"):
+        value = getattr(potential, name)
+        _require(0 < value < math.inf, f"{name} = {value}; it must be positive and finite")
+    r_min = potential.avg_r_min
+    _require(
+        r_min is None or 0 < r_min < potential.cutoff,
+        f"avg_r_min = {r_min}; it must lie between 0 and the cutoff, {potential.cutoff} Å",
+    )
+    for name in ("scaling_mean", "scaling_stdev"):
+        value = getattr(potential, name)
+        _require(math.isfinite(value), f"{name} = {value}; it must be finite")
+
+
+def expected_shapes(potential: Potential) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights that a potential's network has, by '#'-joined path.
+
+    The network is traced on two atoms; nothing is compiled or computed.
+
+    Raises:
+        ModelFileError: if its hyperparameters describe no network.
+    """
+    l_max = potential.config.l_max
+    _require(l_max <= _MAX_DEGREE, f"l_max = {l_max}; it must be at most {_MAX_DEGREE}")
+    try:
+        tree = jax.eval_shape(
+            lambda: potential.network.init(jax.random.key(0), _two_atoms(potential.cutoff))
+        )
+    except (ValueError, TypeError, ArithmeticError, AssertionError) as error:
+        raise ModelFileError(f"its hyperparameters describe no network: {error}") from error
+    return {name: tuple(leaf.shape) for name, leaf in flatten(tree).items()}
+
+
+def check_weights(found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Check weights, by '#'-joined path, against the shapes that the network has.
+
+    Raises:
+        ModelFileError: naming weights that are missing, unknown, misshapen or not finite.
+    """
+    missing = sorted(expected.keys() - found.keys())
+    extra = sorted(found.keys() - expected.keys())
+    if missing or extra:
+        parts = [f"missing: {_some(missing)}"] if missing else []
+        parts += [f"not in the network: {_some(extra)}"] if extra else []
+        raise ModelFileError(
+            f"its tensors are not those of the network it describes; {'; '.join(parts)}"
+        )
+    for name, shape in expected.items():
+        array = np.asarray(found[name])
+        _require(
+            array.shape == shape,
+            f"tensor {name!r} has shape {array.shape}; the network it describes has {shape}",
+        )
+        _require(
+            np.issubdtype(array.dtype, np.floating), f"tensor {name!r} has dtype {array.dtype}"
+        )
+        broken = int(array.size - np.isfinite(array).sum())
+        _require(broken == 0, f"tensor {name!r} has {broken} values that are NaN or infinite")
+
+
+def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves of a nested dict by their '#'-joined paths."""
+    flat: dict[str, Any] = {}
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}#{path}": leaf for path, leaf in flatten(value).items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dict of leaves given by their '#'-joined paths.
+
+    Raises:
+        ModelFileError: if a path is both a leaf and a branch.
+    """
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *branches, name = path.split("#")
+        node = tree
+        for branch in branches:
+            node = node.setdefault(branch, {})
+            _require(isinstance(node, dict), f"tensor name {path!r} lies below another tensor")
+        _require(name not in node, f"tensor name {path!r} is also the beginning of others")
+        node[name] = leaf
+    return tree
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file so that a crash leaves either the old one or the new one, complete.
+
+    Args:
+        path: file to write or replace; its folder must exist.
+        content: its bytes.
+
+    Raises:
+        OSError: if the file system refuses; the old file is then untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the name of the model file at hand before the message of a ModelFileError."""
+    try:
+        yield
+    except ModelFileError as error:
+        raise ModelFileError(f"{path}: {error}") from error
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """Content of a file of at most ``limit`` bytes.
+
+    Raises:
+        ModelFileError: if it is missing, no file, empty, unreadable or larger.
+    """
+    try:
+        if path.is_dir():
+            raise ModelFileError("this is a folder, not a file")
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            _require(size > 0, "the file is empty")
+            _require(size <= limit, f"the file has {size} bytes; at most {limit} are read")
+            return file.read(size)
+    except OSError as error:
+        raise ModelFileError(f"cannot be read ({error.strerror})") from error
+
+
+def parse_json(text: str | bytes, what: str) -> dict[str, Any]:
+    """A JSON object without NaN or infinite numbers.
+
+    Raises:
+        ModelFileError: if the text is not one, saying that ``what`` is damaged.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not allowed")
+
+    try:
+        value = json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ModelFileError(f"{what} is damaged or foreign (no valid JSON: {error})") from error
+    if not isinstance(value, dict):
+        raise ModelFileError(f"{what} is foreign (no JSON object)")
+    return value
+
+
+def parse_config(architecture: str, fields: Mapping[str, Any]) -> NetworkConfig:
+    """The configuration of an architecture from plain JSON values.
+
+    Raises:
+        ModelFileError: if the architecture or a hyperparameter is unknown or not allowed.
+    """
+    try:
+        return config_from_dict(architecture, fields)
+    except (ValueError, TypeError) as error:  # ConfigError is a ValueError
+        raise ModelFileError(str(error)) from error
+
+
+def number(values: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    """A finite number of a JSON object.
+
+    Raises:
+        ModelFileError: if it is missing (and has no default) or no finite number.
+    """
+    value = values.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ModelFileError(f"{name} = {value!r:.60}; a number is needed")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ModelFileError(f"{name} is too large a number") from error
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ModelFileError(message)
+
+
+def _known_models() -> str:
+    names = ", ".join(bundled.names()) or "none"
+    return (
+        f"give a bundled name ({names}) or the path of a .safetensors file, of an InstaDeep .zip "
+        "or of a training run's folder"
+    )
+
+
+def _file_of_run(folder: Path) -> Path:
+    file = folder / RUN_FOLDER_FILE
+    if not file.is_file():
+        raise ModelFileError(
+            f"{folder}: this folder has no {RUN_FOLDER_FILE}, so it is no finished training run; "
+            f"{_known_models()}"
+        )
+    return file
+
+
+def _two_atoms(cutoff: float) -> Graph:
+    """Two atoms at half the cutoff: the smallest graph that passes through every layer."""
+    return Graph(
+        positions=np.array([[0, 0, 0], [0, 0, cutoff / 2]], np.float32),
+        species=np.zeros(2, np.int32),
+        cell=np.zeros((1, 3, 3), np.float32),
+        senders=np.array([1, 0], np.int32),
+        receivers=np.array([0, 1], np.int32),
+        shifts=np.zeros((2, 3), np.int32),
+        node_graph=np.zeros(2, np.int32),
+        node_mask=np.ones(2, bool),
+        edge_mask=np.ones(2, bool),
+        graph_mask=np.ones(1, bool),
+    )
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _describe(potential: Potential) -> dict[str, Any]:
+    description = potential.description()
+    energies = (float(e) for e in potential.atomic_energies)
+    e0 = dict(zip(map(symbol, potential.elements), energies, strict=True))
+    return {
+        "format_version": FORMAT_VERSION,
+        "written_by": f"mlip-md {mlip_md.__version__}",
+        "units": _UNITS,
+        **description,
+        "atomic_energies": e0,
+    }
+
+
+def _serialize(description: Mapping[str, Any], tensors: Mapping[str, Any]) -> bytes:
+    arrays = {name: np.ascontiguousarray(leaf, np.float32) for name, leaf in tensors.items()}
+    try:
+        text = json.dumps({"sha256": _BLANK_HASH, **description}, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ModelFileError(f"its info is not plain JSON values: {error}") from error
+    text = text.replace(_BLANK_HASH, _digest(text, arrays), 1)
+    return safetensors.numpy.save(arrays, metadata={_METADATA_KEY: text})
+
+
+def _digest(text: str, tensors: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
+    for name in sorted(tensors):
+        digest.update(f"\n{name} {tensors[name].shape}\n".encode())
+        digest.update(tensors[name].tobytes())
+    return digest.hexdigest()
+
+
+def _check_digest(expected: str, text: str, tensors: Mapping[str, np.ndarray]) -> None:
+    if _digest(text.replace(expected, _BLANK_HASH, 1), tensors) != expected:
+        raise ModelFileError(
+            "its content does not fit its checksum: it was damaged or changed after it was "
+            "written; copy or download it again"
+        )
+
+
+def _header(content: bytes) -> dict[str, Any]:
+    """The JSON header of a safetensors file (its first 8 bytes are the header's size)."""
+    size = struct.unpack("<Q", content[:8])[0] if len(content) >= 8 else -1
+    if not 2 <= size <= MAX_HEADER_BYTES or content[8:9] != b"{":
+        raise ModelFileError("this is no safetensors file (or its first bytes are damaged)")
+    _check_length(content, 8 + size)
+    raw = content[8 : 8 + size]
+    header = parse_json(raw, "its header")
+    _require(raw.rstrip(b" ").endswith(b"}"), "its header is damaged")
+    try:
+        ends = [v["data_offsets"][1] for name, v in header.items() if name != "__metadata__"]
+        _check_length(content, 8 + size + max(map(int, ends), default=0), exactly=True)
+    except (KeyError, IndexError, TypeError) as error:
+        raise ModelFileError("its header is damaged") from error
+    return header
+
+
+def _check_length(content: bytes, announced: int, exactly: bool = False) -> None:
+    if len(content) < announced or (exactly and len(content) > announced):
+        kind = "truncated" if len(content) < announced else "longer than its header says"
+        raise ModelFileError(
+            f"the file is {kind}: {len(content)} bytes instead of {announced}; copy or download "
+            "it again"
+        )
+
+
+def _description_text(header: Mapping[str, Any]) -> str:
+    metadata = header.get("__metadata__")
+    if not isinstance(metadata, dict) or not isinstance(metadata.get(_METADATA_KEY), str):
+        raise ModelFileError(
+            "this safetensors file was not written by mlip-md: it has no description of a "
+            f"potential (metadata entry {_METADATA_KEY!r})"
+        )
+    return metadata[_METADATA_KEY]
+
+
+def _parse_description(text: str) -> dict[str, Any]:
+    description = parse_json(text, "its description")
+    version = description.get("format_version")
+    if version not in READABLE_VERSIONS or isinstance(version, (bool, float)):
+        raise ModelFileError(
+            f"its format_version is {version!r}; mlip-md {mlip_md.__version__} reads "
+            f"{', '.join(map(str, READABLE_VERSIONS))}. Upgrade mlip-md to read newer files"
+        )
+    if not isinstance(description.get("sha256"), str) or len(description["sha256"]) != 64:
+        raise ModelFileError("its description has no checksum (sha256)")
+    return description
+
+
+def _parse_tensors(content: bytes, header: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    types = {str(v.get("dtype")) for name, v in header.items() if name != "__metadata__"}
+    _require(types <= {"F32"}, f"it has tensors of type {', '.join(types)}; F32 is allowed")
+    try:
+        return dict(safetensors.numpy.load(content))
+    except (SafetensorError, ValueError, OverflowError) as error:
+        raise ModelFileError(f"its header is damaged ({error})") from error
+
+
+def _potential(description: Mapping[str, Any], params: Params) -> Potential:
+    units = description.get("units", _UNITS)
+    _require(units == _UNITS, f"its units are {units}; {_UNITS} are read")
+    elements = _typed(description, "elements", list)
+    _require(all(type(z) is int for z in elements), f"elements = {elements}; whole numbers needed")
+    e0 = _typed(description, "atomic_energies", dict)
+    symbols = [symbol(z) for z in elements]
+    _require(
+        set(e0) == set(symbols) and len(e0) == len(symbols),
+        f"atomic_energies are given for {', '.join(e0)}, the elements are {', '.join(symbols)}",
+    )
+    r_min = description.get("avg_r_min")
+    return Potential(
+        config=parse_config(
+            _typed(description, "architecture", str), _typed(description, "hyperparameters", dict)
+        ),
+        params=params,
+        elements=tuple(elements),
+        atomic_energies=np.array([number(e0, s) for s in symbols], np.float64),
+        cutoff=number(description, "cutoff"),
+        avg_num_neighbors=number(description, "avg_num_neighbors"),
+        avg_r_min=None if r_min is None else number(description, "avg_r_min"),
+        scaling_mean=number(description, "scaling_mean", 0.0),
+        scaling_stdev=number(description, "scaling_stdev", 1.0),
+        info=_typed(description, "info", dict, {}),
+    )
+
+
+def _typed(values: Mapping[str, Any], name: str, kind: type, default: Any = None) -> Any:
+    value = values.get(name, default)
+    if not isinstance(value, kind):
+        found = "is missing" if value is None else f"is {value!r:.60}"
+        raise ModelFileError(f"{name} {found}; a JSON {_JSON_NAMES[kind]} is needed")
+    return value
+
+
+_JSON_NAMES: Mapping[type, str] = {str: "string", list: "list", dict: "object"}
