@@ -1,0 +1,22 @@
+"""Data for training: reading, curation, statistics, splits, graph store and batches."""
+
+from mlip_md.trainer.data.batching import Batch as Batch
+from mlip_md.trainer.data.batching import BatchBudget as BatchBudget
+from mlip_md.trainer.data.batching import iterate_batches as iterate_batches
+from mlip_md.trainer.data.batching import make_batch as make_batch
+from mlip_md.trainer.data.batching import plan_epoch as plan_epoch
+from mlip_md.trainer.data.batching import prefetch as prefetch
+from mlip_md.trainer.data.filters import CurationReport as CurationReport
+from mlip_md.trainer.data.filters import curate as curate
+from mlip_md.trainer.data.readers import iterate as iterate
+from mlip_md.trainer.data.readers import read as read
+from mlip_md.trainer.data.readers import read_atomic_energies as read_atomic_energies
+from mlip_md.trainer.data.split import Split as Split
+from mlip_md.trainer.data.split import split as split
+from mlip_md.trainer.data.statistics import Statistics as Statistics
+from mlip_md.trainer.data.statistics import compute_statistics as compute_statistics
+from mlip_md.trainer.data.statistics import fit_atomic_energies as fit_atomic_energies
+from mlip_md.trainer.data.statistics import prepare_graphs as prepare_graphs
+from mlip_md.trainer.data.store import GraphStore as GraphStore
+from mlip_md.trainer.data.store import open_store as open_store
+from mlip_md.trainer.data.structures import Structure as Structure

@@ -1,0 +1,318 @@
+"""Batches of static shape: budgets, the plan of an epoch, assembly, prefetching.
+
+The plan is a pure function of the seed and the epoch, so a run is resumed in the middle of an epoch
+with nothing but (epoch, batch), and every process of a parallel run makes the same plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from flax import struct
+
+from mlip_md.errors import DataError
+from mlip_md.graph import Array, Graph
+from mlip_md.trainer.data.store import GraphStore
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchBudget:
+    """Shape of every batch, padding included.
+
+    Attributes:
+        n_node: nodes; at least one is padding.
+        n_edge: directed edges.
+        n_graph: structures; at least one is padding.
+    """
+
+    n_node: int
+    n_edge: int
+    n_graph: int
+
+    def __post_init__(self) -> None:
+        if self.n_node < 2 or self.n_edge < 1 or self.n_graph < 2:
+            raise DataError(f"{self} has no room for a structure and its padding")
+
+    @classmethod
+    def from_card(
+        cls,
+        batch_size: int,
+        max_n_node: int | None = None,
+        max_n_edge: int | None = None,
+        store: GraphStore | None = None,
+    ) -> BatchBudget:
+        """Budget in the terms of the published cards.
+
+        Args:
+            batch_size: most structures in a batch, B.
+            max_n_node: atoms per structure on average; a batch has B·max_n_node + 1 nodes. None:
+                the median of the store, enlarged until its largest structure fits.
+            max_n_edge: undirected edges per structure on average; a batch has 2·B·max_n_edge
+                edges. None: half the median number of neighbors times max_n_node, enlarged
+                likewise.
+            store: graphs from which missing values are taken.
+
+        Returns:
+            The budget, B + 1 structures.
+
+        Raises:
+            DataError: if a value is below 1, or missing without a store.
+        """
+        given = {"batch_size": batch_size, "max_n_node": max_n_node, "max_n_edge": max_n_edge}
+        for name, value in given.items():
+            if value is not None and value < 1:
+                raise DataError(f"{name} = {value} is not allowed; it must be at least 1")
+        if max_n_node is None:
+            nodes = _needed(store, "max_n_node").num_atoms
+            max_n_node = max(_ceil(np.median(nodes)), _ceil(nodes.max() / batch_size))
+        if max_n_edge is None:
+            graphs = _needed(store, "max_n_edge")
+            degrees = graphs.degrees()
+            neighbors = _ceil(np.median(degrees[degrees > 0])) if degrees.any() else 1
+            largest = _ceil(graphs.num_edges.max() / (2 * batch_size))
+            max_n_edge = max(_ceil(neighbors * max_n_node / 2), largest, 1)
+        return cls(batch_size * max_n_node + 1, 2 * batch_size * max_n_edge, batch_size + 1)
+
+    def fits(self, store: GraphStore) -> np.ndarray:
+        """(n,) bool, which structures of a store fit into a batch at all."""
+        return (store.num_atoms < self.n_node) & (store.num_edges <= self.n_edge)
+
+
+def _ceil(value: Any) -> int:
+    return int(np.ceil(value))
+
+
+def _needed(store: GraphStore | None, name: str) -> GraphStore:
+    if store is None:
+        raise DataError(f"{name} is not given, and there is no data set to take it from")
+    return store
+
+
+def plan_epoch(
+    store: GraphStore,
+    budget: BatchBudget,
+    seed: int,
+    epoch: int,
+    shuffle: bool = True,
+    on_oversize: str = "error",
+) -> list[np.ndarray]:
+    """Which structures form which batch in an epoch: a pure function of its arguments.
+
+    Structures are taken in (shuffled) order; a batch is closed when the next one would exceed its
+    budget, and never opened again.
+
+    Args:
+        store: the graphs; only their sizes matter.
+        budget: shape of the batches.
+        seed: of the whole run.
+        epoch: number of the epoch; each has its own order.
+        shuffle: False keeps the order of the store (validation).
+        on_oversize: "error", or "drop" to leave out structures that fit into no batch (count them
+            with ``budget.fits``).
+
+    Returns:
+        Indices of structures, one int64 array per batch.
+
+    Raises:
+        DataError: if a structure fits into no batch and "error" is asked for.
+    """
+    if on_oversize not in ("error", "drop"):
+        raise DataError(f"on_oversize = {on_oversize!r} must be 'error' or 'drop'")
+    fits = budget.fits(store)
+    if not fits.all():
+        if on_oversize == "error":
+            raise DataError(_oversize_message(store, budget, fits))
+        if not fits.any():
+            raise DataError(_oversize_message(store, budget, fits) + "; nothing would be left")
+    order = np.flatnonzero(fits)
+    if shuffle:
+        generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(epoch,)))
+        order = generator.permutation(order)
+    starts = pack(store.num_atoms[order], store.num_edges[order], budget)
+    return np.split(order, starts[1:])
+
+
+def pack(num_atoms: np.ndarray, num_edges: np.ndarray, budget: BatchBudget) -> list[int]:
+    """First positions of the batches into which consecutive structures are packed greedily."""
+    count = len(num_atoms)
+    position = np.arange(count)
+    stop = position + budget.n_graph - 1
+    for sizes, room in ((num_atoms, budget.n_node - 1), (num_edges, budget.n_edge)):
+        total = np.concatenate([[0], np.cumsum(sizes)])
+        # the last boundary that a batch starting at each position may reach
+        stop = np.minimum(stop, np.searchsorted(total, total[:-1] + room, side="right") - 1)
+    following = stop.tolist()
+    starts, current = [], 0
+    while current < count:
+        starts.append(current)
+        current = following[current]
+    return starts
+
+
+def _oversize_message(store: GraphStore, budget: BatchBudget, fits: np.ndarray) -> str:
+    bad = np.flatnonzero(~fits)
+    first = int(bad[0])
+    name = store.names[first] if len(store.names) else f"structure {first}"
+    return (
+        f"{len(bad)} structures fit into no batch, e.g. {name} with {store.num_atoms[first]} atoms "
+        f"and {store.num_edges[first]} edges; a batch takes {budget.n_node - 1} atoms and "
+        f"{budget.n_edge} edges. Raise max_n_node or max_n_edge, or set on_oversize to drop"
+    )
+
+
+@struct.dataclass
+class Batch:
+    """Structures and labels in one padded graph; labels of padding are 0.
+
+    Attributes:
+        graph: the structures.
+        energy: (n_graphs,) eV, interaction energies (total minus E0).
+        forces: (n_nodes, 3) eV/Å.
+        stress: (n_graphs, 3, 3) eV/Å³, 0 where there is no label; None if the store has none.
+        stress_mask: (n_graphs,) bool, where there is a stress label; None if the store has none.
+    """
+
+    graph: Graph
+    energy: Array
+    forces: Array
+    stress: Array | None = None
+    stress_mask: Array | None = None
+
+
+def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Concatenate ``arange(start, start + size)`` of all pairs."""
+    before = np.cumsum(sizes) - sizes
+    return np.arange(int(sizes.sum())) + np.repeat(starts - before, sizes)
+
+
+def _padded(values: np.ndarray, size: int, dtype: Any, fill: float = 0) -> np.ndarray:
+    out = np.empty((size, *values.shape[1:]), dtype)
+    out[: len(values)] = values
+    out[len(values) :] = fill
+    return out
+
+
+def make_batch(store: GraphStore, indices: np.ndarray, budget: BatchBudget) -> Batch:
+    """Assemble one batch.
+
+    Args:
+        store: graphs with energy labels.
+        indices: (k,) structures, one entry of ``plan_epoch``.
+        budget: shape of the batch.
+
+    Returns:
+        The batch as NumPy arrays, float32 and int32; padding as ``mlip_md.graph`` defines it.
+
+    Raises:
+        DataError: if the structures do not fit, or the store has no atomic energies yet.
+    """
+    indices = np.asarray(indices, np.int64)
+    atoms, edges = store.num_atoms[indices], store.num_edges[indices]
+    n_node, n_edge, n_graph = budget.n_node, budget.n_edge, budget.n_graph
+    if len(indices) >= n_graph or atoms.sum() >= n_node or edges.sum() > n_edge:
+        raise DataError(
+            f"{len(indices)} structures with {atoms.sum()} atoms and {edges.sum()} edges do not "
+            f"fit into {budget}"
+        )
+    node = _ranges(store.node_offsets[indices], atoms)
+    edge = _ranges(store.edge_offsets[indices], edges)
+    first_node = np.repeat((np.cumsum(atoms) - atoms).astype(np.int32), edges)
+    shifts = np.zeros((n_edge, 3), np.int32)
+    if store.shifts is not None:
+        shifts[: len(edge)] = store.shifts[edge]
+    cell = np.zeros((n_graph, 3, 3), np.float32)
+    if store.cell is not None:
+        cell[: len(indices)] = store.cell[indices]
+    graph = Graph(
+        positions=_padded(store.positions[node], n_node, np.float32),
+        species=_padded(store.species[node], n_node, np.int32),
+        cell=cell,
+        senders=_padded(store.senders[edge] + first_node, n_edge, np.int32, n_node - 1),
+        receivers=_padded(store.receivers[edge] + first_node, n_edge, np.int32, n_node - 1),
+        shifts=shifts,
+        node_graph=_padded(
+            np.repeat(np.arange(len(indices)), atoms), n_node, np.int32, n_graph - 1
+        ),
+        node_mask=np.arange(n_node) < len(node),
+        edge_mask=np.arange(n_edge) < len(edge),
+        graph_mask=np.arange(n_graph) < len(indices),
+    )
+    stress = mask = None
+    if store.stress is not None and store.stress_mask is not None:
+        stress = _padded(store.stress[indices], n_graph, np.float32)
+        mask = _padded(store.stress_mask[indices], n_graph, bool)
+    return Batch(
+        graph=graph,
+        energy=_padded(store.interaction_energy[indices], n_graph, np.float32),
+        forces=_padded(store.forces[node], n_node, np.float32),
+        stress=stress,
+        stress_mask=mask,
+    )
+
+
+def iterate_batches(
+    store: GraphStore,
+    plan: Sequence[np.ndarray],
+    budget: BatchBudget,
+    start: int = 0,
+    prefetch_size: int = 2,
+) -> Iterator[Batch]:
+    """Batches of a plan from number ``start`` on, assembled ahead in a thread of their own."""
+    return prefetch((make_batch(store, indices, budget) for indices in plan[start:]), prefetch_size)
+
+
+def prefetch(items: Iterable[T], size: int = 2) -> Iterator[T]:
+    """Iterate in a background thread, at most ``size`` items ahead.
+
+    Errors of the items are raised here, in their place. The thread ends when the items do, and when
+    this iterator is closed, left by an exception or garbage collected.
+
+    Args:
+        items: what to iterate; only ever used by the one thread.
+        size: number of items to hold ready; 0 iterates without a thread.
+    """
+    if size == 0:
+        yield from items
+        return
+    ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=size)
+    stop = threading.Event()
+    thread = threading.Thread(target=_produce, args=(items, ready, stop), daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = ready.get()
+            if kind == "item":
+                yield value
+            elif kind == "error":
+                raise value
+            else:
+                return
+    finally:
+        stop.set()
+        while thread.is_alive():
+            with_room = not ready.empty()
+            if with_room:
+                ready.get_nowait()
+            thread.join(timeout=0.01)
+
+
+def _produce(
+    items: Iterable[Any], ready: queue.Queue[tuple[str, Any]], stop: threading.Event
+) -> None:
+    try:
+        for item in items:
+            if stop.is_set():
+                return
+            ready.put(("item", item))
+            if stop.is_set():
+                return
+        ready.put(("end", None))
+    except BaseException as error:
+        ready.put(("error", error))

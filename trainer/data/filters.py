@@ -1,0 +1,144 @@
+"""Curation: keep the structures from which an organic force field should learn.
+
+The recipe of the SPICE2 curation that both published cards were trained on: every hydrogen has
+exactly one bond, the system is neutral, no force is extreme, and forces sum to zero. How bonds
+were found is not published; here they come from covalent radii (see ``has_single_bonds``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+from ase.data import covalent_radii
+
+from mlip_md.errors import DataError
+from mlip_md.neighbors.host import neighbor_list
+from mlip_md.trainer.data.structures import Structure
+
+BOND_FACTOR = 1.3
+"""Two atoms are bonded when closer than this times the sum of their covalent radii."""
+
+IONS = (3, 4, 11, 12, 19, 20, 37, 38, 55, 56)
+"""Alkali and alkaline earth metals: cations beside a hydrogen, not bonded to it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CurationReport:
+    """How many structures each filter removed; a structure counts under the first that hits it.
+
+    Attributes:
+        total: structures given.
+        kept: structures left.
+        removed: count by filter, in the order of application.
+        examples: names of the first structures that each filter removed.
+    """
+
+    total: int
+    kept: int
+    removed: dict[str, int]
+    examples: dict[str, tuple[str, ...]]
+
+    def __str__(self) -> str:
+        parts = [f"{name}: {count}" for name, count in self.removed.items()]
+        return f"kept {self.kept} of {self.total} structures (removed {', '.join(parts) or 'none'})"
+
+
+def curate(
+    structures: Iterable[Structure],
+    *,
+    neutral_only: bool = True,
+    max_force: float | None = 15.0,
+    max_net_force: float | None = 0.1,
+    hydrogen_bonds: bool = True,
+    elements: Sequence[int] | None = None,
+) -> tuple[list[Structure], CurationReport]:
+    """Keep the structures that pass all filters; each filter can be switched off.
+
+    Args:
+        structures: what to choose from.
+        neutral_only: remove structures with a charge.
+        max_force: eV/Å, longest force vector on an atom; None switches this filter off.
+        max_net_force: eV/Å, length of the sum of all forces, which is numerical noise of the
+            reference method; None switches this filter off.
+        hydrogen_bonds: remove structures where a hydrogen has not exactly one bond.
+        elements: allowed atomic numbers; None allows all.
+
+    Returns:
+        The kept structures in their order, and the counts.
+
+    Raises:
+        DataError: if a limit is not positive.
+    """
+    for name, limit in (("max_force", max_force), ("max_net_force", max_net_force)):
+        if limit is not None and not limit > 0:
+            raise DataError(f"{name} = {limit!r} is not allowed; give a positive number or None")
+    filters: dict[str, Callable[[Structure], bool]] = {}
+    if elements is not None:
+        allowed = np.unique(np.asarray(elements, np.int64))
+        filters["elements"] = lambda s: bool(np.isin(s.atomic_numbers, allowed).all())
+    if hydrogen_bonds:
+        filters["hydrogen_bonds"] = has_single_bonds
+    if neutral_only:
+        filters["neutral_only"] = lambda s: s.charge == 0
+    if max_force is not None:
+        filters["max_force"] = lambda s: _longest(s.forces) <= max_force
+    if max_net_force is not None:
+        filters["max_net_force"] = lambda s: _longest(s.forces.sum(axis=0)) <= max_net_force
+    return _apply(structures, filters)
+
+
+def _longest(vectors: np.ndarray) -> float:
+    return float(np.sqrt(np.max(np.sum(vectors**2, axis=-1))))
+
+
+def _apply(
+    structures: Iterable[Structure], filters: dict[str, Callable[[Structure], bool]]
+) -> tuple[list[Structure], CurationReport]:
+    kept: list[Structure] = []
+    removed = dict.fromkeys(filters, 0)
+    examples: dict[str, tuple[str, ...]] = dict.fromkeys(filters, ())
+    for structure in structures:
+        hit = next((name for name, passes in filters.items() if not passes(structure)), None)
+        if hit is None:
+            kept.append(structure)
+            continue
+        removed[hit] += 1
+        if len(examples[hit]) < 3:
+            examples[hit] += (structure.name,)
+    return kept, CurationReport(len(kept) + sum(removed.values()), len(kept), removed, examples)
+
+
+def has_single_bonds(structure: Structure) -> bool:
+    """Whether every hydrogen has exactly one bond.
+
+    A bond is a distance below 1.3 times the sum of the covalent radii (Cordero et al., Dalton
+    Trans. 2008, 2832, as tabulated by ASE): C-H up to 1.39 Å, O-H up to 1.26 Å, H-H up to 0.81 Å.
+    Alkali and alkaline earth metals count as ions without bonds.
+    """
+    numbers = structure.atomic_numbers
+    hydrogens = np.flatnonzero(numbers == 1)
+    if not hydrogens.size:
+        return True
+    radii = covalent_radii[numbers]
+    radii = np.where(np.isin(numbers, IONS), -np.inf, radii)
+    if structure.cell is not None:
+        return _periodic_single_bonds(structure, structure.cell, radii, hydrogens)
+    positions = structure.positions
+    difference = positions[hydrogens, None] - positions[None]
+    squared = np.einsum("hni,hni->hn", difference, difference)
+    squared[np.arange(len(hydrogens)), hydrogens] = np.inf
+    limit = np.maximum(BOND_FACTOR * (radii[hydrogens, None] + radii[None]), 0.0)
+    return bool(((squared < limit**2).sum(axis=1) == 1).all())
+
+
+def _periodic_single_bonds(
+    structure: Structure, cell: np.ndarray, radii: np.ndarray, hydrogens: np.ndarray
+) -> bool:
+    longest = BOND_FACTOR * (covalent_radii[1] + max(float(radii.max()), 0.0))
+    i, j, shifts = neighbor_list(structure.positions, cell, structure.pbc, longest)
+    vectors = structure.positions[j] - structure.positions[i] + shifts @ cell
+    bonded = np.linalg.norm(vectors, axis=1) < BOND_FACTOR * (radii[i] + radii[j])
+    counts = np.bincount(i[bonded], minlength=len(structure))
+    return bool((counts[hydrogens] == 1).all())

@@ -1,0 +1,250 @@
+"""Statistics of a training set that a potential is built with: E0, neighbors, distances."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from mlip_md.elements import symbol
+from mlip_md.errors import DataError
+from mlip_md.trainer.data.store import GraphStore
+from mlip_md.trainer.data.structures import Structure
+
+logger = logging.getLogger(__name__)
+
+AtomicEnergies = str | Mapping[int, float] | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Statistics:
+    """What a potential has to know of its training set.
+
+    Attributes:
+        elements: atomic numbers, ascending.
+        atomic_energies: (len(elements),) float64 eV, E0.
+        atomic_energies_source: "fitted to the data", "given" or "zero".
+        undetermined: combinations of E0 that the data leave open, in words; empty when none.
+        avg_num_neighbors: mean number of neighbors of the atoms that have any.
+        avg_r_min: Å, mean over structures of the shortest distance; None if no structure has edges.
+        forces_rms: eV/Å, root mean square of the force components.
+        num_structures: structures counted.
+        num_atoms: atoms counted.
+        num_edges: directed edges counted.
+    """
+
+    elements: tuple[int, ...]
+    atomic_energies: np.ndarray
+    atomic_energies_source: str
+    undetermined: tuple[str, ...]
+    avg_num_neighbors: float
+    avg_r_min: float | None
+    forces_rms: float
+    num_structures: int
+    num_atoms: int
+    num_edges: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON values."""
+        values = dataclasses.asdict(self)
+        values["atomic_energies"] = self.atomic_energies.tolist()
+        values["elements"] = list(self.elements)
+        values["undetermined"] = list(self.undetermined)
+        return values
+
+
+def compute_statistics(
+    data: GraphStore | Iterable[Structure],
+    cutoff: float | None = None,
+    *,
+    atomic_energies: AtomicEnergies = "average",
+    on_rank_deficient: str = "warn",
+) -> Statistics:
+    """Compute the statistics of a training set.
+
+    Args:
+        data: graphs, or structures whose graphs are made here.
+        cutoff: Å; needed for structures, and for graphs the one they were made with.
+        atomic_energies: "average" (or None) fits E0 to the total energies, "zero" sets them to 0,
+            a map of atomic number to eV gives them.
+        on_rank_deficient: "warn" or "error" when the compositions do not determine every E0; after
+            a warning the solution of least norm is taken.
+
+    Returns:
+        The statistics.
+
+    Raises:
+        DataError: on undetermined E0 (with "error"), on elements missing in a given map, or if no
+            atom has a neighbor.
+    """
+    if isinstance(data, GraphStore):
+        store = data
+    elif cutoff is None:
+        raise DataError("to make graphs of structures, a cutoff (Å) is needed")
+    else:
+        store = GraphStore.from_structures(data, cutoff)
+    if cutoff is not None and cutoff != store.cutoff:
+        raise DataError(f"the graphs were made with a cutoff of {store.cutoff} Å, not {cutoff} Å")
+    undetermined: tuple[str, ...] = ()
+    if atomic_energies is None or atomic_energies == "average":
+        fit = fit_atomic_energies(
+            store.compositions(), store.energy, store.elements, on_rank_deficient
+        )
+        energies, undetermined = fit
+        source = "fitted to the data"
+    elif isinstance(atomic_energies, str):
+        if atomic_energies != "zero":
+            raise DataError(
+                f"atomic_energies = {atomic_energies!r} is not allowed; it must be 'average', "
+                "'zero', null or a map of atomic number to eV"
+            )
+        energies, source = np.zeros(len(store.elements)), "zero"
+    else:
+        with_energies = store.with_atomic_energies(atomic_energies)
+        energies, source = np.asarray(with_energies.atomic_energies), "given"
+    num_connected, num_edges = int(store.num_connected.sum()), int(store.edge_offsets[-1])
+    if num_connected == 0:
+        raise DataError(f"no atom has a neighbor within the cutoff of {store.cutoff} Å")
+    shortest = np.asarray(store.min_distance, np.float64)
+    return Statistics(
+        elements=store.elements,
+        atomic_energies=energies,
+        atomic_energies_source=source,
+        undetermined=undetermined,
+        avg_num_neighbors=num_edges / num_connected,
+        avg_r_min=float(shortest[np.isfinite(shortest)].mean()),
+        forces_rms=float(np.sqrt(np.mean(np.square(store.forces, dtype=np.float64)))),
+        num_structures=len(store),
+        num_atoms=int(store.node_offsets[-1]),
+        num_edges=num_edges,
+    )
+
+
+def prepare_graphs(
+    train: Iterable[Structure],
+    others: Sequence[Iterable[Structure]],
+    cutoff: float,
+    *,
+    atomic_energies: AtomicEnergies = "average",
+    on_rank_deficient: str = "warn",
+) -> tuple[Statistics, GraphStore, list[GraphStore | None]]:
+    """Make the graphs of all parts of a data set, with elements and E0 of the training part.
+
+    Args:
+        train: structures to train on.
+        others: further parts (validation, test); an empty one gives None.
+        cutoff: Å.
+        atomic_energies: as for ``compute_statistics``.
+        on_rank_deficient: as for ``compute_statistics``.
+
+    Returns:
+        Statistics of the training part, its store, and the other stores; all have energy labels.
+
+    Raises:
+        DataError: as ``compute_statistics``, and if another part has an element of its own.
+    """
+    store = GraphStore.from_structures(train, cutoff)
+    statistics = compute_statistics(
+        store, atomic_energies=atomic_energies, on_rank_deficient=on_rank_deficient
+    )
+    energies = statistics.atomic_energies
+    other_stores = []
+    for part in others:
+        structures = list(part)
+        other_stores.append(
+            GraphStore.from_structures(
+                structures, cutoff, elements=store.elements, atomic_energies=energies
+            )
+            if structures
+            else None
+        )
+    return statistics, store.with_atomic_energies(energies), other_stores
+
+
+def fit_atomic_energies(
+    compositions: np.ndarray,
+    energies: np.ndarray,
+    elements: Sequence[int],
+    on_rank_deficient: str = "warn",
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Fit E0 by least squares: total energies against numbers of atoms.
+
+    Args:
+        compositions: (n, S) number of atoms of each element in each structure.
+        energies: (n,) eV, total energies.
+        elements: (S,) atomic numbers.
+        on_rank_deficient: "warn" or "error".
+
+    Returns:
+        E0 (S,) float64 eV, and the undetermined combinations in words.
+
+    Raises:
+        DataError: if the compositions do not determine every E0 and "error" is asked for.
+    """
+    if on_rank_deficient not in ("warn", "error"):
+        raise DataError(f"on_rank_deficient = {on_rank_deficient!r} must be 'warn' or 'error'")
+    counts = np.asarray(compositions, np.float64)
+    solution, _, rank, _ = np.linalg.lstsq(counts, np.asarray(energies, np.float64), rcond=1e-8)
+    if rank == counts.shape[1]:
+        return solution, ()
+    undetermined = tuple(_in_words(v, elements) for v in _null_space(counts))
+    message = (
+        f"the {len(counts)} training structures do not determine every atomic energy (E0): adding "
+        f"any multiple of {'; or of '.join(undetermined)} changes no total energy. Give energies "
+        "of isolated atoms of the same method (atomic_energies: a map of element to eV), add "
+        "structures of other compositions, or set atomic_energies to zero"
+    )
+    if on_rank_deficient == "error":
+        raise DataError(message)
+    logger.warning(
+        "%s. Going on with the solution of least norm; energies of molecules of other compositions "
+        "and of broken bonds mean nothing",
+        message,
+    )
+    return solution, undetermined
+
+
+def _null_space(counts: np.ndarray) -> list[list[Fraction]]:
+    """Exact basis of the null space of a matrix of whole numbers, by Gauss-Jordan elimination.
+
+    The Gram matrix has the same null space and is only as large as the number of elements.
+    """
+    rows = [[Fraction(int(x)) for x in row] for row in counts.T @ counts]
+    size = len(rows)
+    pivots: list[int] = []
+    for column in range(size):
+        top = len(pivots)
+        row = next((r for r in range(top, size) if rows[r][column]), None)
+        if row is None:
+            continue
+        rows[top], rows[row] = rows[row], rows[top]
+        rows[top] = [x / rows[top][column] for x in rows[top]]
+        for r in range(size):
+            if r != top:
+                factor = rows[r][column]
+                rows[r] = [x - factor * y for x, y in zip(rows[r], rows[top], strict=True)]
+        pivots.append(column)
+    basis = []
+    for free in sorted(set(range(size)) - set(pivots)):
+        vector = [Fraction(0)] * size
+        vector[free] = Fraction(1)
+        for row, pivot in enumerate(pivots):
+            vector[pivot] = -rows[row][free]
+        basis.append(vector)
+    return basis
+
+
+def _in_words(vector: list[Fraction], elements: Sequence[int]) -> str:
+    """E.g. "1 E0(H) - 2 E0(O)", in the smallest whole numbers."""
+    scale = np.lcm.reduce([x.denominator for x in vector])
+    whole = [int(x * int(scale)) for x in vector]
+    divisor = np.gcd.reduce([abs(x) for x in whole])
+    first = next(x for x in whole if x)
+    whole = [x // int(divisor) * (1 if first > 0 else -1) for x in whole]
+    terms = [(x, symbol(int(z))) for x, z in zip(whole, elements, strict=True) if x]
+    text = " ".join(f"{'+' if x > 0 else '-'} {abs(x)} E0({name})" for x, name in terms)
+    return text.removeprefix("+ ")

@@ -1,0 +1,103 @@
+"""A labelled structure, and the units in which all of the trainer keeps it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from mlip_md.errors import DataError
+
+BOHR = 0.529177210903
+"""1 bohr in Å (CODATA 2018)."""
+
+HARTREE = 27.211386245988
+"""1 hartree in eV (CODATA 2018)."""
+
+
+MAX_ATOMIC_NUMBER = 118
+
+
+def _array(value: object, shape: tuple[int, ...], what: str, name: str) -> np.ndarray:
+    try:
+        array = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{name}: {what} are not numbers ({error})") from error
+    if array.shape != shape:
+        raise DataError(f"{name}: {what} have shape {array.shape}; it must be {shape}")
+    if not np.isfinite(array).all():
+        raise DataError(f"{name}: {what} hold NaN or infinity")
+    return array
+
+
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class Structure:
+    """Atoms with the energy and the forces that a reference method gave for them.
+
+    Attributes:
+        atomic_numbers: (n,) int64.
+        positions: (n, 3) float64 Å.
+        energy: total energy, eV.
+        forces: (n, 3) float64 eV/Å, minus the gradient of the energy.
+        stress: (3, 3) float64 eV/Å³, positive under tension, or None when not labelled.
+        cell: (3, 3) float64 Å, rows are lattice vectors, or None without periodicity.
+        pbc: (3,) bool, periodic directions.
+        charge: total charge, elementary charges.
+        group: key of the molecule; structures of one group are never parted by a split.
+        subset: name of the part of the data set that it comes from.
+        name: where it was read from, ``file:key[index]``, for messages.
+
+    Raises:
+        DataError: if a shape, a number or the cell is impossible; the message begins with ``name``.
+    """
+
+    atomic_numbers: np.ndarray
+    positions: np.ndarray
+    energy: float
+    forces: np.ndarray
+    stress: np.ndarray | None = None
+    cell: np.ndarray | None = None
+    pbc: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(3, bool))
+    charge: int = 0
+    group: str = ""
+    subset: str = ""
+    name: str = "structure"
+
+    def __post_init__(self) -> None:
+        numbers = np.asarray(self.atomic_numbers)
+        if numbers.ndim != 1 or numbers.size == 0 or numbers.dtype.kind not in "iu":
+            raise DataError(
+                f"{self.name}: atomic numbers have shape {numbers.shape} and type {numbers.dtype}; "
+                "a list of at least one whole number is needed"
+            )
+        if numbers.min() < 1 or numbers.max() > MAX_ATOMIC_NUMBER:
+            raise DataError(
+                f"{self.name}: atomic numbers run from {numbers.min()} to {numbers.max()}; "
+                f"allowed are 1 to {MAX_ATOMIC_NUMBER}"
+            )
+        n = len(numbers)
+        set_field = object.__setattr__  # the usual way to convert inside a frozen dataclass
+        set_field(self, "atomic_numbers", numbers.astype(np.int64, copy=False))
+        set_field(self, "positions", _array(self.positions, (n, 3), "positions", self.name))
+        set_field(self, "energy", float(_array(self.energy, (), "energies", self.name)))
+        set_field(self, "forces", _array(self.forces, (n, 3), "forces", self.name))
+        if self.stress is not None:
+            set_field(self, "stress", _array(self.stress, (3, 3), "stresses", self.name))
+        set_field(self, "pbc", np.asarray(self.pbc, bool).reshape(3))
+        self._check_cell()
+
+    def _check_cell(self) -> None:
+        if self.cell is None:
+            if self.pbc.any():
+                raise DataError(f"{self.name}: it is periodic but has no cell")
+            return
+        cell = _array(self.cell, (3, 3), "cells", self.name)
+        object.__setattr__(self, "cell", cell)
+        lengths = np.linalg.norm(cell, axis=1)
+        if (lengths[self.pbc] <= 0).any():
+            raise DataError(f"{self.name}: a periodic direction has a lattice vector of length 0")
+        if self.pbc.all() and abs(np.linalg.det(cell)) < 1e-6 * float(np.prod(lengths)):
+            raise DataError(f"{self.name}: the lattice vectors span no volume")
+
+    def __len__(self) -> int:
+        return len(self.atomic_numbers)
