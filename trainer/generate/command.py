@@ -1,0 +1,61 @@
+"""The command `mlip-md make-dataset`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def make_dataset_command(
+    output: Annotated[Path, typer.Argument(help="HDF5 file to write (layout of SPICE 2).")] = Path(
+        "organics-gfn2.h5"
+    ),
+    seed: Annotated[int, typer.Option(help="Decides molecules, geometries and splits.")] = 0,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="gfn2 (minutes; extra [data]) or wb97m-d3bj (weeks of CPU; extra [data,wb97m])."
+        ),
+    ] = "gfn2",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes of one thread each [default: all cores].")
+    ] = None,
+    scale: Annotated[float, typer.Option(help="Factor on the size of the data set.")] = 1.0,
+    subset: Annotated[
+        list[str] | None, typer.Option(help="Make only this subset; may be repeated.")
+    ] = None,
+    max_atoms: Annotated[
+        int | None, typer.Option(min=1, help="Leave out structures with more atoms.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Continue an interrupted run; --no-resume starts afresh.")
+    ] = True,
+) -> None:
+    """Make our own labeled data set: SMILES, GFN2-xTB dynamics, labels, one HDF5 file."""
+    import logging
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from .make_dataset import make_dataset
+    from .spice_file import statistics
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    path = make_dataset(
+        output,
+        seed=seed,
+        method=method,
+        workers=workers,
+        scale=scale,
+        subsets=subset,
+        max_atoms=max_atoms,
+        resume=resume,
+    )
+    rows = statistics(path)
+    columns = list(next(iter(rows.values())))
+    table = Table("subset", *columns, title=str(path))
+    for name, row in rows.items():
+        table.add_row(
+            name, *[f"{row[c]:.2f}" if c.endswith("force") else str(row[c]) for c in columns]
+        )
+    Console().print(table)
