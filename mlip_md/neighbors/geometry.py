@@ -1,0 +1,145 @@
+"""Checking, wrapping and measuring periodic structures on the host, in float64."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from mlip_md.errors import StructureError
+
+Float64 = NDArray[np.float64]
+Bool = NDArray[np.bool_]
+
+SMALLEST_VOLUME_RATIO = 1e-8
+"""Periodic vectors whose volume is below this part of their lengths' product span no lattice."""
+
+_ANY_PBC = np.zeros(3, bool), np.ones(3, bool)
+
+
+def check_cutoff(cutoff: float) -> float:
+    """A cutoff (Å) that is finite and positive.
+
+    Raises:
+        StructureError: if it is not.
+    """
+    if not (math.isfinite(cutoff) and cutoff > 0):
+        raise StructureError(f"the cutoff is {cutoff} Å; it must be a positive number")
+    return float(cutoff)
+
+
+def check_positions(positions: ArrayLike) -> Float64:
+    """Positions as (n, 3) float64.
+
+    Raises:
+        StructureError: on another shape, or naming the atoms whose positions are not finite.
+    """
+    array = np.asarray(positions, dtype=np.float64)
+    if array.size == 0:
+        array = array.reshape(0, 3)
+    if array.ndim != 2 or array.shape[1] != 3:
+        raise StructureError(f"positions have the shape {array.shape}; they must be (n_atoms, 3)")
+    if not np.isfinite(array).all():
+        bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
+        raise StructureError(
+            f"positions of {len(bad)} of {len(array)} atoms are not finite, first atom {bad[0]} at "
+            f"{array[bad[0]].tolist()}; an earlier step blew up or the file is damaged"
+        )
+    return array
+
+
+def check_cell(cell: ArrayLike | None, pbc: ArrayLike) -> tuple[Float64, Bool]:
+    """A cell (3, 3) in Å and its periodicity (3,).
+
+    Args:
+        cell: (3, 3) rows are lattice vectors, or None for no cell; vectors of open axes may be
+            anything, zero included.
+        pbc: one bool, or three.
+
+    Returns:
+        The cell as float64 (zeros for None) and pbc as an array.
+
+    Raises:
+        StructureError: on other shapes, on NaN, and if the periodic vectors span no volume.
+    """
+    if isinstance(pbc, (bool, np.bool_)):
+        periodic = _ANY_PBC[bool(pbc)]
+    else:
+        periodic = np.asarray(pbc)
+        if periodic.shape != (3,):
+            raise StructureError(f"pbc is {pbc!r}; it must be one bool or three")
+        periodic = periodic.astype(bool)
+    array = np.zeros((3, 3)) if cell is None else np.asarray(cell, dtype=np.float64)
+    if array.shape != (3, 3):
+        raise StructureError(f"the cell has the shape {array.shape}; it must be (3, 3), rows in Å")
+    if not np.isfinite(array).all():
+        raise StructureError(f"the cell {array.tolist()} is not finite")
+    if periodic.any():
+        _check_span(array, periodic)
+    return array, periodic
+
+
+def _check_span(cell: Float64, pbc: Bool) -> None:
+    vectors = cell[pbc]
+    gram = vectors @ vectors.T
+    lengths = np.sqrt(np.diagonal(gram))
+    volume = math.sqrt(max(np.linalg.det(gram), 0.0)) if len(gram) > 1 else float(lengths[0])
+    if volume <= SMALLEST_VOLUME_RATIO * float(np.prod(lengths)) or volume == 0.0:
+        axes = ", ".join("abc"[axis] for axis in np.flatnonzero(pbc))
+        raise StructureError(
+            f"the structure is periodic along {axes} but these cell vectors are zero or linearly "
+            f"dependent: {vectors.tolist()}; give a cell, or set pbc to False there"
+        )
+
+
+def has_volume(cell: Float64) -> bool:
+    """Whether three vectors (3, 3) span a volume, so that a stress is defined."""
+    lengths = math.sqrt(float(np.prod(np.einsum("ij,ij->i", cell, cell))))
+    return abs(float(np.linalg.det(cell))) > SMALLEST_VOLUME_RATIO * lengths > 0.0
+
+
+def dual_vectors(vectors: Float64) -> Float64:
+    """Dual basis (p, 3) of p lattice vectors (p, 3): fractions are ``positions @ dual.T``."""
+    if len(vectors) == 0:
+        return vectors
+    inverse = np.linalg.inv(vectors) if len(vectors) == 3 else np.linalg.pinv(vectors)
+    return np.asarray(inverse.T, np.float64)
+
+
+def plane_spacings(cell: Float64, pbc: Bool) -> Float64:
+    """Distances (p,) in Å between lattice planes along the p periodic axes."""
+    dual = dual_vectors(cell[pbc])
+    return 1.0 / np.sqrt(np.einsum("ij,ij->i", dual, dual))
+
+
+def wrap(positions: Float64, cell: Float64, pbc: Bool) -> tuple[Float64, NDArray[np.int64]]:
+    """Move atoms into the cell along its periodic axes; open axes are left alone.
+
+    Args:
+        positions: (n, 3) Å.
+        cell: (3, 3) Å, checked.
+        pbc: (3,).
+
+    Returns:
+        Wrapped positions (n, 3) and offsets (n, 3), whole numbers, zero along open axes, such that
+        ``positions = wrapped + offsets @ cell``.
+    """
+    offsets = np.zeros(positions.shape, np.int64)
+    if not pbc.any():
+        return positions, offsets
+    vectors = cell[pbc]
+    counts = np.floor(positions @ dual_vectors(vectors).T)
+    offsets[:, pbc] = counts
+    return positions - counts @ vectors, offsets
+
+
+def complete_cell(cell: Float64, pbc: Bool) -> Float64:
+    """The cell with vectors of open axes replaced by unit vectors normal to the periodic ones."""
+    if pbc.all():
+        return cell
+    if not pbc.any():
+        return np.eye(3)
+    completed = cell.copy()
+    completed[~pbc] = np.linalg.svd(cell[pbc], full_matrices=True)[2][pbc.sum() :]
+    return completed
