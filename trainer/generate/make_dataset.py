@@ -1,10 +1,11 @@
-"""Make a labeled data set from nothing but a seed: sample by GFN2-xTB, label, write SPICE's layout."""
+"""Make a labeled data set from a seed: sample by GFN2-xTB, label, write SPICE's layout."""
 
 import json
 import logging
 import multiprocessing
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -214,7 +215,16 @@ def _one_thread() -> None:
     """Give this child process one thread per library, before any of them is loaded."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"
+    threading.Thread(target=_follow_parent, daemon=True).start()
     require_rdkit()
+
+
+def _follow_parent() -> None:
+    """End this child when its parent was killed: the queues of the pool would keep it waiting."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 _reference_energies: dict[str, dict[int, float]] = {}
