@@ -167,7 +167,8 @@ def read_atomic_energies(path: str | Path) -> dict[int, float] | None:
     """Energies of isolated atoms that a file carries, eV by atomic number, or None.
 
     They are looked for in the attributes ``atomic_energies`` (eV), ``atomic_energies_hartree`` and
-    ``atom_reference_energies_hartree`` of an HDF5 file (JSON maps of atomic number to energy), and in the one-atom structures without periodicity of an extended XYZ file.
+    ``atom_reference_energies_hartree`` of an HDF5 file (JSON maps of atomic number to energy), and
+    in the one-atom structures without periodicity of an extended XYZ file.
 
     Raises:
         DataError: if the file or the attribute is not readable.

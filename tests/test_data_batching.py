@@ -1,0 +1,374 @@
+"""Graph store, epoch plans and batches: nothing lost, doubled, mixed up or out of its budget."""
+
+import dataclasses
+import gc
+import json
+import threading
+import time
+
+import ase.build
+import jax
+import numpy as np
+import pytest
+from ase.build import molecule
+from ase.neighborlist import neighbor_list as ase_neighbor_list
+
+from mlip_md.errors import DataError
+from mlip_md.graph import edge_vectors
+from mlip_md.trainer.data import (
+    BatchBudget,
+    GraphStore,
+    Structure,
+    iterate_batches,
+    make_batch,
+    open_store,
+    plan_epoch,
+    prefetch,
+)
+from mlip_md.trainer.data.batching import pack
+
+CUTOFF = 4.0
+E0 = {1: -13.6, 6: -1030.5, 8: -2043.9}
+
+
+def labeled(atoms, generator, stress=None):
+    positions = atoms.positions + generator.normal(scale=0.03, size=(len(atoms), 3))
+    energy = sum(E0[int(z)] for z in atoms.numbers) + generator.normal()
+    forces = generator.normal(size=(len(atoms), 3))
+    cell = {"cell": atoms.cell.array, "pbc": atoms.pbc} if atoms.pbc.any() else {}
+    return Structure(atoms.numbers, positions, energy, forces, stress=stress, **cell)
+
+
+@pytest.fixture(scope="module")
+def structures():
+    generator = np.random.default_rng(0)
+    names = ["H2O", "CH4", "CO2", "CH3OH", "C6H6", "C2H6", "H2", "CH3COOH"]
+    molecules = [labeled(molecule(n), generator) for n in names * 12]
+    crystal = ase.build.bulk("C", "diamond", 3.57, cubic=False)
+    slab = ase.build.bulk("C", "sc", 2.2) * (2, 2, 1)
+    slab.pbc = (True, True, False)
+    periodic = [labeled(crystal, generator, np.diag([0.1, 0.2, 0.3])), labeled(slab, generator)]
+    return molecules + periodic
+
+
+@pytest.fixture(scope="module")
+def store(structures):
+    return GraphStore.from_structures(structures, CUTOFF, atomic_energies=E0)
+
+
+@pytest.fixture(scope="module")
+def budget(store):
+    return BatchBudget.from_card(8, store=store)
+
+
+def sorted_distances(structure):
+    atoms = ase.Atoms(
+        numbers=structure.atomic_numbers,
+        positions=structure.positions,
+        cell=structure.cell,
+        pbc=structure.pbc,
+    )
+    return np.sort(ase_neighbor_list("d", atoms, CUTOFF))
+
+
+def test_edges_against_ase(structures, store):
+    """Shifts, sender and receiver are right if every vector's length is."""
+    budget = BatchBudget(int(store.num_atoms.max()) + 1, int(store.num_edges.max()), 2)
+    for index in (0, 4, len(store) - 2, len(store) - 1):
+        graph = make_batch(store, np.array([index]), budget).graph
+        vectors = np.asarray(edge_vectors(graph))[graph.edge_mask]
+        lengths = np.sort(np.linalg.norm(vectors, axis=1))
+        np.testing.assert_allclose(lengths, sorted_distances(structures[index]), atol=2e-6)
+        assert (np.diff(graph.receivers) >= 0).all()
+
+
+def test_directions_of_edges(structures, store):
+    index = len(store) - 2  # the crystal: wrong shifts would hide in no other structure
+    structure = structures[index]
+    graph = make_batch(store, np.array([index]), BatchBudget(50, 1000, 2)).graph
+    atoms = ase.Atoms(
+        numbers=structure.atomic_numbers,
+        positions=structure.positions,
+        cell=structure.cell,
+        pbc=True,
+    )
+    i, j, vectors = ase_neighbor_list("ijD", atoms, CUTOFF)
+    real = graph.edge_mask
+    ours = np.column_stack(
+        [graph.senders[real], graph.receivers[real], np.asarray(edge_vectors(graph))[real]]
+    )
+    theirs = np.column_stack([i, j, vectors])
+    for array in (ours, theirs):
+        array[:] = array[np.lexsort(np.round(array, 3).T)]
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_batch_content(structures, store, budget):
+    indices = np.array([3, 97, 0, 96, 11])
+    batch = make_batch(store, indices, budget)
+    graph = batch.graph
+    start = 0
+    for slot, index in enumerate(indices):
+        structure = structures[index]
+        rows = slice(start, start + len(structure))
+        np.testing.assert_array_equal(graph.node_graph[rows], slot)
+        relative = graph.positions[rows] - graph.positions[start]
+        expected = structure.positions - structure.positions[0]
+        np.testing.assert_allclose(relative, expected, atol=1e-6)
+        np.testing.assert_allclose(batch.forces[rows], structure.forces, rtol=1e-6)
+        numbers = np.asarray(store.elements)[graph.species[rows]]
+        np.testing.assert_array_equal(numbers, structure.atomic_numbers)
+        interaction = structure.energy - sum(E0[int(z)] for z in structure.atomic_numbers)
+        np.testing.assert_allclose(batch.energy[slot], interaction, atol=1e-6)
+        cell = np.zeros((3, 3)) if structure.cell is None else structure.cell
+        np.testing.assert_allclose(graph.cell[slot], cell, rtol=1e-6)
+        start += len(structure)
+    assert batch.stress_mask.tolist() == [False, False, False, True] + [False] * 5
+    np.testing.assert_allclose(batch.stress[3], np.diag([0.1, 0.2, 0.3]), rtol=1e-6)
+    # an edge never leaves its structure
+    real = graph.edge_mask
+    owner = graph.node_graph
+    np.testing.assert_array_equal(owner[graph.senders[real]], owner[graph.receivers[real]])
+
+
+def test_padding(store, budget):
+    batch = make_batch(store, np.array([0, 1]), budget)
+    graph = batch.graph
+    atoms, edges = store.num_atoms[:2].sum(), store.num_edges[:2].sum()
+    assert (graph.n_nodes, graph.n_edges, graph.n_graphs) == dataclasses.astuple(budget)
+    for mask, count in ((graph.node_mask, atoms), (graph.edge_mask, edges), (graph.graph_mask, 2)):
+        assert mask[:count].all()
+        assert not mask[count:].any()
+    np.testing.assert_array_equal(graph.senders[edges:], budget.n_node - 1)
+    np.testing.assert_array_equal(graph.receivers[edges:], budget.n_node - 1)
+    np.testing.assert_array_equal(graph.node_graph[atoms:], budget.n_graph - 1)
+    for labels in (batch.energy[2:], batch.forces[atoms:], batch.stress, graph.shifts[edges:]):
+        assert not np.any(labels)
+    assert graph.positions.dtype == batch.energy.dtype == batch.forces.dtype == np.float32
+    assert {x.dtype for x in (graph.senders, graph.receivers, graph.shifts, graph.species)} == {
+        np.dtype(np.int32)
+    }
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(batch))
+
+
+def test_cards():
+    mace, nequip = BatchBudget.from_card(64, 32, 288), BatchBudget.from_card(16, 32, 288)
+    assert dataclasses.astuple(mace) == (2049, 36864, 65)
+    assert dataclasses.astuple(nequip) == (513, 9216, 17)
+
+
+def test_automatic_budget(structures):
+    small = GraphStore.from_structures(structures[:12], CUTOFF)
+    degrees = small.degrees()
+    budget = BatchBudget.from_card(16, store=small)
+    nodes = int(np.ceil(np.median(small.num_atoms)))
+    assert budget.n_node == 16 * nodes + 1
+    assert budget.n_edge == 32 * int(np.ceil(np.ceil(np.median(degrees)) * nodes / 2))
+    tight = BatchBudget.from_card(1, store=small)
+    assert tight.n_node == small.num_atoms.max() + 1
+    assert tight.fits(small).all()
+    with pytest.raises(DataError, match="max_n_edge is not given"):
+        BatchBudget.from_card(16, 32)
+    with pytest.raises(DataError, match="batch_size = 0"):
+        BatchBudget.from_card(0, 32, 288)
+
+
+def test_published_packing(reference_data):
+    golden = json.loads((reference_data / "golden" / "training_golden.json").read_text())["packing"]
+    sizes = np.array(golden["sizes"])
+    budget = BatchBudget.from_card(golden["batch_size"], golden["max_n_node"], golden["max_n_edge"])
+    assert dataclasses.astuple(budget) == tuple(
+        golden[f"n_{what}_padded"] for what in ("node", "edge", "graph")
+    )
+    starts = pack(sizes[:, 0], sizes[:, 1], budget)
+    batches = [part.tolist() for part in np.split(sizes[:, 0], starts[1:])]
+    assert batches == golden["batches_n_node"]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_packing_is_greedy(seed):
+    generator = np.random.default_rng(seed)
+    nodes, edges = generator.integers(1, 40, 300), generator.integers(0, 700, 300)
+    budget = BatchBudget(120, 1500, 9)
+    starts = pack(nodes, edges, budget)
+    stops = [*starts[1:], 300]
+    assert starts[0] == 0
+    for start, stop in zip(starts, stops, strict=True):
+        assert stop > start
+        assert nodes[start:stop].sum() <= 119
+        assert edges[start:stop].sum() <= 1500
+        assert stop - start <= 8
+        if stop < 300:  # the next one would not have fitted
+            more = slice(start, stop + 1)
+            assert nodes[more].sum() > 119 or edges[more].sum() > 1500 or stop + 1 - start > 8
+
+
+def test_plan_holds_everything_once_and_is_pure(store, budget):
+    plans = {epoch: plan_epoch(store, budget, 7, epoch) for epoch in (0, 1)}
+    for plan in plans.values():
+        assert sorted(np.concatenate(plan)) == list(range(len(store)))
+    np.random.seed(123)  # noqa: NPY002 - global state must not matter
+    again = plan_epoch(store, budget, 7, 0)
+    assert [p.tolist() for p in again] == [p.tolist() for p in plans[0]]
+    assert np.concatenate(plans[0]).tolist() != np.concatenate(plans[1]).tolist()
+    other_seed = plan_epoch(store, budget, 8, 0)
+    assert np.concatenate(plans[0]).tolist() != np.concatenate(other_seed).tolist()
+    ordered = plan_epoch(store, budget, 7, 0, shuffle=False)
+    assert np.concatenate(ordered).tolist() == list(range(len(store)))
+
+
+def test_an_epoch_of_batches(store, budget):
+    plan = plan_epoch(store, budget, 0, 3)
+    energies = []
+    for batch in iterate_batches(store, plan, budget):
+        assert (batch.graph.n_nodes, batch.graph.n_edges) == (budget.n_node, budget.n_edge)
+        assert not batch.graph.node_mask[-1]
+        energies.append(batch.energy[batch.graph.graph_mask])
+    assert len(energies) == len(plan)
+    np.testing.assert_array_equal(
+        np.sort(np.concatenate(energies)), np.sort(store.interaction_energy)
+    )
+    resumed = list(iterate_batches(store, plan, budget, start=len(plan) - 2))
+    np.testing.assert_array_equal(resumed[0].energy, make_batch(store, plan[-2], budget).energy)
+    assert len(resumed) == 2
+
+
+def test_oversize(store):
+    budget = BatchBudget(7, 30, 5)
+    with pytest.raises(DataError, match=r"fit into no batch.*6 atoms and 30 edges.*max_n_node"):
+        plan_epoch(store, budget, 0, 0)
+    plan = plan_epoch(store, budget, 0, 0, on_oversize="drop")
+    fits = budget.fits(store)
+    assert 0 < fits.sum() < len(store)
+    np.testing.assert_array_equal(np.sort(np.concatenate(plan)), np.flatnonzero(fits))
+    with pytest.raises(DataError, match="nothing would be left"):
+        plan_epoch(store, BatchBudget(2, 1, 2), 0, 0, on_oversize="drop")
+    with pytest.raises(DataError, match="on_oversize"):
+        plan_epoch(store, budget, 0, 0, on_oversize="ignore")
+    with pytest.raises(DataError, match="do not fit into"):
+        make_batch(store, np.arange(20), budget)
+
+
+def test_labels_need_atomic_energies(structures):
+    bare = GraphStore.from_structures(structures[:3], CUTOFF)
+    with pytest.raises(DataError, match="with_atomic_energies"):
+        make_batch(bare, np.array([0]), BatchBudget(100, 1000, 3))
+
+
+def test_impossible_structures():
+    numbers, forces = np.array([1, 1]), np.zeros((2, 3))
+    near = Structure(numbers, np.array([[0, 0, 0], [0, 0, 1e-3]]), 0.0, forces, name="f:[7]")
+    with pytest.raises(DataError, match=r"f:\[7\]: two atoms are 0\.0010 Å apart"):
+        GraphStore.from_structures([near], CUTOFF)
+    with pytest.raises(DataError, match="no structures"):
+        GraphStore.from_structures([], CUTOFF)
+    for changes, message in (
+        ({"positions": np.zeros((3, 3))}, "positions have shape"),
+        ({"forces": np.full((2, 3), np.nan)}, "forces hold NaN"),
+        ({"energy": np.inf}, "energies hold NaN or infinity"),
+        ({"atomic_numbers": np.array([1, 0])}, "allowed are 1 to 118"),
+        ({"pbc": np.array([True] * 3)}, "periodic but has no cell"),
+    ):
+        fields = {"atomic_numbers": numbers, "positions": np.eye(3)[:2], "energy": 0.0}
+        with pytest.raises(DataError, match=message):
+            Structure(**(fields | {"forces": forces} | changes))
+
+
+def test_far_from_the_origin_nothing_is_lost(structures):
+    structure = structures[3]
+    moved = dataclasses.replace(structure, positions=structure.positions + 1e4)
+    near, far = (
+        make_batch(
+            GraphStore.from_structures([s], CUTOFF, atomic_energies=E0),
+            np.array([0]),
+            BatchBudget(20, 200, 2),
+        ).graph
+        for s in (structure, moved)
+    )
+    np.testing.assert_allclose(far.positions, near.positions, atol=1e-6)
+
+
+def test_save_and_open(store, budget, tmp_path):
+    store.save(tmp_path / "graphs")
+    opened = open_store(tmp_path / "graphs", verify=True)
+    assert (opened.elements, opened.cutoff, len(opened)) == (store.elements, CUTOFF, len(store))
+    assert isinstance(opened.positions, np.memmap)
+    plan = plan_epoch(store, budget, 0, 0)
+    assert [p.tolist() for p in plan_epoch(opened, budget, 0, 0)] == [p.tolist() for p in plan]
+    ours, theirs = make_batch(store, plan[0], budget), make_batch(opened, plan[0], budget)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    with pytest.raises(DataError, match="exists already"):
+        store.save(tmp_path / "graphs")
+    forces = tmp_path / "graphs" / "forces.npy"
+    content = bytearray(forces.read_bytes())
+    content[-3] ^= 1
+    forces.write_bytes(content)
+    with pytest.raises(DataError, match=r"forces\.npy is damaged"):
+        open_store(tmp_path / "graphs", verify=True)
+    forces.unlink()
+    with pytest.raises(DataError, match="not a readable graph store"):
+        open_store(tmp_path / "graphs")
+
+
+def test_assembly_is_fast(store):
+    """Far from any loop over atoms: 64 molecules in well under 50 ms even on a busy machine."""
+    budget = BatchBudget.from_card(64, store=store)
+    indices = plan_epoch(store, budget, 0, 0)[0]
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        make_batch(store, indices, budget)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.05
+
+
+def num_threads():
+    return sum("_produce" in thread.name for thread in threading.enumerate())
+
+
+def wait_for_threads():
+    deadline = time.monotonic() + 5
+    while num_threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return num_threads()
+
+
+def test_prefetch_keeps_order():
+    assert list(prefetch(range(100), 3)) == list(range(100))
+    assert list(prefetch([], 3)) == []
+    assert list(prefetch(range(5), 0)) == list(range(5))
+    assert wait_for_threads() == 0
+
+
+def test_prefetch_passes_errors_in_their_place():
+    def items():
+        yield 1
+        yield 2
+        raise ValueError("third item")
+
+    seen = []
+    with pytest.raises(ValueError, match="third item"):  # noqa: PT012 - the loop is what raises
+        for item in prefetch(items()):
+            seen.append(item)
+    assert seen == [1, 2]
+    assert wait_for_threads() == 0
+
+
+def test_prefetch_ends_when_left_early():
+    produced = []
+
+    def items():
+        for k in range(10**6):
+            produced.append(k)
+            yield k
+
+    for item in prefetch(items(), 2):
+        if item == 5:
+            break
+    gc.collect()
+    assert wait_for_threads() == 0
+    assert len(produced) <= 12
+    iterator = prefetch(items(), 2)
+    next(iterator)
+    iterator.close()
+    assert wait_for_threads() == 0

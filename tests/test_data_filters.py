@@ -1,0 +1,110 @@
+"""Curation: each filter removes what it names, and only that; counts add up."""
+
+import ase.build
+import numpy as np
+import pytest
+from ase.build import molecule
+
+from mlip_md.errors import DataError
+from mlip_md.trainer.data import Structure, curate, read
+from mlip_md.trainer.data.filters import has_single_bonds
+
+
+def structure(atoms="H2O", forces=None, **changes):
+    atoms = molecule(atoms) if isinstance(atoms, str) else atoms
+    forces = np.zeros((len(atoms), 3)) if forces is None else forces
+    periodic = bool(atoms.pbc.any())
+    cell = {"cell": atoms.cell.array, "pbc": atoms.pbc} if periodic else {}
+    return Structure(atoms.numbers, atoms.positions, -1.0, forces, **cell, **changes)
+
+
+def pushed(*forces):
+    array = np.zeros((3, 3))
+    array[: len(forces), 0] = forces
+    return structure(forces=array)
+
+
+@pytest.mark.parametrize(
+    "name", ["H2", "H2O", "CH4", "NH3", "C2H6", "C6H6", "CH3SH", "HCl", "SiH4"]
+)
+def test_sound_molecules(name):
+    assert has_single_bonds(structure(name))
+
+
+def test_hydrogens_without_or_with_two_bonds():
+    water = molecule("H2O")
+    lost = water.copy()
+    lost.positions[1] += [0, 3, 0]
+    assert not has_single_bonds(structure(lost))
+    shared = water + molecule("H2O")
+    shared.positions[3:] += water.positions[1] - shared.positions[3] + [0, 1.1, 0]
+    assert not has_single_bonds(structure(shared))
+    cation = water + ase.Atoms("Na", positions=[water.positions[1] + [0, 1.6, 0]])
+    assert has_single_bonds(structure(cation))
+
+
+def test_bonds_across_a_periodic_boundary():
+    water = molecule("H2O", cell=[6, 6, 6], pbc=True)
+    water.positions -= water.positions[0]  # hydrogens now on both sides of the faces
+    water.wrap()
+    assert has_single_bonds(structure(water))
+    water.pbc = False
+    assert not has_single_bonds(structure(water))
+
+
+def test_each_filter_removes_its_own():
+    lost = molecule("H2O")
+    lost.positions[1] += [0, 3, 0]
+    data = [
+        structure(),
+        structure(lost),
+        structure(charge=1),
+        pushed(15.1, -15.1),
+        pushed(14.9, -14.9),
+        pushed(0.11),
+        pushed(0.09),
+    ]
+    kept, report = curate(data)
+    assert [data.index(s) for s in kept] == [0, 4, 6]
+    assert report.removed == {
+        "hydrogen_bonds": 1,
+        "neutral_only": 1,
+        "max_force": 1,
+        "max_net_force": 1,
+    }
+    assert (report.total, report.kept) == (7, 3)
+    assert "kept 3 of 7" in str(report)
+
+
+def test_filters_can_be_switched_off():
+    lost = molecule("H2O")
+    lost.positions[1] += [0, 3, 0]
+    data = [structure(lost, charge=1), pushed(99.0)]
+    off = {"neutral_only": False, "max_force": None, "max_net_force": None, "hydrogen_bonds": False}
+    kept, report = curate(data, **off)
+    assert len(kept) == 2
+    assert report.removed == {}
+    kept, report = curate(data, **off, elements=[1, 6])
+    assert (len(kept), report.removed) == (0, {"elements": 2})
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, float("nan")])
+def test_impossible_limits(limit):
+    with pytest.raises(DataError, match="max_force"):
+        curate([], max_force=limit)
+
+
+def test_force_limit_does_not_depend_on_the_axes():
+    """A vector, not its components, is compared."""
+    diagonal = np.zeros((3, 3))
+    diagonal[0], diagonal[1] = 9.0, -9.0  # length 15.6
+    assert curate([structure(forces=diagonal)])[1].removed["max_force"] == 1
+
+
+def test_real_monomers(reference_data):
+    data = read(reference_data / "data" / "spice_mini_gfn2" / "mini_des.hdf5", limit=2000)
+    kept, report = curate(data)
+    assert report.total == 2000
+    assert report.removed["neutral_only"] + report.removed["hydrogen_bonds"] < 0.06 * 2000
+    assert report.removed["hydrogen_bonds"] < 20  # sound molecules in thermal motion pass
+    assert {s.charge for s in kept} == {0}

@@ -1,0 +1,386 @@
+"""Readers: units, sign of forces, charges, and refusal of every broken label by name."""
+
+import gzip
+import json
+
+import ase
+import ase.io
+import h5py
+import numpy as np
+import pytest
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from mlip_md.errors import DataError
+from mlip_md.trainer.data import read, read_atomic_energies
+from mlip_md.trainer.data.readers import formal_charge, recognize
+from mlip_md.trainer.data.structures import BOHR, HARTREE
+
+STIFFNESS, LENGTH = 0.35, 1.4  # hartree/bohr², bohr: a diatomic on a spring
+
+
+def spring(distances):
+    """Positions (bohr), energies (hartree) and gradients (hartree/bohr) along x."""
+    distances = np.asarray(distances, float)
+    positions = np.zeros((len(distances), 2, 3))
+    positions[:, 1, 0] = distances
+    energies = 0.5 * STIFFNESS * (distances - LENGTH) ** 2 - 1.0
+    gradients = np.zeros_like(positions)
+    gradients[:, 1, 0] = STIFFNESS * (distances - LENGTH)
+    gradients[:, 0, 0] = -gradients[:, 1, 0]
+    return positions, energies, gradients
+
+
+def write_spice(path, groups):
+    with h5py.File(path, "w") as file:
+        for key, (fields, attributes) in groups.items():
+            group = file.create_group(key)
+            group.attrs.update(attributes)
+            for name, value in fields.items():
+                group.create_dataset(name, data=value)
+
+
+def spice_fields(distances=(1.2, 1.4, 1.6), smiles="[H:1][H:2]", **changes):
+    positions, energies, gradients = spring(distances)
+    fields = {
+        "atomic_numbers": np.array([1, 1], np.int16),
+        "conformations": positions.astype(np.float32),
+        "dft_total_energy": energies,
+        "dft_total_gradient": gradients.astype(np.float32),
+        "smiles": [smiles.encode()],
+        "subset": [b"Springs"],
+    }
+    return {k: v for k, v in (fields | changes).items() if v is not None}
+
+
+def write_curated(path, energy=-32.0, **changes):
+    fields = {
+        "elements": np.array([8, 1, 1]),
+        "positions": np.eye(3),
+        "forces": np.zeros((3, 3)),
+    } | changes
+    with h5py.File(path, "w") as file:
+        group = file.create_group("set-1_0")
+        if energy is not None:
+            group.attrs["energy"] = energy
+        for name, value in fields.items():
+            if value is not None:
+                group.create_dataset(name, data=value)
+
+
+def frame(energy=-1.0, forces=((0.0, 0.1, 0.0), (0.0, -0.1, 0.0)), stress=None, **kwargs):
+    atoms = ase.Atoms("H2", positions=[[0, 0, 0], [0, 0.74, 0]], **kwargs)
+    results = {"energy": energy, "forces": forces, "stress": stress}
+    results = {
+        k: np.asarray(v) if k != "energy" else v for k, v in results.items() if v is not None
+    }
+    atoms.calc = SinglePointCalculator(atoms, **results)
+    return atoms
+
+
+def test_spice_units_and_sign(tmp_path):
+    write_spice(tmp_path / "a.h5", {"H2": (spice_fields(), {})})
+    structures = read(tmp_path / "a.h5")
+    assert len(structures) == 3
+    stretched = structures[2]
+    bond = stretched.positions[1, 0] - stretched.positions[0, 0]
+    np.testing.assert_allclose(bond, 1.6 * 0.529177210903, rtol=1e-6)
+    np.testing.assert_allclose(stretched.energy, (0.5 * 0.35 * 0.04 - 1) * 27.211386245988)
+    pull = STIFFNESS * 0.2 * 27.211386245988 / 0.529177210903
+    np.testing.assert_allclose(stretched.forces[:, 0], [pull, -pull], rtol=1e-6)  # contracts
+    assert (stretched.subset, stretched.group) == ("Springs", "[H][H]")
+    assert stretched.name.endswith("a.h5:H2[2]")
+    assert stretched.forces.dtype == stretched.positions.dtype == np.float64
+
+
+def test_spice_forces_are_minus_the_slope_of_the_energy(tmp_path):
+    distances = 1.4 + 0.3 + np.array([-1e-3, 0.0, 1e-3])
+    fields = spice_fields(distances)
+    fields["conformations"] = spring(distances)[0]  # float64, for the difference quotient
+    write_spice(tmp_path / "a.h5", {"H2": (fields, {})})
+    below, middle, above = read(tmp_path / "a.h5")
+    step = above.positions[1, 0] - below.positions[1, 0]
+    slope = (above.energy - below.energy) / step
+    np.testing.assert_allclose(middle.forces[1, 0], -slope, rtol=1e-6)
+
+
+def test_stated_units_are_followed(tmp_path):
+    positions, energies, gradients = spring([1.5])
+    write_spice(tmp_path / "a.h5", {"H2": (spice_fields([1.5]), {})})
+    with h5py.File(tmp_path / "b.h5", "w") as file:
+        group = file.create_group("H2")
+        group["atomic_numbers"] = [1, 1]
+        for name, values, unit in (
+            ("conformations", positions * BOHR / 10, "nanometers"),
+            ("dft_total_energy", energies * 2625.4996394799, "kJ/mol"),
+            ("dft_total_gradient", gradients * 2625.4996394799 / BOHR, "kJ/mol/angstrom"),
+        ):
+            group.create_dataset(name, data=values).attrs["units"] = unit
+    one, other = read(tmp_path / "a.h5")[0], read(tmp_path / "b.h5")[0]
+    np.testing.assert_allclose(other.positions, one.positions, rtol=1e-6)
+    np.testing.assert_allclose(other.energy, one.energy, rtol=1e-9)
+    np.testing.assert_allclose(other.forces, one.forces, rtol=1e-6)
+    with h5py.File(tmp_path / "b.h5", "a") as file:
+        file["H2/dft_total_energy"].attrs["units"] = "furlong"
+    with pytest.raises(DataError, match=r"b\.h5:H2.*furlong"):
+        read(tmp_path / "b.h5")
+
+
+@pytest.mark.parametrize(
+    ("smiles", "charge"),
+    [
+        ("[H:3][C:1]#[C:2][H:4].[Na+:5]", 1),
+        ("[Ca+2:1]", 2),
+        ("[Mg++]", 2),
+        ("[O-:2][C:1]=O", -1),
+        ("[NH3+]CC(=O)[O-]", 0),
+        ("C[C@@H](N)C", 0),
+        ("[O-2]", -2),
+    ],
+)
+def test_formal_charge(smiles, charge):
+    assert formal_charge(smiles) == charge
+
+
+def test_charge_comes_from_the_attribute_or_the_smiles(tmp_path):
+    write_spice(
+        tmp_path / "a.h5",
+        {
+            "a": (spice_fields([1.1], "[H+:1].[H:2]"), {}),
+            "b": (spice_fields([1.2], "[H+:1].[H:2]"), {"total_charge": -1}),
+        },
+    )
+    assert [s.charge for s in read(tmp_path / "a.h5")] == [1, -1]
+    write_spice(tmp_path / "a.h5", {"a": (spice_fields(), {"total_charge": 0.5})})
+    with pytest.raises(DataError, match=r"a\.h5:a: total charge .*0\.5"):
+        read(tmp_path / "a.h5")
+
+
+def test_split_marks(tmp_path):
+    groups = {
+        "a": (spice_fields([1.1, 1.2]), {"split": "train"}),
+        "b": (spice_fields([1.3], split=np.bytes_("validation")), {}),
+    }
+    write_spice(tmp_path / "a.h5", groups)
+    assert len(read(tmp_path / "a.h5", split="train")) == 2
+    assert len(read(tmp_path / "a.h5", split="validation")) == 1
+    assert len(read(tmp_path / "a.h5")) == 3
+    with pytest.raises(DataError, match="no usable structure marked as 'test'"):
+        read(tmp_path / "a.h5", split="test")
+    with pytest.raises(DataError, match="split = 'valid' is not known"):
+        read(tmp_path / "a.h5", split="valid")
+    write_spice(tmp_path / "b.h5", {"a": (spice_fields(), {})})
+    with pytest.raises(DataError, match=r"b\.h5:a: no split is marked"):
+        read(tmp_path / "b.h5", split="train")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("field", ["conformations", "dft_total_energy", "dft_total_gradient"])
+def test_spice_not_finite(tmp_path, field, bad):
+    fields = spice_fields()
+    fields[field][1] = bad
+    write_spice(tmp_path / "a.h5", {"H2": (fields, {})})
+    with pytest.raises(DataError, match=r"a\.h5:H2\[1\].*NaN or infinity"):
+        read(tmp_path / "a.h5")
+    assert len(read(tmp_path / "a.h5", on_bad="skip")) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dft_total_gradient": None}, "dft_total_gradient missing"),
+        ({"dft_total_gradient": np.zeros((3, 3, 3))}, "gradients of shape"),
+        ({"conformations": np.zeros((2, 2, 3))}, "conformations of shape"),
+        ({"atomic_numbers": np.array([1, 0])}, r"\[0\]: atomic numbers run from 0 to 1"),
+        ({"conformations": np.zeros((3, 2, 3))}, r"\[1\]: a duplicate.*H2\[0\]"),
+    ],
+)
+def test_spice_broken_groups(tmp_path, changes, message):
+    write_spice(tmp_path / "a.h5", {"H2": (spice_fields(**changes), {})})
+    with pytest.raises(DataError, match=rf"a\.h5:H2.*{message}"):
+        read(tmp_path / "a.h5")
+
+
+def test_curated(tmp_path):
+    write_curated(tmp_path / "a.h5")
+    (structure,) = read(tmp_path / "a.h5")
+    assert recognize(tmp_path / "a.h5") == "curated"
+    assert (structure.energy, structure.group) == (-32.0, "set-1")
+    np.testing.assert_array_equal(structure.positions, np.eye(3))
+    assert structure.cell is None
+    write_curated(tmp_path / "b.h5", cell=4 * np.eye(3), stress=0.1 * np.eye(3))
+    (structure,) = read(tmp_path / "b.h5")
+    assert structure.pbc.all()
+    np.testing.assert_array_equal(structure.cell, 4 * np.eye(3))
+    np.testing.assert_array_equal(structure.stress, 0.1 * np.eye(3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"energy": None}, "energy missing"),
+        ({"energy": np.nan}, "energies hold NaN"),
+        ({"forces": None}, "forces missing"),
+        ({"elements": None}, "elements missing"),
+        ({"forces": np.zeros((2, 3))}, r"forces have shape \(2, 3\); it must be \(3, 3\)"),
+        ({"cell": np.ones((3, 3))}, "span no volume"),
+    ],
+)
+def test_curated_broken(tmp_path, changes, message):
+    write_curated(tmp_path / "a.h5", **changes)
+    with pytest.raises(DataError, match=rf"a\.h5:set-1_0: .*{message}"):
+        read(tmp_path / "a.h5")
+
+
+@pytest.mark.parametrize(
+    "keys", [("energy", "forces"), ("Energy", "forces"), ("REF_energy", "REF_forces")]
+)
+def test_extxyz_keys(tmp_path, keys):
+    path = tmp_path / "a.xyz.gz"
+    with gzip.open(path, "wt") as file:
+        file.write(
+            f"1\nProperties=species:S:1:pos:R:3:{keys[1]}:R:3 {keys[0]}=-3.5 charge=1 "
+            'smiles="[H+:1]"\nH 0 0 1 0.1 0.2 0.3\n'
+        )
+    (structure,) = read(path)
+    assert (structure.energy, structure.charge, structure.group) == (-3.5, 1, "[H+]")
+    np.testing.assert_array_equal(structure.forces, [[0.1, 0.2, 0.3]])
+
+
+def test_extxyz_prefers_the_reference_and_takes_named_keys(tmp_path):
+    atoms = frame(energy=-1.0)
+    atoms.info["REF_energy"] = -2.0
+    atoms.info["dft"] = -3.0
+    ase.io.write(tmp_path / "a.xyz", atoms, format="extxyz")
+    assert read(tmp_path / "a.xyz")[0].energy == -2.0
+    assert read(tmp_path / "a.xyz", energy_key="dft")[0].energy == -3.0
+    with pytest.raises(DataError, match="no energy under absent"):
+        read(tmp_path / "a.xyz", energy_key="absent")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"energy": None}, "no energy under REF_energy or energy or Energy"),
+        ({"forces": None}, "no forces under"),
+        ({"energy": np.nan}, "energies hold NaN"),
+        ({"forces": np.full((2, 3), np.inf)}, "forces hold NaN or infinity"),
+        ({}, "a duplicate"),
+    ],
+)
+def test_extxyz_broken_frames(tmp_path, changes, message):
+    frames = [frame(), frame(**changes)]
+    if changes:
+        frames[1].positions *= 1.1
+    ase.io.write(tmp_path / "a.xyz", frames, format="extxyz")
+    with pytest.raises(DataError, match=rf"a\.xyz:\[1\]: .*{message}"):
+        read(tmp_path / "a.xyz")
+    assert len(read(tmp_path / "a.xyz", on_bad="skip")) == 1
+
+
+def test_extxyz_cell_and_stress(tmp_path):
+    cell = np.diag([4.0, 5.0, 6.0])
+    voigt = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    full = np.array([[1, 6, 5], [6, 2, 4], [5, 4, 3]], float)
+    virial = frame(cell=cell, pbc=True)
+    virial.positions += 0.01
+    virial.info["virial"] = -full * 120.0
+    open_boundaries = frame(cell=cell, pbc=False)
+    frames = [frame(cell=cell, pbc=True, stress=voigt), virial, open_boundaries]
+    ase.io.write(tmp_path / "a.xyz", frames, format="extxyz")
+    one, two, three = read(tmp_path / "a.xyz")
+    np.testing.assert_allclose(one.stress, full)
+    np.testing.assert_allclose(two.stress, full)
+    np.testing.assert_array_equal(one.cell, cell)
+    assert three.stress is None
+    assert three.cell is None
+
+
+def test_isolated_atoms(tmp_path):
+    atom = ase.Atoms("O")
+    atom.info["energy"] = -2041.9
+    ase.io.write(tmp_path / "a.xyz", [atom, frame()], format="extxyz")
+    assert read(tmp_path / "a.xyz")[0].forces.tolist() == [[0, 0, 0]]
+    assert read_atomic_energies(tmp_path / "a.xyz") == {8: -2041.9}
+    write_spice(tmp_path / "a.h5", {"H2": (spice_fields(), {})})
+    assert read_atomic_energies(tmp_path / "a.h5") is None
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        file.attrs["atomic_energies_hartree"] = json.dumps({"1": -0.5})
+    assert read_atomic_energies(tmp_path / "a.h5") == {1: -0.5 * HARTREE}
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        file.attrs["atomic_energies_hartree"] = "nonsense"
+    with pytest.raises(DataError, match="not a map"):
+        read_atomic_energies(tmp_path / "a.h5")
+
+
+def test_foreign_files(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        read(tmp_path / "absent.h5")
+    (tmp_path / "a.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(DataError, match="not a known format"):
+        read(tmp_path / "a.csv")
+    (tmp_path / "a.bin").write_bytes(bytes(range(128, 256)))
+    with pytest.raises(DataError, match="neither HDF5 nor text"):
+        read(tmp_path / "a.bin")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["x/y"] = [1.0]
+    with pytest.raises(DataError, match=r"not a known HDF5 layout.*y"):
+        read(tmp_path / "a.h5")
+    (tmp_path / "a.xyz").write_text("2\nenergy=1\nH 0 0 0\n")
+    with pytest.raises(DataError, match=r"a\.xyz:\[0\]: not readable"):
+        read(tmp_path / "a.xyz")
+
+
+def test_limit(tmp_path):
+    write_spice(tmp_path / "a.h5", {"H2": (spice_fields(), {})})
+    assert [s.name[-3:] for s in read(tmp_path / "a.h5", limit=2)] == ["[0]", "[1]"]
+
+
+def test_real_spice_file(reference_data):
+    path = reference_data / "data" / "spice_sample" / "SPICE-1.1.4_n2.hdf5"
+    structures = read(path)
+    assert len(structures) == 55
+    assert {s.charge for s in structures} == {1}
+    assert len({s.group for s in structures}) == 2
+    for structure in structures:  # labels of one calculation: no net force, bonds of about 1 Å
+        assert np.linalg.norm(structure.forces.sum(0)) < 0.01
+        distances = np.linalg.norm(structure.positions[:, None] - structure.positions, axis=-1)
+        assert 0.9 < distances[distances > 0].min() < 1.2
+    with h5py.File(path) as file:
+        gradient = file["C#C.[Na+]/dft_total_gradient"][3]
+    sodium = next(s for s in structures if s.name.endswith("C#C.[Na+][3]"))
+    np.testing.assert_allclose(sodium.forces, -gradient * 51.42206747, rtol=1e-6)
+
+
+def test_real_conformers_climb_against_their_forces(reference_data):
+    """Between near conformers of one ion pair, energy falls along the forces."""
+    path = reference_data / "data" / "spice_sample" / "SPICE-1.1.4_n2.hdf5"
+    structures = [s for s in read(path) if "C#C.[Na+]" in s.name]
+    signs = []
+    for one in structures:
+        for other in structures:
+            step = other.positions - one.positions
+            expected = -0.5 * np.sum((one.forces + other.forces) * step)
+            if one is not other and abs(expected) > 0.02:
+                signs.append((other.energy - one.energy) / expected > 0)
+    assert len(signs) >= 4
+    assert np.mean(signs) > 0.9
+
+
+def test_real_curated_and_extxyz_files(reference_data):
+    data = reference_data / "data"
+    curated = read(data / "misc" / "spice2-1000_429_md_0-1.hdf5")
+    assert [s.charge for s in curated] == [-2, -2]
+    assert len({s.group for s in curated}) == 1
+    np.testing.assert_allclose(curated[0].energy, -33533.58818835873)
+    np.testing.assert_allclose(curated[0].forces.sum(0), 0, atol=0.05)
+    omol = read(data / "misc" / "SPICE_small_with_charges.xyz")
+    assert {5, 14} & set(np.concatenate([s.atomic_numbers for s in omol]).tolist())
+    ethanol = read(data / "rmd17" / "ethanol_train_01.xyz.gz", limit=3)
+    np.testing.assert_allclose(ethanol[0].energy, -4209.783455217897)
+    assert ethanol[0].pbc.all()  # a lattice without pbc is periodic, as ASE reads it
+    acetylacetone = read(data / "acac" / "train_300K.xyz.gz", limit=1)
+    assert acetylacetone[0].cell is None
+    atoms = read_atomic_energies(data / "3bpa" / "iso_atoms.xyz")
+    np.testing.assert_allclose(atoms[1], -13.587222780835477)
+    with pytest.raises(DataError, match=r"atomic_numbers.*missing"):
+        read(data / "spice_geometries" / "water.hdf5")
