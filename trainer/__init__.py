@@ -1,0 +1,1 @@
+"""How a potential is made: data, loss, optimizer, loop, checkpoints, evaluation."""

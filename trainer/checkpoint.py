@@ -1,0 +1,182 @@
+"""Checkpoints: the complete state of a run in one checksummed file, never half written.
+
+A checkpoint is one safetensors file. Its tensors are the leaves of the state by path; its metadata
+hold a JSON text (step, epoch, batch, bests, …) and the SHA-256 over that text and over every name,
+type, shape and byte of the tensors. It is written under a temporary name, synced to the disk and
+then renamed, so that a crash at any moment leaves the older files whole. Reading takes the newest
+file whose hash is right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as to_safetensors
+
+from mlip_md.errors import CheckpointError
+
+FORMAT = 1
+
+State = TypeVar("State")
+_log = logging.getLogger(__name__)
+
+
+def leaves_by_path(state: Any) -> dict[str, np.ndarray]:
+    """The leaves of a pytree as NumPy arrays on the host, by their path in the tree."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {
+        jax.tree_util.keystr(path): np.asarray(jax.device_get(leaf), order="C")
+        for path, leaf in flat
+    }
+
+
+def state_hash(tensors: Mapping[str, np.ndarray], text: str = "") -> str:
+    """SHA-256 over a text and over the name, type, shape and bytes of every tensor."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        array = tensors[name]
+        digest.update(f"\0{name}\0{array.dtype}\0{array.shape}\0".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that after a crash there is either its old content or the new one.
+
+    Raises:
+        CheckpointError: if the disk is full or the folder not writable; the old file is kept.
+    """
+    temporary = path.with_name(f".{path.name}.writing")
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} could not be written ({error.strerror or error})") from error
+
+
+def save(path: Path, state: Any, progress: Mapping[str, Any]) -> None:
+    """Write one checkpoint.
+
+    Args:
+        path: of the new file.
+        state: pytree of arrays.
+        progress: plain JSON values that belong to the state.
+
+    Raises:
+        CheckpointError: if the file cannot be written.
+    """
+    tensors = leaves_by_path(state)
+    text = json.dumps({"format": FORMAT, "progress": dict(progress)}, sort_keys=True)
+    metadata = {"checkpoint": text, "sha256": state_hash(tensors, text)}
+    write_atomically(path, to_safetensors(tensors, metadata))
+
+
+def load(path: Path, template: State) -> tuple[State, dict[str, Any]]:
+    """Read one checkpoint.
+
+    Args:
+        path: of the file.
+        template: a state of the same run; its values do not matter.
+
+    Returns:
+        The state (NumPy arrays in the template's tree) and the progress saved with it.
+
+    Raises:
+        CheckpointError: if the file is damaged or belongs to another network or optimizer.
+    """
+    try:
+        with safe_open(path, framework="numpy") as stream:
+            metadata = stream.metadata() or {}
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+        text, expected = metadata["checkpoint"], metadata["sha256"]
+        if state_hash(tensors, text) != expected:
+            raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one stored in it")
+        content = json.loads(text)
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged or no checkpoint ({error})") from error
+    if content["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path} has checkpoint format {content['format']}; this version reads {FORMAT}"
+        )
+    return _fill(path, template, tensors), content["progress"]
+
+
+def _fill(path: Path, template: State, tensors: Mapping[str, np.ndarray]) -> State:
+    flat, tree = jax.tree_util.tree_flatten_with_path(template)
+    names = [jax.tree_util.keystr(place) for place, _ in flat]
+    wanted = {name: np.shape(leaf) for name, (_, leaf) in zip(names, flat, strict=True)}
+    given = {name: array.shape for name, array in tensors.items()}
+    if wanted != given:
+        differing = sorted(n for n in {*wanted, *given} if wanted.get(n) != given.get(n))
+        raise CheckpointError(
+            f"{path} belongs to another network or optimizer: {len(differing)} tensors differ, "
+            f"first {differing[0]} (here {wanted.get(differing[0])}, "
+            f"there {given.get(differing[0])})"
+        )
+    return jax.tree_util.tree_unflatten(tree, [tensors[name] for name in names])
+
+
+class CheckpointFolder:
+    """The newest checkpoints of a run, as files ``step-NNNNNNNNN.safetensors``."""
+
+    def __init__(self, folder: Path, keep_latest: int) -> None:
+        """Use a folder; it is made at the first save.
+
+        Args:
+            folder: for the files.
+            keep_latest: how many of them stay.
+        """
+        self.folder = folder
+        self.keep_latest = keep_latest
+
+    def files(self) -> list[Path]:
+        """The checkpoints there are, newest first."""
+        return sorted(self.folder.glob("step-*.safetensors"), reverse=True)
+
+    def save(self, state: Any, progress: Mapping[str, Any], step: int) -> Path:
+        """Write the checkpoint of a step, then delete those beyond ``keep_latest``.
+
+        Raises:
+            CheckpointError: if it cannot be written; the older ones are untouched then.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{step:09d}.safetensors"
+        save(path, state, progress)
+        for old in self.files()[self.keep_latest :]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def restore(self, template: State) -> tuple[State, dict[str, Any]] | None:
+        """The newest undamaged checkpoint, or None where there is none at all.
+
+        Raises:
+            CheckpointError: if there are checkpoints and not one is usable.
+        """
+        problems = []
+        for path in self.files():
+            try:
+                return load(path, template)
+            except CheckpointError as error:
+                _log.warning("%s; trying the one before", error)
+                problems.append(str(error))
+        if problems:
+            raise CheckpointError("no checkpoint is usable: " + "; ".join(problems))
+        return None

@@ -1,0 +1,494 @@
+"""Recipes: the typed schema of a training run, read from YAML with line numbers in every error.
+
+A recipe holds every row of a published model card under the card's own name. Unknown keys, wrong
+types and duplicate keys are refused with file, line, column and the nearest known key; a value can
+be overridden with ``section.key=value``. YAML 1.2 is read (``1e-3`` is a number, ``No`` is text).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import io
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from mlip_md.elements import symbol
+from mlip_md.errors import ConfigError
+from mlip_md.networks.config import CONFIGS, NetworkConfig, config_from_dict, config_to_dict
+
+SYMBOLS = {symbol(z): z for z in range(1, 119)}
+"""Atomic number by symbol."""
+
+RECIPES = Path(__file__).parent / "recipes"
+
+ALIASES = {
+    ("model", "avg_um_neighbors"): "avg_num_neighbors",
+    ("data", "graph_cutoff_angstrom"): "cutoff",
+    ("data", "cutoff_angstrom"): "cutoff",
+    ("train", "ema_decay_rate"): "ema_decay",
+}
+"""Other spellings of keys, among them the published cards' own, and what they mean here."""
+
+SYNONYMS = {
+    "lr": "init_learning_rate",
+    "learning_rate": "init_learning_rate",
+    "clip": "grad_norm",
+    "max_grad_norm": "grad_norm",
+    "max_epochs": "epochs",
+    "num_epochs": "epochs",
+    "r_max": "cutoff",
+    "channels": "num_channels",
+    "num_interactions": "num_layers",
+    "ema": "ema_decay",
+    "loss_weight": "weight",
+}
+"""Words of other programs; used only to suggest a key, never accepted."""
+
+
+class Section(BaseModel):
+    """Base of all parts of a recipe: no unknown keys, no silent conversions, immutable."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class WeightStep(Section):
+    """A value of a loss weight and the first epoch (counted from 1) in which it holds."""
+
+    from_epoch: int = Field(ge=0)
+    value: float = Field(ge=0, allow_inf_nan=False)
+
+
+class LossTermConfig(Section):
+    """One term of the loss: a constant weight, or a schedule of steps with ascending epochs."""
+
+    weight: float | list[WeightStep]
+
+    @field_validator("weight")
+    @classmethod
+    def _check_schedule(cls, weight: float | list[WeightStep]) -> float | list[WeightStep]:
+        if not isinstance(weight, list):
+            if not 0 <= weight < float("inf"):
+                raise ValueError("must be a number of at least 0")
+            return weight
+        epochs = [step.from_epoch for step in weight]
+        if not epochs or epochs[0] > 1 or epochs != sorted(set(epochs)):
+            raise ValueError("from_epoch must start at 0 or 1 and ascend")
+        return weight
+
+
+class LossConfig(Section):
+    """The loss; its terms are defined in ``mlip_md.trainer.loss``.
+
+    Attributes:
+        kind: "mse" or "huber".
+        delta: of the Huber loss, eV per atom and eV/Å.
+        energy: weight of the squared error per atom, 1/eV².
+        forces: weight of the squared force error, Å²/eV².
+        stress: weight of the squared stress error, Å⁶/eV²; 0 leaves stresses out.
+    """
+
+    kind: Literal["mse", "huber"] = "mse"
+    delta: float = Field(default=0.01, gt=0)
+    energy: LossTermConfig = LossTermConfig(weight=1.0)
+    forces: LossTermConfig = LossTermConfig(weight=25.0)
+    stress: LossTermConfig = LossTermConfig(weight=0.0)
+
+
+class OptimizerConfig(Section):
+    """AMSGrad and its learning-rate schedule (steps are batches, from 0).
+
+    Attributes:
+        kind: "amsgrad".
+        init_learning_rate: at step 0.
+        peak_learning_rate: reached linearly after warmup_steps.
+        final_learning_rate: reached linearly after further transition_steps, then kept.
+        weight_decay: L2 decay added to the gradient before clipping.
+        warmup_steps: length of the warm-up.
+        transition_steps: length of the decay to the final learning rate.
+        grad_norm: global norm to which gradients are clipped.
+        num_gradient_accumulation_steps: batches whose gradients are averaged before an update.
+    """
+
+    kind: Literal["amsgrad"] = "amsgrad"
+    init_learning_rate: float = Field(default=0.01, ge=0, allow_inf_nan=False)
+    peak_learning_rate: float = Field(default=0.01, gt=0, allow_inf_nan=False)
+    final_learning_rate: float = Field(default=0.01, ge=0, allow_inf_nan=False)
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    warmup_steps: int = Field(default=4000, ge=0)
+    transition_steps: int = Field(default=360000, ge=1)
+    grad_norm: float = Field(default=500.0, gt=0)
+    num_gradient_accumulation_steps: int = Field(default=1, ge=1)
+
+
+class SplitConfig(Section):
+    """Fractions for each use, sum 1; by group, conformers of a molecule stay together."""
+
+    train: float = Field(default=0.9, gt=0, le=1)
+    validation: float = Field(default=0.1, ge=0, lt=1)
+    test: float = Field(default=0.0, ge=0, lt=1)
+    by: Literal["group", "structure"] = "group"
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _check_sum(self) -> SplitConfig:
+        total = self.train + self.validation + self.test
+        if abs(total - 1.0) > 1e-6:
+            raise ValueError(f"train + validation + test must be 1, not {total:g}")
+        return self
+
+
+class CurationConfig(Section):
+    """Filters on the structures; null switches one off.
+
+    Attributes:
+        elements: symbols; keep only structures of these elements.
+        neutral_only: keep only structures of total charge 0.
+        one_bond_per_hydrogen: keep only structures whose hydrogens have exactly one bond.
+        max_net_force: eV/Å, largest allowed norm of the sum of all forces.
+        max_force: eV/Å, largest allowed norm of a force.
+    """
+
+    elements: list[str] | None = None
+    neutral_only: bool = True
+    one_bond_per_hydrogen: bool = True
+    max_net_force: float | None = Field(default=0.1, gt=0)
+    max_force: float | None = Field(default=15.0, gt=0)
+
+    @field_validator("elements")
+    @classmethod
+    def _check_symbols(cls, elements: list[str] | None) -> list[str] | None:
+        unknown = [name for name in elements or [] if name not in SYMBOLS]
+        if unknown:
+            raise ValueError(f"not symbols of elements: {', '.join(unknown)}")
+        return elements
+
+
+class DataConfig(Section):
+    """Where the structures come from and how they are batched.
+
+    Attributes:
+        path: file or folder of the data set, or a list of them.
+        validation: file(s) used for validation instead of a split of ``path``.
+        test: file(s) used for the final test instead of a split of ``path``.
+        split: "file" for the marks in the file itself, or fractions.
+        curate: filters; null keeps everything readable.
+        cutoff: Å, radius of the neighborhoods.
+        max_n_node: atoms per structure for which batches are sized, on average; null: measured.
+        max_n_edge: undirected edges per structure, likewise.
+        batch_size: most structures in a batch. Batches are padded to batch_size·max_n_node + 1
+            nodes, 2·batch_size·max_n_edge edges and batch_size + 1 structures.
+        on_oversize: what to do with a structure that fits into no batch.
+    """
+
+    path: str | list[str] = ""
+    validation: str | list[str] | None = None
+    test: str | list[str] | None = None
+    split: Literal["file"] | SplitConfig = SplitConfig()
+    curate: CurationConfig | None = CurationConfig()
+    cutoff: float = Field(default=5.0, gt=0)
+    max_n_node: int | None = Field(default=None, ge=1)
+    max_n_edge: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+    on_oversize: Literal["error", "drop"] = "error"
+
+
+class TrainConfig(Section):
+    """Length of the training, averaging of weights, choice of the best model.
+
+    Attributes:
+        epochs: passes over the training set, counted from 1.
+        ema_decay: d of the exponential moving average of the weights.
+        select_energy_weight: 1/Å; the best model has the lowest
+            forces_rmse + select_energy_weight · energy_rmse_per_atom on the validation set. The
+            search starts anew when the loss weights change.
+    """
+
+    epochs: int = Field(default=220, ge=1)
+    ema_decay: float = Field(default=0.99, ge=0, lt=1)
+    select_energy_weight: float = Field(default=10.0, ge=0)
+
+
+class CheckpointConfig(Section):
+    """When the complete state is written; always at the end of an epoch and on interruption."""
+
+    every_steps: int = Field(default=1000, ge=1)
+    every_minutes: float = Field(default=15.0, gt=0)
+    keep_latest: int = Field(default=2, ge=1)
+
+
+class FaultConfig(Section):
+    """What to do when a step gives NaN or infinity: it is never applied; after so many stop."""
+
+    max_bad_steps_in_row: int = Field(default=5, ge=1)
+
+
+class LogConfig(Section):
+    """How often a step is logged, and whether plots are drawn."""
+
+    every_steps: int = Field(default=50, ge=1)
+    plots: bool = True
+
+
+class Recipe(Section):
+    """A whole training run.
+
+    Attributes:
+        name: of the potential; goes into the model file.
+        description: free text; goes into the model file.
+        seed: of the initial weights and of the order of the structures.
+        model: ``kind`` (mace or nequip) and the hyperparameters of the network.
+        data: data set, cutoff, batches.
+        loss: terms and weights.
+        optimizer: learning rates, clipping, accumulation.
+        train: epochs, averaging, choice of the best model.
+        checkpoint: when the state is saved.
+        faults: guard against NaN.
+        log: how much is written.
+    """
+
+    name: str = "potential"
+    description: str = ""
+    seed: int = Field(default=42, ge=0)
+    model: dict[str, Any] = Field(default_factory=lambda: {"kind": "mace"})
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultConfig = FaultConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def network(self) -> NetworkConfig:
+        """The validated hyperparameters of the network."""
+        fields = {name: value for name, value in self.model.items() if name != "kind"}
+        return config_from_dict(self.model["kind"], fields)
+
+    def plain(self) -> dict[str, Any]:
+        """All values, defaults included, as plain JSON values."""
+        values = self.model_dump(mode="json")
+        values["model"] = {"kind": self.model["kind"], **config_to_dict(self.network)}
+        return values
+
+
+@dataclasses.dataclass(frozen=True)
+class Origins:
+    """Where each value of a recipe came from, for messages and for the resolved recipe."""
+
+    file: str
+    lines: Mapping[tuple[str | int, ...], tuple[int, int]]
+    overrides: frozenset[tuple[str | int, ...]]
+
+    def prefix(self, path: Sequence[str | int]) -> str:
+        """Text before a message on a key: ``train.yaml:3:3: optimizer.lrr``."""
+        name = ".".join(str(p) for p in path)
+        for end in range(len(path), 0, -1):
+            key = tuple(path[:end])
+            if key in self.overrides:
+                return f"--set {name}"
+            if key in self.lines:
+                line, column = self.lines[key]
+                return f"{self.file}:{line}:{column}: {name}"
+        return f"{self.file}: {name}" if name else self.file
+
+    def of(self, path: Sequence[str | int]) -> str:
+        """Short note on the origin of a value: ``default``, ``train.yaml:3`` or ``--set``."""
+        prefix = self.prefix(path)
+        if prefix.startswith("--set"):
+            return "--set"
+        return (
+            f"{self.file}:{self.lines[tuple(path)][0]}" if tuple(path) in self.lines else "default"
+        )
+
+
+def recipe_path(name_or_path: str) -> Path:
+    """The file of a recipe: a path, or the name of a shipped recipe such as ``mace-spice2``.
+
+    Raises:
+        ConfigError: if there is neither.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    shipped = RECIPES / f"{name_or_path.replace('-', '_')}.yaml"
+    if shipped.is_file():
+        return shipped
+    names = ", ".join(sorted(p.stem.replace("_", "-") for p in RECIPES.glob("*.yaml")))
+    raise ConfigError(f"there is no recipe {name_or_path}; give the path of one, or one of {names}")
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[Recipe, Origins]:
+    """Read and check a recipe.
+
+    Args:
+        name_or_path: of the YAML file, or the name of a shipped recipe.
+        overrides: ``section.key=value`` strings; the value is read as YAML.
+
+    Returns:
+        The recipe and where its values came from.
+
+    Raises:
+        ConfigError: on unreadable YAML, unknown keys or bad values, with file, line and column.
+    """
+    path = recipe_path(name_or_path)
+    tree = _read_yaml(path.read_text(encoding="utf-8"), path.name)
+    lines = dict(_positions(tree))
+    values = _plain(tree)
+    changed = set()
+    for override in overrides:
+        changed.add(_apply_override(values, override))
+    origins = Origins(path.name, lines, frozenset(changed))
+    _resolve_aliases(values, origins)
+    return _validate(values, origins), origins
+
+
+def dump_resolved(recipe: Recipe, origins: Origins) -> str:
+    """The recipe as YAML with every default filled in and the origin of each value as a comment."""
+    tree = CommentedMap(recipe.plain())
+    for name, value in list(tree.items()):
+        if isinstance(value, dict):
+            section = CommentedMap(value)
+            for key in section:
+                section.yaml_add_eol_comment(origins.of((name, key)), key, column=60)
+            tree[name] = section
+        else:
+            tree.yaml_add_eol_comment(origins.of((name,)), name, column=60)
+    stream = io.StringIO()
+    YAML().dump(tree, stream)
+    return stream.getvalue()
+
+
+def _read_yaml(text: str, name: str) -> CommentedMap:
+    try:
+        tree = YAML().load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+        raise ConfigError(f"{place}: {str(error.problem).splitlines()[0]}") from error
+    except YAMLError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    if not isinstance(tree, CommentedMap):
+        raise ConfigError(f"{name}: a recipe is a map of sections (model, data, optimizer, …)")
+    return tree
+
+
+def _positions(
+    tree: Any, path: tuple[str | int, ...] = ()
+) -> Iterator[tuple[tuple[str | int, ...], tuple[int, int]]]:
+    if isinstance(tree, CommentedMap):
+        for key, value in tree.items():
+            line, column = tree.lc.key(key)
+            yield (*path, key), (line + 1, column + 1)
+            yield from _positions(value, (*path, key))
+    elif isinstance(tree, CommentedSeq):
+        for index, value in enumerate(tree):
+            line, column = tree.lc.item(index)
+            yield (*path, index), (line + 1, column + 1)
+            yield from _positions(value, (*path, index))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    return value
+
+
+def _apply_override(values: dict[str, Any], override: str) -> tuple[str | int, ...]:
+    name, equals, text = override.partition("=")
+    path = tuple(name.strip().split("."))
+    if not equals or not all(path):
+        raise ConfigError(f"--set {override}: write it as section.key=value")
+    target = values
+    for key in path[:-1]:
+        target = target.setdefault(key, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"--set {override}: {key} holds no keys")
+    try:
+        target[path[-1]] = _plain(YAML(typ="safe").load(text))
+    except YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is no YAML: {error}") from error
+    return path
+
+
+def _resolve_aliases(values: dict[str, Any], origins: Origins) -> None:
+    for (section, alias), name in ALIASES.items():
+        part = values.get(section)
+        if not isinstance(part, dict) or alias not in part:
+            continue
+        if name in part:
+            raise ConfigError(
+                f"{origins.prefix((section, alias))}: the same as {section}.{name}, which is given "
+                "too; keep one of them"
+            )
+        part[name] = part.pop(alias)
+
+
+def _validate(values: dict[str, Any], origins: Origins) -> Recipe:
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_messages(error, origins))) from error
+    kind = recipe.model.get("kind")
+    if kind not in CONFIGS:
+        raise ConfigError(
+            f"{origins.prefix(('model', 'kind'))}: {kind!r} is not allowed; it must be one of "
+            + ", ".join(CONFIGS)
+        )
+    known = [field.name for field in dataclasses.fields(CONFIGS[kind])]
+    for key in recipe.model:
+        if key != "kind" and key not in known:
+            raise ConfigError(_unknown(("model", key), known, origins))
+    try:
+        _ = recipe.network
+    except (ConfigError, TypeError) as error:
+        field = str(error).split(" ")[0]
+        raise ConfigError(f"{origins.prefix(('model', field))}: {error}") from error
+    return recipe
+
+
+def _messages(error: ValidationError, origins: Origins) -> Iterator[str]:
+    for item in error.errors():
+        path = tuple(p for p in item["loc"] if p not in ("float", "str") and not _is_type_tag(p))
+        if item["type"] == "extra_forbidden":
+            yield _unknown(path, _known_keys(path[:-1]), origins)
+        else:
+            text = item["msg"].removeprefix("Value error, ")
+            given = "" if isinstance(item["input"], dict) else f" (given: {item['input']!r})"
+            yield f"{origins.prefix(path)}: {text[:1].lower()}{text[1:]}{given}"
+
+
+def _is_type_tag(part: str | int) -> bool:
+    return isinstance(part, str) and part.startswith(("list[", "dict[", "constrained-"))
+
+
+def _known_keys(path: Sequence[str | int]) -> list[str]:
+    model: Any = Recipe
+    for part in path:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *typing.get_args(annotation)]
+        candidates += [arg for c in candidates for arg in typing.get_args(c)]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)
+
+
+def _unknown(path: Sequence[str | int], known: Sequence[str], origins: Origins) -> str:
+    key = str(path[-1])
+    words = {**{w: n for w, n in SYNONYMS.items() if n in known}, **{name: name for name in known}}
+    near = difflib.get_close_matches(key, words, n=1, cutoff=0.6)
+    hint = f"did you mean {words[near[0]]}?" if near else f"known are {', '.join(known)}"
+    return f"{origins.prefix(path)}: unknown key; {hint}"

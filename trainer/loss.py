@@ -1,0 +1,122 @@
+"""Training losses: weighted energy, force and stress terms, each a mean per structure first.
+
+L = 1/G Σ_g [ w_E ℓ_E(g) + w_F ℓ_F(g) + w_S ℓ_S(g) ] over the G real structures of a batch.
+
+* MSE: ℓ_E = (ΔE / N_g)², ℓ_F = 1/N_g Σ_i mean_xyz ΔF², ℓ_S = mean of the nine ΔS².
+* Huber (P. J. Huber, Ann. Math. Statist. 35, 73 (1964)): ½e² for |e| <= δ, δ(|e| - ½δ) beyond;
+  on ΔE / N_g, on every ΔF component and on every ΔS component. For forces δ shrinks with the
+  reference force ("adaptive" Huber of MACE): δ·{1, 0.7, 0.4, 0.1} for |F| below 100, in (100, 200),
+  in (200, 300) and elsewhere, in eV/Å; exactly 100, 200 and 300 fall in the last class.
+
+The mean per structure comes first, so a small molecule weighs as much as a large one; it is the
+definition with which the published MACE and NequIP organics models were trained.
+The weights are traced values: changing them between epochs recompiles nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mlip_md.graph import sum_per_graph
+from mlip_md.potential import Prediction
+from mlip_md.trainer.config import LossConfig, WeightStep
+from mlip_md.trainer.data.batching import Batch
+
+FORCE_CLASSES = ((0.0, 100.0, 1.0), (100.0, 200.0, 0.7), (200.0, 300.0, 0.4))
+"""Reference force norms (eV/Å) above and below which a Huber δ is multiplied by the last number."""
+LARGEST_FORCE_FACTOR = 0.1
+
+
+class LossWeights(NamedTuple):
+    """Weights of the loss terms in one epoch: w_E, w_F (Å²), w_S (Å⁶) on squared errors in eV."""
+
+    energy: np.ndarray
+    forces: np.ndarray
+    stress: np.ndarray
+
+
+def weight_at(schedule: float | list[WeightStep], epoch: int) -> float:
+    """The value of a weight in an epoch (counted from 1): that of the last step reached."""
+    if not isinstance(schedule, list):
+        return schedule
+    return [step.value for step in schedule if step.from_epoch <= epoch][-1]
+
+
+def weights_at(loss: LossConfig, epoch: int) -> LossWeights:
+    """All weights of an epoch, epochs counted from 1; epoch 0 is the evaluation before training."""
+    terms = (loss.energy, loss.forces, loss.stress)
+    return LossWeights(*(np.float32(weight_at(term.weight, epoch)) for term in terms))
+
+
+def stage_at(loss: LossConfig, epoch: int) -> int:
+    """Training stage (from 1) that an epoch belongs to: each change of weights begins a new one."""
+    values = [tuple(float(w) for w in weights_at(loss, e)) for e in range(1, max(epoch, 1) + 1)]
+    return 1 + sum(a != b for a, b in itertools.pairwise(values))
+
+
+def force_deltas(reference: jax.Array, delta: float) -> jax.Array:
+    """Huber δ per atom (n_nodes, 1) from reference forces (n_nodes, 3) eV/Å."""
+    norms = jnp.linalg.norm(reference, axis=-1, keepdims=True)
+    factors = jnp.full_like(norms, LARGEST_FORCE_FACTOR)
+    for low, high, factor in FORCE_CLASSES:
+        inside = (norms < high) if low == 0.0 else (norms > low) & (norms < high)
+        factors = jnp.where(inside, factor, factors)
+    return delta * factors
+
+
+def huber(error: jax.Array, delta: jax.Array | float) -> jax.Array:
+    """½e² for |e| <= δ, δ(|e| - ½δ) beyond; element by element."""
+    size = jnp.abs(error)
+    quadratic = jnp.minimum(size, delta)
+    return 0.5 * quadratic**2 + delta * (size - quadratic)
+
+
+def structure_losses(
+    loss: LossConfig, prediction: Prediction, batch: Batch
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Unweighted ℓ_E, ℓ_F, ℓ_S of every structure, (n_graphs,) each; see the module's text."""
+    graph = batch.graph
+    atoms = jnp.maximum(sum_per_graph(jnp.ones(graph.n_nodes), graph), 1.0)
+    energy_error = (prediction.energy - batch.energy) / atoms
+    force_error = prediction.forces - batch.forces
+    if loss.kind == "mse":
+        energy_terms, force_terms = energy_error**2, force_error**2
+    else:
+        energy_terms = huber(energy_error, loss.delta)
+        force_terms = huber(force_error, force_deltas(batch.forces, loss.delta))
+    force_loss = sum_per_graph(jnp.mean(force_terms, axis=-1), graph) / atoms
+    if batch.stress is None:
+        return energy_terms, force_loss, jnp.zeros_like(energy_terms)
+    stress_error = prediction.stress - batch.stress
+    stress_terms = stress_error**2 if loss.kind == "mse" else huber(stress_error, loss.delta)
+    stress_loss = jnp.mean(stress_terms, axis=(1, 2))
+    return energy_terms, force_loss, jnp.where(batch.stress_mask, stress_loss, 0.0)
+
+
+def batch_loss(
+    loss: LossConfig,
+    prediction: Prediction,
+    batch: Batch,
+    weights: LossWeights,
+    structure_weights: jax.Array | None = None,
+) -> jax.Array:
+    """The loss of a batch, a scalar; padding does not count.
+
+    Args:
+        loss: kind and δ.
+        prediction: of the network, for the batch's graph.
+        batch: graph and reference values.
+        weights: of the terms, in the present epoch.
+        structure_weights: (n_graphs,) factors ω_g on the structures' losses; None is 1.
+    """
+    terms = structure_losses(loss, prediction, batch)
+    total = sum(w * term for w, term in zip(weights, terms, strict=True))
+    if structure_weights is not None:
+        total = total * structure_weights
+    mask = jnp.asarray(batch.graph.graph_mask)
+    return jnp.sum(jnp.where(mask, total, 0.0)) / jnp.maximum(jnp.sum(mask), 1)

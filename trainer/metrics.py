@@ -1,0 +1,92 @@
+"""Errors of a potential on a data set, defined once for training, validation and evaluation.
+
+With ΔE_g = E - E_ref of structure g (eV), N_g its atoms, ΔF_ic one force component (eV/Å):
+
+* energy_mae, energy_rmse: mean |ΔE_g|, √mean ΔE_g² over structures, eV.
+* energy_mae_per_atom, energy_rmse_per_atom: the same of ΔE_g / N_g, eV/atom.
+* forces_mae, forces_rmse: over all components of all atoms of the data set, eV/Å.
+
+Roots are taken last, of sums over the whole data set; how it was batched cannot matter. (The logs
+behind the published cards average such force errors per batch, weighted by its structures, so they
+depend slightly on the batching; for one batch the numbers are the same.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mlip_md.graph import sum_per_graph
+from mlip_md.potential import Prediction
+from mlip_md.trainer.data.batching import Batch
+
+Sums = dict[str, jax.Array]
+
+
+def error_sums(prediction: Prediction, batch: Batch) -> Sums:
+    """Sums of absolute and squared errors over the real structures and atoms of a batch."""
+    graph = batch.graph
+    graph_mask = jnp.asarray(graph.graph_mask)
+    node_mask = jnp.asarray(graph.node_mask)[:, None]
+    atoms = jnp.maximum(sum_per_graph(jnp.ones(graph.n_nodes), graph), 1.0)
+    energy = jnp.where(graph_mask, prediction.energy - batch.energy, 0.0)
+    forces = jnp.where(node_mask, prediction.forces - batch.forces, 0.0)
+
+    return {
+        "structures": jnp.sum(graph_mask),
+        "components": 3 * jnp.sum(node_mask),
+        "energy_abs": jnp.sum(jnp.abs(energy)),
+        "energy_sq": jnp.sum(energy**2),
+        "energy_per_atom_abs": jnp.sum(jnp.abs(energy / atoms)),
+        "energy_per_atom_sq": jnp.sum((energy / atoms) ** 2),
+        "forces_abs": jnp.sum(jnp.abs(forces)),
+        "forces_sq": jnp.sum(forces**2),
+    }
+
+
+def structure_sums(energy_error: float, force_errors: np.ndarray) -> dict[str, float]:
+    """The same sums for one structure: its ΔE (eV) and ΔF (n, 3) eV/Å."""
+    n_atoms = len(force_errors)
+    return {
+        "structures": 1,
+        "components": 3 * n_atoms,
+        "energy_abs": abs(energy_error),
+        "energy_sq": energy_error**2,
+        "energy_per_atom_abs": abs(energy_error) / n_atoms,
+        "energy_per_atom_sq": (energy_error / n_atoms) ** 2,
+        "forces_abs": float(np.abs(force_errors).sum()),
+        "forces_sq": float(np.square(force_errors).sum()),
+    }
+
+
+def add_sums(total: dict[str, float], sums: Mapping[str, object]) -> None:
+    """Add a batch's sums to running totals, in double precision."""
+    for name, value in sums.items():
+        total[name] = total.get(name, 0.0) + float(value)  # type: ignore[arg-type] # 0-d arrays
+
+
+def errors(total: Mapping[str, float]) -> dict[str, float]:
+    """The errors defined above from sums over a data set; NaN for an empty one."""
+    structures = total.get("structures", 0.0) or math.nan
+    components = total.get("components", 0.0) or math.nan
+    return {
+        "energy_mae": total.get("energy_abs", 0.0) / structures,
+        "energy_rmse": math.sqrt(total.get("energy_sq", 0.0) / structures),
+        "energy_mae_per_atom": total.get("energy_per_atom_abs", 0.0) / structures,
+        "energy_rmse_per_atom": math.sqrt(total.get("energy_per_atom_sq", 0.0) / structures),
+        "forces_mae": total.get("forces_abs", 0.0) / components,
+        "forces_rmse": math.sqrt(total.get("forces_sq", 0.0) / components),
+    }
+
+
+def selection_score(values: Mapping[str, float], energy_weight: float) -> float:
+    """The number by which the best model is chosen, eV/Å; it knows no loss weights.
+
+    score = forces_rmse + energy_weight · energy_rmse_per_atom, energy_weight in 1/Å. The default
+    of 10/Å makes 1 meV/atom as important as 10 meV/Å, about the ratio that good potentials reach.
+    """
+    return values["forces_rmse"] + energy_weight * values["energy_rmse_per_atom"]

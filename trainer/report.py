@@ -1,0 +1,96 @@
+"""Pictures and tables of a run: learning curves, parity plots, errors by subset."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mlip_md import model_file
+from mlip_md.trainer.evaluate import Evaluation, evaluate_in_detail, write_json
+from mlip_md.trainer.runlog import RunLog
+from mlip_md.trainer.step import EvalStep
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from mlip_md.trainer.dataset import TrainingData
+
+MAX_POINTS = 50_000
+"""Points of a parity plot; of more, evenly spaced ones are drawn."""
+
+
+def write_report(folder: Path, step: EvalStep, data: TrainingData) -> Evaluation:
+    """Write ``report/`` of a run: curves.png, parity.png, errors.json.
+
+    Args:
+        folder: of the run, with ``metrics.csv`` and ``model.safetensors``.
+        step: the compiled evaluation of the run's network.
+        data: of the run; its test part is evaluated, without one the validation part.
+
+    Returns:
+        The evaluation of the run's model.
+    """
+    part = "test" if data.test is not None else "validation"
+    potential = model_file.load(folder / "model.safetensors")
+    evaluation = evaluate_in_detail(
+        step,
+        potential.params,
+        data.parts()[part],
+        data.budget,
+        data.subsets[part],
+        on_oversize=data.on_oversize,
+    )
+    report = folder / "report"
+    report.mkdir(exist_ok=True)
+    write_json(evaluation, report / f"errors-{part}.json")
+    draw_parity(evaluation, report / "parity.png", part)
+    draw_curves(RunLog(folder).rows(), report / "curves.png")
+    return evaluation
+
+
+def draw_curves(rows: list[dict[str, float]], path: Path) -> None:
+    """Draw training loss and validation errors by epoch; dashed lines are changes of weights."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    panels = figure.subplots(1, 3)
+    epochs = [row["epoch"] for row in rows]
+    curves = (
+        ("loss", 1.0, "training loss"),
+        ("validation_energy_rmse_per_atom", 1e3, "energy RMSE (meV/atom), validation"),
+        ("validation_forces_rmse", 1e3, "force RMSE (meV/Å), validation"),
+    )
+    changes = [b["epoch"] for a, b in itertools.pairwise(rows) if a["stage"] != b["stage"]]
+    for panel, (name, factor, label) in zip(panels, curves, strict=True):
+        panel.semilogy(epochs, [factor * row[name] for row in rows], ".-")
+        for epoch in changes:
+            panel.axvline(epoch - 0.5, color="gray", linestyle="--")
+        panel.set(xlabel="epoch", title=label)
+        panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def draw_parity(evaluation: Evaluation, path: Path, part: str) -> None:
+    """Draw predicted against reference energies and forces."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    errors = evaluation.overall
+    _parity(left, evaluation.energies, "interaction energy (eV/atom)")
+    left.set_title(f"{part}: RMSE {1e3 * errors['energy_rmse_per_atom']:.2f} meV/atom")
+    _parity(right, evaluation.forces, "force component (eV/Å)")
+    right.set_title(f"{part}: RMSE {1e3 * errors['forces_rmse']:.1f} meV/Å")
+    figure.savefig(path, dpi=120)
+
+
+def _parity(panel: Axes, pairs: np.ndarray, what: str) -> None:
+    pairs = pairs[:: 1 + len(pairs) // MAX_POINTS]
+    limits = (float(pairs[:, 0].min()), float(pairs[:, 0].max()))
+    panel.plot(limits, limits, color="gray", linewidth=1)
+    panel.plot(pairs[:, 0], pairs[:, 1], ",", rasterized=True)
+    panel.set(xlabel=f"reference {what}", ylabel=f"predicted {what}")
+    panel.grid(alpha=0.3)

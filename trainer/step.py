@@ -1,0 +1,131 @@
+"""One training step and one validation step, as pure functions that are compiled once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from mlip_md.potential import Apply, Prediction, predict
+from mlip_md.trainer.config import Recipe
+from mlip_md.trainer.data.batching import Batch
+from mlip_md.trainer.loss import LossWeights, batch_loss
+from mlip_md.trainer.metrics import Sums, error_sums
+from mlip_md.trainer.optimizer import debiased_ema, make_optimizer, update_ema
+
+Params = Any
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that a training step changes.
+
+    Attributes:
+        params: weights of the network.
+        opt_state: of the optimizer, its learning-rate counter included.
+        ema: running average of the weights, started at zero (see ``debiased_ema``).
+        updates: () int32, weight updates made.
+        micro_step: () int32, batches since the last update (gradient accumulation).
+        bad_steps: () int32, steps refused for NaN or infinity, in all.
+        bad_in_row: () int32, those since the last good step.
+    """
+
+    params: Params
+    opt_state: optax.OptState
+    ema: Params
+    updates: jax.Array
+    micro_step: jax.Array
+    bad_steps: jax.Array
+    bad_in_row: jax.Array
+
+
+class StepLog(NamedTuple):
+    """What a step tells the host: loss, norm of its gradient, bad steps in a row, structures."""
+
+    loss: jax.Array
+    gradient_norm: jax.Array
+    bad_in_row: jax.Array
+    structures: jax.Array
+
+
+TrainStep = Callable[[TrainState, Batch, LossWeights], tuple[TrainState, StepLog]]
+EvalStep = Callable[[Params, Batch], tuple[Prediction, Sums]]
+
+
+def init_state(recipe: Recipe, params: Params) -> TrainState:
+    """The state before the first step, on the device."""
+    params = jax.tree_util.tree_map(jnp.array, params)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        params=params,
+        opt_state=make_optimizer(recipe.optimizer).init(params),
+        ema=jax.tree_util.tree_map(jnp.zeros_like, params),
+        updates=zero,
+        micro_step=zero + 0,
+        bad_steps=zero + 0,
+        bad_in_row=zero + 0,
+    )
+
+
+def make_train_step(apply: Apply, recipe: Recipe) -> TrainStep:
+    """The compiled step ``(state, batch, weights) -> (state, log)``.
+
+    A step whose loss or gradient is not finite changes nothing but the counters of bad steps. The
+    old state's memory is reused for the new one (donated); do not touch it afterwards.
+    """
+    optimizer = make_optimizer(recipe.optimizer)
+    every, decay = recipe.optimizer.num_gradient_accumulation_steps, recipe.train.ema_decay
+
+    def loss_of(params: Params, batch: Batch, weights: LossWeights) -> jax.Array:
+        return batch_loss(recipe.loss, predict(apply, params, batch.graph), batch, weights)
+
+    def good_step(state: TrainState, gradient: Params) -> TrainState:
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        complete = state.micro_step + 1 == every
+        averaged = update_ema(state.ema, params, decay)
+        return state.replace(
+            params=params,
+            opt_state=opt_state,
+            ema=_select(complete, averaged, state.ema),
+            updates=state.updates + complete,
+            micro_step=jnp.where(complete, 0, state.micro_step + 1),
+            bad_in_row=jnp.zeros_like(state.bad_in_row),
+        )
+
+    def step(state: TrainState, batch: Batch, weights: LossWeights) -> tuple[TrainState, StepLog]:
+        loss, gradient = jax.value_and_grad(loss_of)(state.params, batch, weights)
+        norm = optax.global_norm(gradient)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        refused = state.replace(bad_steps=state.bad_steps + 1, bad_in_row=state.bad_in_row + 1)
+        state = _select(finite, good_step(state, gradient), refused)
+        return state, StepLog(loss, norm, state.bad_in_row, jnp.sum(batch.graph.graph_mask))
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_eval_step(apply: Apply, scaling_mean: float = 0.0, scaling_stdev: float = 1.0) -> EvalStep:
+    """The compiled evaluation ``(params, batch) -> (prediction, sums of errors)``."""
+
+    def step(params: Params, batch: Batch) -> tuple[Prediction, Sums]:
+        prediction = predict(
+            apply, params, batch.graph, scaling_mean=scaling_mean, scaling_stdev=scaling_stdev
+        )
+        return prediction, error_sums(prediction, batch)
+
+    return jax.jit(step)
+
+
+def averaged_params(state: TrainState, decay: float) -> Params:
+    """The debiased running average of the weights; the weights themselves before any update."""
+    if int(state.updates) == 0:
+        return state.params
+    return debiased_ema(state.ema, state.updates, decay)
+
+
+def _select(condition: jax.Array, chosen: Any, other: Any) -> Any:
+    return jax.tree_util.tree_map(lambda a, b: jnp.where(condition, a, b), chosen, other)

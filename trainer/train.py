@@ -1,0 +1,418 @@
+"""The training loop: epochs of steps, validation, choice of the best model, interruption, resume.
+
+What happens in which order is written here and nowhere else; there are no callbacks. A run is a
+pure function of its recipe and data (on one CPU device): the order of the structures depends on
+(seed, epoch) only, and a checkpoint holds everything else, so an interrupted and resumed run ends
+with the same bits as one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+import mlip_md
+from mlip_md import model_file
+from mlip_md.errors import CheckpointError, ConfigError, NonFiniteError
+from mlip_md.networks import build_network
+from mlip_md.potential import Potential
+from mlip_md.trainer import metrics
+from mlip_md.trainer.checkpoint import CheckpointFolder, write_atomically
+from mlip_md.trainer.config import Origins, Recipe, dump_resolved
+from mlip_md.trainer.dataset import TrainingData, batches
+from mlip_md.trainer.evaluate import evaluate_store
+from mlip_md.trainer.interrupt import Interruptions
+from mlip_md.trainer.loss import LossWeights, stage_at, weights_at
+from mlip_md.trainer.optimizer import learning_rate_schedule
+from mlip_md.trainer.runlog import Echo, RunLog
+from mlip_md.trainer.step import (
+    StepLog,
+    averaged_params,
+    init_state,
+    make_eval_step,
+    make_train_step,
+)
+
+IN_FLIGHT = 2
+"""Steps that may wait on the device; unbounded queues can deadlock and hold memory."""
+
+Resume = Literal["auto", "never", "must"]
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands; saved with every checkpoint.
+
+    Attributes:
+        epoch: the epoch being trained, counted from 1.
+        batch: its batches that are done.
+        step: batches done in all epochs.
+        validated: last epoch that was validated; -1 before the evaluation of the start.
+        best: per stage (as text, from "1"): epoch, score and errors of its best model.
+        sums: over the present epoch: loss, gradient_norm, batches, structures, seconds, bad.
+    """
+
+    epoch: int = 1
+    batch: int = 0
+    step: int = 0
+    validated: int = -1
+    best: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def add(self, **values: float) -> None:
+        """Add to the sums of the present epoch."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        status: "done", or why it was interrupted: "terminated", "keyboard", "time".
+        folder: of the run.
+        epoch: last epoch that was validated.
+        errors: validation errors of the model in ``model.safetensors``.
+    """
+
+    status: Literal["done", "terminated", "keyboard", "time"]
+    folder: Path
+    epoch: int
+    errors: Mapping[str, float]
+
+
+class Trainer:
+    """One run of a recipe on prepared data, in one folder."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: TrainingData,
+        folder: Path,
+        *,
+        origins: Origins | None = None,
+        echo: Echo | None = None,
+    ) -> None:
+        """Build the network and its first weights; nothing is written yet.
+
+        Args:
+            recipe: of the run.
+            data: prepared training, validation and test sets.
+            folder: of the run; made if needed.
+            origins: of the recipe's values, for ``config.resolved.yaml``.
+            echo: called with every line of the log.
+        """
+        self.recipe, self.data, self.folder, self.origins = recipe, data, folder, origins
+        statistics = data.statistics
+        network = build_network(
+            recipe.network,
+            num_species=len(statistics.elements),
+            cutoff=recipe.data.cutoff,
+            avg_num_neighbors=statistics.avg_num_neighbors,
+            avg_r_min=statistics.avg_r_min,
+        )
+        example = data.example()
+        self.state = init_state(recipe, network.init(jax.random.key(recipe.seed), example.graph))
+        self.train_step = make_train_step(network.apply, recipe)
+        self.eval_step = make_eval_step(network.apply)
+        self.progress = Progress()
+        self.checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint.keep_latest)
+        self._echo = echo
+        self._last_save = time.monotonic()
+
+    def run(self, resume: Resume = "auto", max_seconds: float = math.inf) -> Outcome:
+        """Train to the end of the recipe, or until interrupted.
+
+        Args:
+            resume: "auto" continues if there is a checkpoint, "must" demands one, "never" demands
+                a folder without.
+            max_seconds: after this time the state is saved and the run ends as "time".
+
+        Returns:
+            How it ended. After SIGTERM, SIGINT or the time limit the state is saved.
+
+        Raises:
+            CheckpointError: if ``resume`` does not fit the folder, or a file cannot be written.
+            NonFiniteError: if too many steps in a row gave NaN or infinity.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.log = RunLog(self.folder, self._echo)
+        self._begin(resume)
+        with Interruptions(max_seconds) as self.interruptions:
+            if self.progress.validated < 0:
+                self._validate(0, self.state.params)
+            while self.progress.epoch <= self.recipe.train.epochs:
+                if not self._train_epoch():
+                    return self._interrupted()
+                self._finish_epoch()
+            return self._finish()
+
+    def _begin(self, resume: Resume) -> None:
+        if resume == "never" and self.checkpoints.files():
+            raise CheckpointError(
+                f"{self.folder} holds checkpoints of an earlier run; choose another folder, or "
+                "continue it with --resume auto"
+            )
+        found = None if resume == "never" else self.checkpoints.restore(self.state)
+        if found is None:
+            if resume == "must":
+                raise CheckpointError(f"{self.folder} holds no checkpoint to resume from")
+            self.log.truncate(-1, -1)
+            self._describe_run()
+            return
+        state, progress = found
+        self._check_same_run(progress.pop("recipe"))
+        self.state = jax.tree_util.tree_map(jax.numpy.array, state)
+        self.progress = Progress(**progress)
+        self.log.truncate(self.progress.step, self.progress.validated)
+        self.log.line(f"resumed at epoch {self.progress.epoch}, step {self.progress.step}")
+
+    def _describe_run(self) -> None:
+        origins = self.origins or Origins("", {}, frozenset())
+        text = {
+            "config.resolved.yaml": dump_resolved(self.recipe, origins),
+            "environment.json": json.dumps(environment(), indent=1),
+            "data.json": json.dumps(self.data.description(), indent=1),
+        }
+        for name, content in text.items():
+            write_atomically(self.folder / name, content.encode())
+        weights = sum(int(np.size(p)) for p in jax.tree_util.tree_leaves(self.state.params))
+        self.log.line(
+            f"{self.recipe.name}: {self.recipe.model['kind']} with {weights:,} weights; "
+            f"{self.data.summary()}"
+        )
+
+    def _check_same_run(self, recipe: Mapping[str, Any]) -> None:
+        mine = _identity(self.recipe, self.data)
+        changed = sorted(key for key in mine if recipe.get(key) != mine[key])
+        if changed:
+            raise CheckpointError(
+                f"the checkpoints in {self.folder} were made with another recipe or data set "
+                f"(differing: {', '.join(changed)}); choose another folder"
+            )
+
+    def _train_epoch(self) -> bool:
+        """Train the rest of the present epoch; False if interrupted (the state is saved then)."""
+        progress, data = self.progress, self.data
+        plan = data.plan(self.recipe.seed, progress.epoch)[progress.batch :]
+        weights = weights_at(self.recipe.loss, progress.epoch)
+        waiting: collections.deque[tuple[np.ndarray, StepLog]] = collections.deque()
+        clock = time.monotonic()
+        for indices, batch in batches(data.train, plan, data.budget):
+            self.state, log = self.train_step(self.state, batch, weights)
+            progress.batch += 1
+            progress.step += 1
+            waiting.append((indices, log))
+            if len(waiting) > IN_FLIGHT:
+                self._note(*waiting.popleft())
+            stop = self.interruptions.reason is not None
+            if stop or self._checkpoint_due():
+                while waiting:
+                    self._note(*waiting.popleft())
+                progress.add(seconds=time.monotonic() - clock)
+                clock = time.monotonic()
+                self._save()
+            if stop:
+                return False
+        while waiting:
+            self._note(*waiting.popleft())
+        progress.add(seconds=time.monotonic() - clock)
+        return True
+
+    def _note(self, indices: np.ndarray, log: StepLog) -> None:
+        """Wait for a step and record it."""
+        loss, norm, bad = float(log.loss), float(log.gradient_norm), int(log.bad_in_row)
+        self.progress.add(batches=1, structures=float(log.structures))
+        if bad == 0:
+            self.progress.add(loss=loss, gradient_norm=norm, good=1)
+        else:
+            names = self.data.names(indices)
+            self.log.event("bad_step", step=self.progress.step, structures=names)
+            self.log.line(f"a step gave NaN or infinity and was not applied (batch: {names[0]}, …)")
+        if bad >= self.recipe.faults.max_bad_steps_in_row:
+            raise NonFiniteError(
+                f"{bad} steps in a row gave NaN or infinity near step {self.progress.step}. The "
+                f"last batch holds {', '.join(names)}. Check these labels, lower the learning "
+                "rate, or resume from the last checkpoint with another setting"
+            )
+        done = int(self.progress.sums["batches"])
+        if done % self.recipe.log.every_steps == 0:
+            step = self.progress.step
+            self.log.event("step", step=step, epoch=self.progress.epoch, loss=loss, norm=norm)
+
+    def _checkpoint_due(self) -> bool:
+        minutes = (time.monotonic() - self._last_save) / 60
+        settings = self.recipe.checkpoint
+        return self.progress.step % settings.every_steps == 0 or minutes >= settings.every_minutes
+
+    def _save(self) -> None:
+        values = dataclasses.asdict(self.progress)
+        values["recipe"] = _identity(self.recipe, self.data)
+        self.checkpoints.save(self.state, values, self.progress.step)
+        self._last_save = time.monotonic()
+
+    def _validate(self, epoch: int, params: Any) -> dict[str, float]:
+        data = self.data
+        values = evaluate_store(
+            self.eval_step, params, data.validation, data.budget, on_oversize=data.on_oversize
+        )
+        sums, weights = self.progress.sums, weights_at(self.recipe.loss, epoch)
+        good = sums.get("good", math.nan)
+        rate = learning_rate_schedule(self.recipe.optimizer)(self.progress.step)
+        row = {
+            "epoch": epoch,
+            "step": self.progress.step,
+            "stage": stage_at(self.recipe.loss, epoch),
+            "loss": sums.get("loss", math.nan) / good,
+            "gradient_norm": sums.get("gradient_norm", math.nan) / good,
+            "learning_rate": float(rate),
+            "energy_weight": float(weights.energy),
+            "forces_weight": float(weights.forces),
+            "bad_steps": int(self.state.bad_steps),
+            "seconds": round(sums.get("seconds", 0.0), 3),
+            "structures_per_second": sums.get("structures", 0.0)
+            / (sums.get("seconds") or math.nan),
+            "score": self._score(values),
+            **{f"validation_{name}": value for name, value in values.items()},
+        }
+        self.log.epoch(row)
+        self.log.line(_epoch_line(row))
+        self.progress.validated = epoch
+        return values
+
+    def _score(self, errors: Mapping[str, float]) -> float:
+        return metrics.selection_score(errors, self.recipe.train.select_energy_weight)
+
+    def _finish_epoch(self) -> None:
+        progress, epoch = self.progress, self.progress.epoch
+        params = averaged_params(self.state, self.recipe.train.ema_decay)
+        errors = self._validate(epoch, params)
+        stage, score = str(stage_at(self.recipe.loss, epoch)), self._score(errors)
+        best = progress.best.get(stage)
+        if best is None or not score >= best["score"]:
+            progress.best[stage] = {"epoch": epoch, "score": score, "errors": errors}
+            potential = self.potential(params, {"epoch": epoch, "validation": errors})
+            for name in (f"best-stage{stage}.safetensors", "model.safetensors"):
+                model_file.save(potential, self.folder / name)
+            self.log.event("best", step=progress.step, epoch=epoch, stage=stage, score=score)
+        progress.epoch, progress.batch, progress.sums = epoch + 1, 0, {}
+        self._save()
+
+    def potential(self, params: Any, training: Mapping[str, Any]) -> Potential:
+        """The potential with some weights, with all provenance.
+
+        Args:
+            params: weights.
+            training: plain values to record: epoch, errors.
+        """
+        data, statistics = self.data, self.data.statistics
+        return Potential(
+            config=self.recipe.network,
+            params=jax.tree_util.tree_map(lambda p: np.asarray(p, np.float32), params),
+            elements=statistics.elements,
+            atomic_energies=statistics.atomic_energies,
+            cutoff=self.recipe.data.cutoff,
+            avg_num_neighbors=statistics.avg_num_neighbors,
+            avg_r_min=statistics.avg_r_min,
+            info={
+                "name": self.recipe.name,
+                "description": self.recipe.description,
+                "units": {"energy": "eV", "length": "Å", "forces": "eV/Å"},
+                "made_with": f"mlip-md {mlip_md.__version__}",
+                "recipe": self.recipe.plain(),
+                "data": data.description(),
+                "training": dict(training),
+            },
+        )
+
+    def _interrupted(self) -> Outcome:
+        reason = self.interruptions.reason or "terminated"
+        self.log.line(
+            f"interrupted ({reason}) at epoch {self.progress.epoch}, step {self.progress.step}; "
+            "the state is saved, the same command continues"
+        )
+        return Outcome(reason, self.folder, self.progress.validated, self._last_errors())
+
+    def _last_errors(self) -> Mapping[str, float]:
+        best = self.progress.best
+        return best[max(best, key=int)]["errors"] if best else {}
+
+    def _finish(self) -> Outcome:
+        best = self.progress.best[max(self.progress.best, key=int)]
+        self.log.line(
+            f"done; the best model of the last stage is of epoch {best['epoch']}, "
+            f"in {self.folder / 'model.safetensors'}"
+        )
+        if self.recipe.log.plots:
+            from mlip_md.trainer.report import write_report
+
+            write_report(self.folder, self.eval_step, self.data)
+        return Outcome("done", self.folder, self.progress.validated, best["errors"])
+
+    def dry_run(self, steps: int) -> dict[str, float]:
+        """Time some steps without writing anything; the weights are thrown away.
+
+        Args:
+            steps: steps to time after the first one, which compiles.
+
+        Returns:
+            compile_seconds, seconds_per_step, structures_per_second.
+        """
+        plan = self.data.plan(self.recipe.seed, 1)[: steps + 1]
+        weights: LossWeights = weights_at(self.recipe.loss, 1)
+        times, structures = [time.monotonic()], []
+        for indices, batch in batches(self.data.train, plan, self.data.budget):
+            self.state, log = self.train_step(self.state, batch, weights)
+            if not math.isfinite(float(log.loss)):
+                raise NonFiniteError(f"the loss is not finite for {self.data.names(indices)}")
+            times.append(time.monotonic())
+            structures.append(len(indices))
+        if len(times) < 3:
+            raise ConfigError("a dry run needs at least two batches; reduce data.batch_size")
+        seconds = times[-1] - times[1]
+        return {
+            "compile_seconds": times[1] - times[0],
+            "seconds_per_step": seconds / (len(times) - 2),
+            "structures_per_second": sum(structures[1:]) / seconds,
+        }
+
+
+def environment() -> dict[str, Any]:
+    """Versions and devices that a run depends on, as plain values."""
+    import platform
+    from importlib.metadata import version
+
+    packages = ("mlip-md", "jax", "jaxlib", "flax", "optax", "e3nn-jax", "numpy", "ase", "h5py")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version(name) for name in packages},
+        "devices": [str(device) for device in jax.devices()],
+    }
+
+
+def _identity(recipe: Recipe, data: TrainingData) -> dict[str, Any]:
+    """What must not change between the parts of a run."""
+    plain = recipe.plain()
+    parts: Sequence[str] = ("seed", "model", "loss", "optimizer", "train")
+    return {**{name: plain[name] for name in parts}, "data": data.fingerprint}
+
+
+def _epoch_line(row: Mapping[str, float]) -> str:
+    meV = 1000.0
+    return (
+        f"epoch {row['epoch']:4d}  step {row['step']:8d}  loss {row['loss']:10.4g}  "
+        f"energy {meV * row['validation_energy_rmse_per_atom']:8.3f} meV/atom  "
+        f"forces {meV * row['validation_forces_rmse']:8.2f} meV/Å (rmse)  "
+        f"{row['structures_per_second']:7.1f} structures/s"
+    )
