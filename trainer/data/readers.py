@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ast
 import gzip
+import io
+import itertools
 import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import ase
 import ase.io
@@ -151,7 +153,7 @@ def recognize(path: str | Path) -> str:
         with h5py.File(path, "r") as file:
             return _recognize_hdf5(file, path)
     try:
-        with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as stream:
+        with _open_text(path) as stream:
             first = stream.readline().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: neither HDF5 nor text ({error})") from error
@@ -193,6 +195,10 @@ def formal_charge(smiles: str) -> int:
             size = int(match.group(2)) if match.group(2) else len(match.group(1))
             total += size if match.group(1)[0] == "+" else -size
     return total
+
+
+def _open_text(path: Path) -> TextIO:
+    return cast(TextIO, gzip.open(path, "rt") if path.suffix == ".gz" else open(path))
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -416,17 +422,13 @@ def _curated_group(group: h5py.Group, key: str, name: str) -> Fields | DataError
 def _iterate_extxyz(
     path: Path, split: str | None, energy_key: str | None, forces_key: str | None
 ) -> Iterator[Fields | DataError]:
-    frames = ase.io.iread(str(path), index=":", format="extxyz")
-    index = 0
-    while True:
+    for index, text in enumerate(_frames(path)):
         name = f"{path}:[{index}]"
         try:
-            atoms = next(frames)
-        except StopIteration:
-            return
+            atoms = cast(ase.Atoms, ase.io.read(io.StringIO(text), index=0, format="extxyz"))
         except Exception as error:  # the parser has no error class of its own
-            raise DataError(f"{name}: not readable as extended XYZ ({error})") from error
-        index += 1
+            yield DataError(f"{name}: not readable as extended XYZ ({error})")
+            continue
         if split is not None:
             if "split" not in atoms.info:
                 raise DataError(f"{name}: no split is marked here, but {split!r} was asked for")
@@ -436,6 +438,15 @@ def _iterate_extxyz(
             yield _extxyz_fields(atoms, name, energy_key, forces_key)
         except DataError as error:
             yield error
+
+
+def _frames(path: Path) -> Iterator[str]:
+    """Text of each frame; ASE's own search for frames is quadratic in gzipped files."""
+    with _open_text(path) as stream:
+        for index, line in enumerate(filter(str.strip, stream)):
+            if not line.strip().isdigit():
+                raise DataError(f"{path}:[{index}]: {line[:40]!r} is not a number of atoms")
+            yield line + "".join(itertools.islice(stream, int(line) + 1))
 
 
 def _label(atoms: ase.Atoms, keys: tuple[str, ...]) -> Any:
