@@ -43,9 +43,9 @@ logger = logging.getLogger(__name__)
 
 HYPERPARAMETERS = "hyperparams.json"
 PARAMETERS = "params.npz"
-MAX_FILE_BYTES = 2 * 2**30
+MAX_FILE_BYTES = 512 * 2**20
 MAX_HYPERPARAMETERS_BYTES = 4 * 2**20
-MAX_PARAMETERS_BYTES = 2 * 2**30
+MAX_PARAMETERS_BYTES = 512 * 2**20
 MAX_ARRAYS = 10_000
 
 _PREFIX = "params#mlip_network#"
@@ -70,7 +70,7 @@ _ZIP_ERRORS = (
     RuntimeError,
     ValueError,
 )
-"""What zipfile raises on damaged data, RuntimeError on encrypted, NotImplementedError on foreign."""
+"""What zipfile raises on data that are damaged, encrypted or compressed in an unknown way."""
 
 
 def load_zip(path: str | os.PathLike[str]) -> Potential:
@@ -208,7 +208,9 @@ def _parse_array(name: str, content: bytes) -> np.ndarray:
     if math.prod(shape) * dtype.itemsize != len(content) - stream.tell():
         raise ModelFileError(f"array {name!r} is not of the size that its header says")
     array = np.frombuffer(content, dtype, offset=stream.tell())
-    return array.reshape(shape, order="F" if fortran_order else "C").astype(np.float32)
+    with np.errstate(over="ignore"):  # too large for float32: found as infinite by check_weights
+        array = array.astype(np.float32)
+    return array.reshape(shape, order="F" if fortran_order else "C")
 
 
 def _with_own_names(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -244,8 +246,10 @@ def _without_weights(hyperparameters: Mapping[str, Any], name: str) -> Potential
     elements = tuple(sorted(dataset_e0))
     _drop_library_options(config_fields, len(elements))
     fields = {**_LIBRARY_DEFAULTS[architecture], **config_fields}
-    energies = _atomic_energies(fields.get("atomic_energies"), elements, dataset_e0)
-    if isinstance(fields.get("atomic_energies"), dict):
+    choice = fields.get("atomic_energies")
+    average_used = choice is None or choice == "average"
+    energies = _atomic_energies(choice, elements, dataset_e0)
+    if isinstance(choice, dict):
         fields["atomic_energies"] = dict(zip(elements, energies.tolist(), strict=True))
     old_name, new_name = "cutoff_distance_angstrom", "graph_cutoff_angstrom"
     cutoff_name = old_name if old_name in info else new_name
@@ -262,7 +266,7 @@ def _without_weights(hyperparameters: Mapping[str, Any], name: str) -> Potential
         avg_r_min=None if r_min is None else number(info, "avg_r_min_angstrom"),
         scaling_mean=number(info, "scaling_mean", 0.0),
         scaling_stdev=number(info, "scaling_stdev", 1.0),
-        info=_provenance(hyperparameters, info, name),
+        info=_provenance(hyperparameters, name, average_used),
     )
 
 
@@ -329,11 +333,13 @@ def _atomic_energies(
 
 
 def _provenance(
-    hyperparameters: Mapping[str, Any], info: Mapping[str, Any], name: str
+    hyperparameters: Mapping[str, Any], name: str, average_used: bool
 ) -> dict[str, Any]:
-    version = hyperparameters.get("version")
-    origin = f"InstaDeep mlip {version}" if version else "InstaDeep mlip 0.1.x"
-    return {"name": name, "source": origin, "dataset_info": dict(info)}
+    """Where the potential is from, and what its file says beyond the potential itself."""
+    version = hyperparameters.get("version", "0.1.x")
+    used = {*_STATISTICS, "atomic_energies_map"} if average_used else _STATISTICS
+    rest = {k: v for k, v in hyperparameters["dataset_info"].items() if k not in used}
+    return {"name": name, "source": f"InstaDeep mlip {version}", "dataset_info": rest}
 
 
 def _object(values: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -343,11 +349,19 @@ def _object(values: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _whole_number(text: str, what: str) -> int:
-    if not (text.isdecimal() and text.isascii() and len(text) <= 4):
+    if not (len(text) <= 4 and text.isascii() and text.isdecimal() and str(int(text)) == text):
         raise ModelFileError(f"{text!r:.40} is no {what}")
     return int(text)
 
 
+_STATISTICS = {
+    "cutoff_distance_angstrom",
+    "graph_cutoff_angstrom",
+    "avg_num_neighbors",
+    "avg_r_min_angstrom",
+    "scaling_mean",
+    "scaling_stdev",
+}
 _OTHER_NETWORKS: Mapping[str, str] = {
     "vecnorm_type": "ViSNet",
     "sphere_channels": "eSEN",

@@ -10,6 +10,7 @@ readers can default; anything else takes a new version. Nothing in a file is eve
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -43,8 +44,15 @@ RUN_FOLDER_FILE = "model.safetensors"
 _METADATA_KEY = "mlip_md"
 _BLANK_HASH = "0" * 64
 _UNITS = {"energy": "eV", "length": "angstrom"}
-_MAX_DEGREE = 11
-"""Highest degree l for which e3nn-jax has Clebsch-Gordan coefficients."""
+_BOUNDS: Mapping[str, int] = {
+    "num_layers": 64,
+    "l_max": 11,  # as far as e3nn-jax knows Clebsch-Gordan coefficients
+    "num_bessel": 1024,
+    "num_readout_heads": 64,
+    "radial_net_n_layers": 64,
+}
+_MAX_COUPLINGS = 10_000_000
+"""Bounds of what a description may ask for; no sensible network comes near."""
 
 
 def open_potential(name_or_path: str | os.PathLike[str]) -> Potential:
@@ -171,8 +179,7 @@ def expected_shapes(potential: Potential) -> dict[str, tuple[int, ...]]:
     Raises:
         ModelFileError: if its hyperparameters describe no network.
     """
-    l_max = potential.config.l_max
-    _require(l_max <= _MAX_DEGREE, f"l_max = {l_max}; it must be at most {_MAX_DEGREE}")
+    _check_bounds(potential.config)
     try:
         tree = jax.eval_shape(
             lambda: potential.network.init(jax.random.key(0), _two_atoms(potential.cutoff))
@@ -205,7 +212,7 @@ def check_weights(found: Mapping[str, Any], expected: Mapping[str, tuple[int, ..
         _require(
             np.issubdtype(array.dtype, np.floating), f"tensor {name!r} has dtype {array.dtype}"
         )
-        broken = int(array.size - np.isfinite(array).sum())
+        broken = int(array.size - (np.abs(array) <= np.finfo(np.float32).max).sum())
         _require(broken == 0, f"tensor {name!r} has {broken} values that are NaN or infinite")
 
 
@@ -249,6 +256,8 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         OSError: if the file system refuses; the old file is then untouched.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(path.parent))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -375,6 +384,19 @@ def _two_atoms(cutoff: float) -> Graph:
         node_mask=np.ones(2, bool),
         edge_mask=np.ones(2, bool),
         graph_mask=np.ones(1, bool),
+    )
+
+
+def _check_bounds(config: NetworkConfig) -> None:
+    """Refuse networks so large that only tracing them would exhaust time or memory."""
+    for name, bound in _BOUNDS.items():
+        value = getattr(config, name, 0)
+        _require(value <= bound, f"{name} = {value}; files with at most {bound} are read")
+    couplings = (config.l_max + 1) ** (2 * getattr(config, "correlation", 1))
+    _require(
+        couplings <= _MAX_COUPLINGS,
+        f"l_max = {config.l_max} with that correlation makes {couplings} couplings; files with at "
+        f"most {_MAX_COUPLINGS} are read",
     )
 
 

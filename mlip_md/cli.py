@@ -1,0 +1,211 @@
+"""The command ``mlip-md``: the only module that sees all three rooms.
+
+Everything heavy is imported inside the commands, so that ``mlip-md --help`` answers at once.
+Exit codes: 0 done; 2 bad input (options, structures, configurations, model files); 3 bad data;
+4 energies, forces or a training that are not finite; 5 storage (checkpoints, files that cannot be
+written); 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import mlip_md
+from mlip_md import errors
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mlip_md.potential import Potential
+
+EXIT_CODES: Mapping[type[Exception], int] = {
+    errors.DataError: 3,
+    errors.NonFiniteError: 4,
+    errors.CheckpointError: 5,
+    errors.MLIPError: 2,
+    FileNotFoundError: 2,
+    OSError: 5,
+}
+"""Exit code of the first class that an error is of."""
+
+app = typer.Typer(
+    name="mlip-md",
+    help="Molecular dynamics with machine-learned potentials, and the trainer that makes them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_COMMANDS = (
+    ("md", "mlip_md.integrations.cli", "md_command", "Use a potential"),
+    ("minimize", "mlip_md.integrations.cli", "minimize_command", "Use a potential"),
+    ("train", "mlip_md.trainer.cli", "train_command", "Make a potential"),
+    ("check", "mlip_md.trainer.cli", "check_command", "Make a potential"),
+    ("prepare", "mlip_md.trainer.cli", "prepare_command", "Make a potential"),
+    ("evaluate", "mlip_md.trainer.cli", "evaluate_command", "Make a potential"),
+    (
+        "make-dataset",
+        "mlip_md.trainer.generate.command",
+        "make_dataset_command",
+        "Make a potential",
+    ),
+)
+
+for _name, _module, _function, _panel in _COMMANDS:
+    try:
+        _command = getattr(importlib.import_module(_module), _function)
+    except (ModuleNotFoundError, AttributeError):
+        continue
+    app.command(_name, rich_help_panel=_panel)(_command)
+
+
+def main() -> None:
+    """Run the command line; errors made on purpose become one line and an exit code."""
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    try:
+        app(args=arguments, prog_name="mlip-md")
+    except (errors.MLIPError, OSError) as error:
+        if len(arguments) < len(sys.argv[1:]):
+            raise
+        _print_error(f"Error: {error}")
+        sys.exit(next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind)))
+    except SystemExit as end:
+        if end.code == 130:
+            _print_error("Interrupted.")
+        raise
+
+
+def _print_error(message: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True).print(Text(message, style="bold red"), soft_wrap=True)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mlip-md {mlip_md.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error (anywhere in the line).")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(rich_help_panel="Look at models")
+def show(
+    model: Annotated[
+        str,
+        typer.Argument(help="Bundled name, .safetensors file, InstaDeep .zip or run folder."),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+) -> None:
+    """Show what a model is: network, elements, energies of atoms, origin, licence."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from mlip_md import bundled
+
+    potential = mlip_md.load(model)
+    if as_json:
+        identity = {"sha256": potential.sha256, "num_parameters": potential.num_parameters}
+        typer.echo(json.dumps(potential.description() | identity, indent=2))
+        return
+    console = Console()
+    console.print(_model_table(potential, model))
+    card = bundled.card(model) if model in bundled.names() else None
+    if card is not None:
+        console.print(Markdown(card))
+
+
+@app.command(rich_help_panel="Look at models")
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(help="Bundled name, .safetensors file, InstaDeep .zip or run folder."),
+    ],
+    destination: Annotated[
+        Path, typer.Argument(help="File to write: .safetensors (mlip-md) or .zip (InstaDeep).")
+    ],
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Write a model in the other format; its weights and energies stay the same."""
+    from mlip_md.instadeep import save_zip
+    from mlip_md.model_file import save
+
+    writers = {".safetensors": save, ".zip": save_zip}
+    if destination.suffix not in writers:
+        raise errors.ConfigError(
+            f"{destination}: the ending decides the format; write .safetensors (mlip-md) or .zip "
+            "(InstaDeep)"
+        )
+    if destination.exists() and not force:
+        raise errors.ConfigError(f"{destination} exists; give --force to replace it")
+    potential = mlip_md.load(source)
+    writers[destination.suffix](potential, destination)
+    mlip_md.load(str(destination))  # reads and checks what was written
+    network = f"{potential.config.architecture}, {potential.num_parameters:,} parameters"
+    typer.echo(f"{destination}: {network}")
+
+
+def _model_table(potential: Potential, name: str) -> Table:
+    """Everything about a potential as one table of names and values."""
+    from rich.table import Table
+
+    from mlip_md.elements import symbol
+    from mlip_md.networks.config import config_to_dict
+
+    config = potential.config
+    reach = config.receptive_layers * potential.cutoff
+    r_min = "none" if potential.avg_r_min is None else f"{potential.avg_r_min:g} Å"
+    table = Table(title=name, show_header=False, title_justify="left", pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("architecture", config.architecture)
+    table.add_row("parameters", f"{potential.num_parameters:,}")
+    table.add_row("elements", " ".join(symbol(z) for z in potential.elements))
+    table.add_row("cutoff", f"{potential.cutoff:g} Å; an atom sees up to {reach:g} Å")
+    table.add_row("units", "energy eV, positions Å, forces eV/Å, stress eV/Å³")
+    table.add_row("sha256", potential.sha256, end_section=True)
+    for key, value in config_to_dict(config).items():
+        table.add_row(key, _plain(value))
+    table.add_section()
+    table.add_row("training set", f"{potential.avg_num_neighbors:g} neighbors per atom")
+    table.add_row("", f"mean shortest distance: {r_min}")
+    table.add_row("scaling", f"{potential.scaling_mean:g} eV + {potential.scaling_stdev:g} · ε")
+    energies = zip(potential.elements, potential.atomic_energies, strict=True)
+    lines = [f"{symbol(z):<2} {energy:>18.6f}" for z, energy in energies]
+    table.add_row("E0 (eV)", "\n".join(lines), end_section=True)
+    for key, text in _flat(potential.info):
+        table.add_row(key, text)
+    return table
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted names and texts of nested JSON values."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, _plain(value)
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

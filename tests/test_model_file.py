@@ -1,0 +1,376 @@
+"""The model file: what was saved comes back bit for bit; anything else is refused by name."""
+
+import dataclasses
+import json
+import os
+import struct
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import mlip_md
+from mlip_md import bundled, model_file
+from mlip_md.errors import ModelFileError
+from mlip_md.model_file import flatten, load, open_potential, save, unflatten
+from mlip_md.networks.config import MACEConfig, NequIPConfig
+from mlip_md.potential import Potential
+
+CONFIGS = {
+    "mace": MACEConfig(num_channels=4, l_max=1, node_symmetry=1, readout_irreps=("4x0e", "0e")),
+    "nequip": NequIPConfig(
+        num_layers=2, node_irreps="4x0e + 4x1o", l_max=1, radial_net_n_hidden=8, num_bessel=4
+    ),
+}
+
+
+def make_potential(architecture: str) -> Potential:
+    """A tiny potential whose weights are random but of the network's shapes."""
+    shell = Potential(
+        config=CONFIGS[architecture],
+        params={},
+        elements=(1, 6, 8),
+        atomic_energies=np.array([-13.587222780835477, -1029.4889999142, 0.1 + 0.2]),
+        cutoff=4.1,
+        avg_num_neighbors=7.3,
+        avg_r_min=0.97,
+        scaling_mean=0.25,
+        scaling_stdev=1.75,
+        info={"name": "tiny", "note": 'Å, "quotes", \\ and µ', "data": {"structures": 12}},
+    )
+    rng = np.random.default_rng(0)
+    shapes = model_file.expected_shapes(shell)
+    leaves = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    return dataclasses.replace(shell, params=unflatten(leaves))
+
+
+@pytest.fixture(scope="module", params=["mace", "nequip"])
+def potential(request) -> Potential:
+    return make_potential(request.param)
+
+
+@pytest.fixture(scope="module")
+def mace() -> Potential:
+    return make_potential("mace")
+
+
+@pytest.fixture(scope="module")
+def content(mace, tmp_path_factory) -> bytes:
+    file = tmp_path_factory.mktemp("saved") / "tiny.safetensors"
+    save(mace, file)
+    return file.read_bytes()
+
+
+@pytest.fixture
+def saved(content, tmp_path) -> Path:
+    file = tmp_path / "tiny.safetensors"
+    file.write_bytes(content)
+    return file
+
+
+def description_of(file: Path) -> dict:
+    with safetensors.safe_open(file, "numpy") as opened:
+        return json.loads(opened.metadata()["mlip_md"])
+
+
+def rewrite(file: Path, change=lambda d: None, change_tensors=lambda t: None) -> None:
+    """Write the file anew, with a right checksum, from a changed description or tensors."""
+    description, tensors = description_of(file), safetensors.numpy.load_file(file)
+    description.pop("sha256")
+    change(description)
+    change_tensors(tensors)
+    file.write_bytes(model_file._serialize(description, tensors))
+
+
+def test_what_was_saved_comes_back_bit_for_bit(potential, tmp_path):
+    file = tmp_path / "m.safetensors"
+    save(potential, file)
+    loaded = load(file)
+    for field in dataclasses.fields(Potential):
+        if field.name not in ("params", "atomic_energies"):
+            assert getattr(loaded, field.name) == getattr(potential, field.name), field.name
+    np.testing.assert_array_equal(loaded.atomic_energies, potential.atomic_energies)
+    assert loaded.atomic_energies.dtype == np.float64
+    assert jax.tree.structure(loaded.params) == jax.tree.structure(potential.params)
+    for old, new in zip(
+        jax.tree.leaves(potential.params), jax.tree.leaves(loaded.params), strict=True
+    ):
+        assert new.dtype == np.float32
+        np.testing.assert_array_equal(old, new)
+    assert loaded.sha256 == potential.sha256
+    loaded.network.apply(loaded.params, model_file._two_atoms(4.1))
+
+
+def test_explicit_atomic_energies_in_the_hyperparameters_survive(mace, tmp_path):
+    config = dataclasses.replace(mace.config, atomic_energies={1: -13.6, 6: -1030.0, 8: -2040.0})
+    save(dataclasses.replace(mace, config=config), tmp_path / "m.safetensors")
+    assert load(tmp_path / "m.safetensors").config == config
+
+
+def test_the_same_potential_makes_the_same_bytes(mace, tmp_path):
+    save(mace, tmp_path / "a.safetensors")
+    save(load(tmp_path / "a.safetensors"), tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_the_file_is_plain_safetensors_with_a_readable_description(saved, mace):
+    tensors = safetensors.numpy.load_file(saved)
+    assert set(tensors) == set(flatten(mace.params))
+    assert "params#MaceBlock_0#LinearNodeEmbeddingBlock_0#embeddings" in tensors
+    description = description_of(saved)
+    assert description["format_version"] == 1
+    assert description["architecture"] == "mace"
+    assert description["hyperparameters"]["num_channels"] == 4
+    assert description["atomic_energies"]["O"] == 0.1 + 0.2
+    assert description["units"] == {"energy": "eV", "length": "angstrom"}
+    assert len(description["sha256"]) == 64
+
+
+def test_every_flipped_byte_is_found(saved, content):
+    header = 8 + struct.unpack("<Q", content[:8])[0]
+    rng = np.random.default_rng(1)
+    body = rng.integers(header, len(content), 60)
+    positions = [*range(0, 300), *range(300, header, 7), *range(header - 8, header + 8), *body]
+    for position in positions:
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << int(rng.integers(8))
+        saved.write_bytes(damaged)
+        with pytest.raises(ModelFileError, match=r"tiny\.safetensors"):
+            load(saved)
+
+
+def test_a_case_change_inside_an_escape_is_found(saved, content):
+    assert content.count(b"u00c5") == 1  # Å in the info
+    saved.write_bytes(content.replace(b"u00c5", b"u00C5"))
+    with pytest.raises(ModelFileError, match="checksum"):
+        load(saved)
+
+
+@pytest.mark.parametrize("kept", [1, 7, 8, 9, 100, 1500, -1000, -4, -1])
+def test_a_truncated_file_is_refused(saved, kept):
+    saved.write_bytes(saved.read_bytes()[:kept])
+    with pytest.raises(ModelFileError, match=r"truncated|no safetensors file"):
+        load(saved)
+
+
+def test_a_longer_file_is_refused(saved):
+    saved.write_bytes(saved.read_bytes() + b"\0")
+    with pytest.raises(ModelFileError, match="longer"):
+        load(saved)
+
+
+def test_missing_empty_and_folder_are_told_apart(tmp_path):
+    with pytest.raises(ModelFileError, match="No such file"):
+        load(tmp_path / "none.safetensors")
+    (tmp_path / "empty.safetensors").touch()
+    with pytest.raises(ModelFileError, match="empty"):
+        load(tmp_path / "empty.safetensors")
+    with pytest.raises(ModelFileError, match="folder"):
+        load(tmp_path)
+
+
+def test_foreign_files_are_refused(tmp_path):
+    file = tmp_path / "m.safetensors"
+    safetensors.numpy.save_file({"w": np.zeros(3, np.float32)}, file)
+    with pytest.raises(ModelFileError, match="not written by mlip-md"):
+        load(file)
+    safetensors.numpy.save_file({"w": np.zeros(3, np.float32)}, file, {"format": "pt"})
+    with pytest.raises(ModelFileError, match="not written by mlip-md"):
+        load(file)
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00")
+    with pytest.raises(ModelFileError, match="no safetensors"):
+        load(file)
+    deep = b'{"a":' * 200_000
+    file.write_bytes(struct.pack("<Q", len(deep)) + deep)
+    with pytest.raises(ModelFileError, match="header"):
+        load(file)
+
+
+def test_a_header_that_announces_gigabytes_reads_none_of_them(tmp_path):
+    file = tmp_path / "m.safetensors"
+    file.write_bytes(struct.pack("<Q", 2**40) + b"{" + b" " * 100)
+    with pytest.raises(ModelFileError, match="no safetensors"):
+        load(file)
+    header = b'{"w":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}}'
+    file.write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(ModelFileError, match="truncated"):
+        load(file)
+    with open(file, "wb") as sparse:
+        os.truncate(sparse.fileno(), model_file.MAX_FILE_BYTES + 1)
+    with pytest.raises(ModelFileError, match="at most"):
+        load(file)
+
+
+@pytest.mark.parametrize("version", [2, 0, "1", True, 1.0, None])
+def test_an_unknown_version_says_what_can_be_read(saved, version):
+    rewrite(saved, lambda d: d.update(format_version=version))
+    with pytest.raises(ModelFileError, match=r"reads 1\. Upgrade mlip-md"):
+        load(saved)
+
+
+def test_a_newer_writer_may_add_keys_and_an_older_one_lack_defaults(saved, mace):
+    rewrite(saved, lambda d: d.update(invented_later={"a": [1, 2]}))
+    assert load(saved).sha256 == mace.sha256
+
+    def age(description):
+        for name in ("avg_r_min", "scaling_mean", "scaling_stdev", "info", "units"):
+            del description[name]
+        for name in ("gate_nodes", "species_embedding_dim"):
+            del description["hyperparameters"][name]
+
+    rewrite(saved, age)
+    old = load(saved)
+    assert (old.avg_r_min, old.scaling_mean, old.scaling_stdev, old.info) == (None, 0.0, 1.0, {})
+    assert old.config == mace.config
+
+
+FIRST = "params#MaceBlock_0#LinearNodeEmbeddingBlock_0#embeddings"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(FIRST), rf"missing: '{FIRST}'"),
+        (lambda t: t.update(more=np.zeros(2, np.float32)), "not in the network: 'more'"),
+        (lambda t: t.update({FIRST: t[FIRST][:, :3]}), r"shape \(3, 3\).*has \(3, 4\)"),
+        (lambda t: t.update({FIRST: t[FIRST].ravel()}), r"shape \(12,\)"),
+        (lambda t: t.update({FIRST: np.full((3, 4), np.nan)}), "12 values that are NaN"),
+        (lambda t: t.update({f"{FIRST}#below": t[FIRST]}), r"below|beginning"),
+        (lambda t: t.clear(), "and .* more"),
+    ],
+)
+def test_tensors_must_be_exactly_those_of_the_network(saved, change, message):
+    rewrite(saved, change_tensors=change)
+    with pytest.raises(ModelFileError, match=message):
+        load(saved)
+
+
+def test_other_tensor_types_are_refused(saved):
+    tensors = safetensors.numpy.load_file(saved)
+    tensors[FIRST] = tensors[FIRST].astype(np.float64)
+    with safetensors.safe_open(saved, "numpy") as opened:
+        metadata = opened.metadata()
+    safetensors.numpy.save_file(tensors, saved, metadata)
+    with pytest.raises(ModelFileError, match="F64"):
+        load(saved)
+
+
+def set_hyperparameter(**values):
+    return lambda d: d["hyperparameters"].update(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(architecture="mcae"), "unknown architecture 'mcae'"),
+        (lambda d: d.pop("architecture"), "architecture is missing"),
+        (set_hyperparameter(num_chanels=4), "did you mean num_channels"),
+        (set_hyperparameter(activation="softplus"), "activation"),
+        (set_hyperparameter(readout_irreps=5), "int"),
+        (set_hyperparameter(readout_irreps=["import os", "0e"]), "describe no network"),
+        (set_hyperparameter(num_channels=8), "not in the network: .*4x0e"),
+        (set_hyperparameter(num_layers=10**9), "num_layers"),
+        (set_hyperparameter(num_bessel=10**9), "num_bessel"),
+        (set_hyperparameter(l_max=50), "l_max"),
+        (set_hyperparameter(l_max=11, correlation=4), "couplings"),
+        (lambda d: d.update(elements=[1, 8, 6]), "ascending"),
+        (lambda d: d.update(elements=[1, 6.0, 8]), "whole numbers"),
+        (lambda d: d.update(elements=[0, 6, 8]), "atomic_energies"),
+        (lambda d: d.update(elements=[1, 6]), "atomic_energies"),
+        (lambda d: d["atomic_energies"].pop("C"), "atomic_energies"),
+        (lambda d: d["atomic_energies"].update(C="low"), "number"),
+        (lambda d: d["atomic_energies"].update(C=10**400), "too large"),
+        (lambda d: d.update(cutoff=-1), "cutoff"),
+        (lambda d: d.update(cutoff=None), "cutoff"),
+        (lambda d: d.update(avg_num_neighbors=0), "avg_num_neighbors"),
+        (lambda d: d.update(avg_r_min=9.0), "avg_r_min"),
+        (lambda d: d.update(info=[1]), "info"),
+        (lambda d: d["units"].update(energy="kcal/mol"), "units"),
+    ],
+)
+def test_a_wrong_description_is_refused_by_name(saved, change, message):
+    rewrite(saved, change)
+    with pytest.raises(ModelFileError, match=message):
+        load(saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cutoff": float("nan")}, "cutoff"),
+        ({"scaling_stdev": float("inf")}, "scaling_stdev"),
+        ({"atomic_energies": np.array([1.0, np.nan, 0.0])}, "atomic_energies"),
+        ({"atomic_energies": np.zeros(2)}, "one per element"),
+        ({"elements": ()}, "no elements"),
+        ({"params": {}}, "missing"),
+        ({"info": {"function": print}}, "JSON"),
+        ({"info": {"number": float("nan")}}, "JSON"),
+    ],
+)
+def test_an_unsound_potential_is_not_written(mace, tmp_path, changes, message):
+    with pytest.raises(ModelFileError, match=message):
+        save(dataclasses.replace(mace, **changes), tmp_path / "m.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_overflow_float32_are_not_written(mace, tmp_path):
+    leaves = flatten(mace.params) | {FIRST: np.full((3, 4), 1e300)}
+    with pytest.raises(ModelFileError, match="infinite"):
+        save(dataclasses.replace(mace, params=unflatten(leaves)), tmp_path / "m.safetensors")
+
+
+def test_saving_replaces_whole_files_only(mace, saved, monkeypatch):
+    before = saved.read_bytes()
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save(dataclasses.replace(mace, cutoff=3.9), saved)
+    assert saved.read_bytes() == before
+    assert [file.name for file in saved.parent.iterdir()] == ["tiny.safetensors"]
+    monkeypatch.undo()
+    save(dataclasses.replace(mace, cutoff=3.9), saved)
+    assert load(saved).cutoff == 3.9
+
+
+def test_saving_asks_for_the_right_ending_and_an_existing_folder(mace, tmp_path):
+    with pytest.raises(ModelFileError, match=r"\.safetensors"):
+        save(mace, tmp_path / "m.zip")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        save(mace, tmp_path / "none" / "m.safetensors")
+
+
+def test_open_by_path_run_folder_and_name(saved, mace, tmp_path, monkeypatch):
+    assert open_potential(str(saved)).sha256 == mace.sha256
+    run = tmp_path / "run"
+    run.mkdir()
+    with pytest.raises(ModelFileError, match=r"no model\.safetensors"):
+        open_potential(run)
+    save(mace, run / "model.safetensors")
+    assert mlip_md.load(str(run)).sha256 == mace.sha256
+    monkeypatch.setattr(bundled, "_FOLDER", tmp_path)
+    assert bundled.names() == ["tiny"]
+    assert mlip_md.load("tiny").sha256 == mace.sha256
+    assert bundled.card("tiny") is None
+    (tmp_path / "tiny.md").write_text("# Tiny")
+    assert bundled.card("tiny") == "# Tiny"
+    with pytest.raises(ModelFileError, match=r"no model 'tinny'.*\(tiny\)"):
+        mlip_md.load("tinny")
+    with pytest.raises(ModelFileError, match="bundled are: tiny"):
+        bundled.path("tinny")
+
+
+def test_pickled_formats_are_never_opened(tmp_path):
+    (tmp_path / "m.pt").write_bytes(b"\x80\x04N.")
+    with pytest.raises(ModelFileError, match="foreign code"):
+        open_potential(tmp_path / "m.pt")
+
+
+def test_bundled_potentials_open_and_have_cards():
+    for name in bundled.names():
+        assert mlip_md.load(name).num_parameters > 0
+        assert bundled.card(name)
