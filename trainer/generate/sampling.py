@@ -195,15 +195,15 @@ def distorted(molecule, bases, counts, rng):
         for _ in range(count):
             base = bases[rng.integers(len(bases))]
             positions = makers[kind](molecule, base, rng)
-            if positions is not None:
+            if positions is None:  # no bond of this kind
+                frames.append(Frame(_rattled(molecule, base, rng), "rattle"))
+            else:
                 frames.append(Frame(positions, kind))
     return frames
 
 
 def _stretched(molecule, positions, rng):
     bond = molecule.bonds[rng.integers(len(molecule.bonds))]
-    if rng.random() < 0.5:
-        bond = bond[::-1] if bond[::-1] in molecule.ring_bonds else bond
     if bond in molecule.ring_bonds:
         return stretch(molecule, positions, bond, rng.uniform(0.82, 1.25))
     # as many compressed as stretched ones, a few of them towards dissociation
@@ -216,7 +216,7 @@ def _stretched(molecule, positions, rng):
 def _bent(molecule, positions, rng):
     open_bonds = _directed_open_bonds(molecule)
     if not open_bonds:
-        return _rattled(molecule, positions, rng)
+        return None
     bond = open_bonds[rng.integers(len(open_bonds))]
     along = positions[bond[1]] - positions[bond[0]]
     axis = np.cross(along, rng.normal(size=3))
@@ -231,7 +231,7 @@ def _twisted(molecule, positions, rng):
         if len(neighbors[a]) > 1 and len(neighbors[b]) > 1
     ]
     if not inner:
-        return _rattled(molecule, positions, rng)
+        return None
     bond = inner[rng.integers(len(inner))]
     axis = positions[bond[1]] - positions[bond[0]]
     return rotate_beyond(molecule, positions, bond, axis, rng.uniform(0.3, 2 * np.pi - 0.3))
@@ -268,7 +268,6 @@ def contact(first, first_positions, second, second_positions, ratio, rng):
     direction /= np.linalg.norm(direction)
     fixed = first_positions - first_positions.mean(0)
     placed = (second_positions - second_positions.mean(0)) @ random_rotation(rng).T
-    # turn an atom near each surface towards the other, so that contacts are not always H...H
     radii = _radii(first)[:, None] + _radii(second)[None, :]
     near, far = 0.0, 60.0
     for _ in range(40):
