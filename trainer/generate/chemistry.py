@@ -1,5 +1,6 @@
 """Molecules as RDKit understands them: parsing, mapped SMILES, bonds and starting conformers."""
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,13 +85,13 @@ def require_rdkit() -> None:
         DataError: RDKit is not installed.
     """
     try:
-        from rdkit import RDLogger
+        from rdkit import rdBase
     except ImportError as error:
         raise DataError(
             "making a data set needs RDKit, which is not installed; "
             "install the extra: pip install 'mlip-md[data]'"
         ) from error
-    RDLogger.DisableLog("rdApp.*")
+    rdBase.DisableLog("rdApp.*")
 
 
 def canonical(smiles: str, *, stereo: bool = True) -> str:
@@ -140,21 +141,23 @@ def build(smiles: str, num_conformers: int, rng: np.random.Generator) -> Molecul
         DataError: no conformer could be embedded.
     """
     from rdkit import Chem
-    from rdkit.Chem import AllChem
+    from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
 
     mol = Chem.AddHs(Chem.MolFromSmiles(smiles))
     seed = int(rng.integers(2**31 - 1))
-    ids = list(AllChem.EmbedMultipleConfs(mol, num_conformers, randomSeed=seed))
+    ids = list(rdDistGeom.EmbedMultipleConfs(mol, num_conformers, randomSeed=seed))
     if not ids:
         ids = list(
-            AllChem.EmbedMultipleConfs(mol, num_conformers, randomSeed=seed, useRandomCoords=True)
+            rdDistGeom.EmbedMultipleConfs(
+                mol, num_conformers, randomSeed=seed, useRandomCoords=True
+            )
         )
     if not ids:
         raise DataError(f"no conformer of {smiles!r} could be embedded")
-    if AllChem.MMFFHasAllMoleculeParams(mol):
-        AllChem.MMFFOptimizeMoleculeConfs(mol)
-    elif AllChem.UFFHasAllMoleculeParams(mol):
-        AllChem.UFFOptimizeMoleculeConfs(mol)
+    if rdForceFieldHelpers.MMFFHasAllMoleculeParams(mol):
+        rdForceFieldHelpers.MMFFOptimizeMoleculeConfs(mol)
+    elif rdForceFieldHelpers.UFFHasAllMoleculeParams(mol):
+        rdForceFieldHelpers.UFFOptimizeMoleculeConfs(mol)
     bonds = [(bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()) for bond in mol.GetBonds()]
     rings = [pair for pair, bond in zip(bonds, mol.GetBonds(), strict=True) if bond.IsInRing()]
     return Molecule(
@@ -199,6 +202,4 @@ def _mapped_smiles(mol, offset: int) -> str:
 
 
 def _shift_map_numbers(smiles: str, offset: int) -> str:
-    import re
-
     return re.sub(r":(\d+)\]", lambda match: f":{int(match.group(1)) + offset}]", smiles)

@@ -122,15 +122,18 @@ def label_task(task: Task, seed: int, method: str) -> spice_file.LabeledGroup:
             kept.append((positions, energy, gradient, sampling.ORIGINS.index(frame.origin)))
     if not kept:
         return _empty_group(task, dropped)
-    columns = [np.array(column) for column in zip(*kept, strict=True)]
+    positions, energies, gradients, origins = (np.array(c) for c in zip(*kept, strict=True))
     return spice_file.LabeledGroup(
-        task.name,
-        task.subset,
-        task.split,
-        molecule.smiles,
-        molecule.atomic_numbers,
-        molecule.charge,
-        *columns,
+        name=task.name,
+        subset=task.subset,
+        split=task.split,
+        smiles=molecule.smiles,
+        atomic_numbers=molecule.atomic_numbers,
+        charge=molecule.charge,
+        conformations=positions,
+        energies=energies,
+        gradients=gradients,
+        origins=origins,
         dropped=dropped,
     )
 
@@ -172,7 +175,7 @@ class _Run:
         pending = [t for t in self.tasks if not self._shard(t).exists()]
         logger.info("%d groups, %d of them to do", len(self.tasks), len(pending))
         try:
-            with _progress(self.progress, len(self.tasks), len(self.tasks) - len(pending)) as tick:
+            with _Progress(self.progress, len(self.tasks), len(self.tasks) - len(pending)) as tick:
                 self._label_all(pending, workers, tick)
         except BaseException:
             self._merge(complete=False)
@@ -184,13 +187,16 @@ class _Run:
         pool = ProcessPoolExecutor(
             workers, multiprocessing.get_context("spawn"), initializer=_one_thread
         )
+        energies = pool.submit(labels.atomic_energies, self.method).result()
+        self.attributes["atomic_energies_hartree"] = json.dumps(energies)
         queue, running, last = list(reversed(pending)), set[Future[None]](), time.monotonic()
         try:
             with pool:
                 while queue or running:
                     while queue and len(running) < 2 * workers:
                         path = self._shard(queue[-1])
-                        running.add(pool.submit(_work, queue.pop(), path, self.seed, self.method))
+                        job = (queue.pop(), path, self.seed, self.method, energies)
+                        running.add(pool.submit(_work, *job))
                     done, running = wait(running, return_when=FIRST_COMPLETED)
                     for future in done:
                         future.result()
@@ -227,13 +233,8 @@ def _follow_parent() -> None:
         os._exit(1)
 
 
-_reference_energies: dict[str, dict[int, float]] = {}
-
-
-def _work(task: Task, path: Path, seed: int, method: str) -> None:
-    if method not in _reference_energies:
-        _reference_energies[method] = labels.atomic_energies(method)
-    spice_file.write_shard(path, label_task(task, seed, method), _reference_energies[method])
+def _work(task: Task, path: Path, seed: int, method: str, energies: dict[int, float]) -> None:
+    spice_file.write_shard(path, label_task(task, seed, method), energies)
 
 
 def _settings(seed, method, scale, subsets, max_atoms) -> dict[str, object]:
@@ -247,7 +248,9 @@ def _settings(seed, method, scale, subsets, max_atoms) -> dict[str, object]:
         "scale": float(scale),
         "subsets": json.dumps(list(subsets) if subsets else "all"),
         "max_atoms": -1 if max_atoms is None else max_atoms,
-        "sampling": f"GFN2-xTB (tblite {metadata.version('tblite')}), RDKit {metadata.version('rdkit')}",
+        "sampling": (
+            f"GFN2-xTB (tblite {metadata.version('tblite')}), RDKit {metadata.version('rdkit')}"
+        ),
     }
 
 
@@ -255,8 +258,8 @@ def _notes() -> dict[str, object]:
     return {
         "script_version": f"mlip-md {mlip_md.__version__}, recipe {RECIPE_VERSION}",
         "atomic_energies_note": (
-            "formation_energy = dft_total_energy - sum of atomic_energies_hartree (isolated neutral "
-            "ground-state atoms by the same method), for ions too: their electron is not removed"
+            "formation_energy = dft_total_energy - sum of atomic_energies_hartree (isolated "
+            "neutral ground-state atoms by the same method), for ions too"
         ),
         "gradient_note": "dft_total_gradient is the gradient; force = -gradient",
         "split_note": (
@@ -299,46 +302,36 @@ def _compare(found, settings: dict[str, object], path: Path) -> None:
             )
 
 
-class _progress:  # noqa: N801 - used like the functions of contextlib
-    """A bar on a terminal, else a log line every minute; calling it counts one group."""
+class _Progress:
+    """A bar on a terminal, else a line every half minute; calling it counts one group."""
 
     def __init__(self, show: bool, total: int, done: int):
-        self._show, self._total, self._done, self._bar = show, total, done, None
-        self._start, self._last = time.monotonic(), time.monotonic()
-
-    def __enter__(self):
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
         console = Console(stderr=True)
-        if self._show and console.is_terminal:
-            columns = (
-                TextColumn("groups"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-            )
+        self._bar: Progress | None = None
+        if show and console.is_terminal:
+            columns = ("groups", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._bar = Progress(*columns, console=console)
+            self._row = self._bar.add_task("groups", total=total, completed=done)
+        self._show, self._total, self._done = show, total, done
+        self._start = self._last = time.monotonic()
+
+    def __enter__(self) -> "_Progress":
+        if self._bar is not None:
             self._bar.start()
-            self._row = self._bar.add_task("groups", total=self._total, completed=self._done)
         return self
 
     def __call__(self) -> None:
         self._done += 1
+        now = time.monotonic()
         if self._bar is not None:
             self._bar.advance(self._row)
-        elif self._show and (time.monotonic() - self._last > 30 or self._done == self._total):
-            self._last = time.monotonic()
-            logger.info(
-                "%d of %d groups after %.0f s", self._done, self._total, self._last - self._start
-            )
+        elif self._show and (now - self._last > 30 or self._done == self._total):
+            self._last = now
+            logger.info("%d of %d groups after %.0f s", self._done, self._total, now - self._start)
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()

@@ -4,6 +4,7 @@ Positions are in Å, energies in eV, times in fs throughout.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -39,8 +40,8 @@ class Surface:
 
     def __init__(self, molecule: Molecule):
         self._molecule = molecule
-        self._calculator = None
-        self._result = None
+        self._calculator: Any = None
+        self._result: Any = None
 
     def __call__(self, positions: np.ndarray) -> tuple[float, np.ndarray]:
         """Energy in eV and forces (N, 3) in eV/Å at positions (N, 3) in Å.
@@ -183,7 +184,8 @@ def distorted(molecule, bases, counts, rng):
     Args:
         molecule: with its bonds.
         bases: geometries (N, 3) in Å to distort.
-        counts: how many of each kind: "stretch", "angle", "twist", "rattle".
+        counts: how many of each kind: "stretch", "angle", "twist", "rattle"; a molecule without
+            an open angle or torsion is rattled in their place.
         rng: source of every choice.
 
     Returns:
@@ -195,15 +197,14 @@ def distorted(molecule, bases, counts, rng):
         for _ in range(count):
             base = bases[rng.integers(len(bases))]
             positions = makers[kind](molecule, base, rng)
-            if positions is None:  # no bond of this kind
-                frames.append(Frame(_rattled(molecule, base, rng), "rattle"))
-            else:
+            if positions is not None:
                 frames.append(Frame(positions, kind))
     return frames
 
 
 def _stretched(molecule, positions, rng):
     bond = molecule.bonds[rng.integers(len(molecule.bonds))]
+    rng.random()  # a draw that recipe 1 has: without it every later geometry would be another
     if bond in molecule.ring_bonds:
         return stretch(molecule, positions, bond, rng.uniform(0.82, 1.25))
     # as many compressed as stretched ones, a few of them towards dissociation
@@ -216,7 +217,7 @@ def _stretched(molecule, positions, rng):
 def _bent(molecule, positions, rng):
     open_bonds = _directed_open_bonds(molecule)
     if not open_bonds:
-        return None
+        return _rattled(molecule, positions, rng)
     bond = open_bonds[rng.integers(len(open_bonds))]
     along = positions[bond[1]] - positions[bond[0]]
     axis = np.cross(along, rng.normal(size=3))
@@ -231,7 +232,7 @@ def _twisted(molecule, positions, rng):
         if len(neighbors[a]) > 1 and len(neighbors[b]) > 1
     ]
     if not inner:
-        return None
+        return _rattled(molecule, positions, rng)
     bond = inner[rng.integers(len(inner))]
     axis = positions[bond[1]] - positions[bond[0]]
     return rotate_beyond(molecule, positions, bond, axis, rng.uniform(0.3, 2 * np.pi - 0.3))

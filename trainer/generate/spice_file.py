@@ -6,7 +6,8 @@ A shard is written beside its place and renamed, so a killed run leaves whole sh
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,7 +118,12 @@ def read_attributes(path: Path) -> dict[str, object]:
 
 
 def statistics(path: Path) -> dict[str, dict[str, float]]:
-    """Per subset: groups, conformations, atoms, charged groups; rms and max |F| in eV/Å, and splits."""
+    """Counts of a data set file by subset.
+
+    Returns:
+        For each subset: groups, conformations, atoms (of all conformations), conformations that
+        are charged and of each split, rms and largest |force| of an atom in eV/Å.
+    """
     from .labels import FORCE_UNIT
 
     table: dict[str, dict[str, float]] = {}
@@ -179,19 +185,15 @@ def _write_group(
     origin.attrs["names"] = list(ORIGINS)
 
 
-class _replacing:  # noqa: N801 - used like the functions of contextlib
-    def __init__(self, path: Path):
-        self._path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> Path:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        return self._temporary
-
-    def __exit__(self, kind, error, trace) -> None:
-        if kind is None:
-            with open(self._temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(self._temporary, self._path)
-        else:
-            self._temporary.unlink(missing_ok=True)
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place if nothing fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
