@@ -1,8 +1,9 @@
 """``python -m mlip_md.trainer RECIPE …``: the same as ``mlip-md train RECIPE …``."""
 
-import typer
+import sys
 
-from mlip_md.trainer.cli import train_command
+from mlip_md.cli import main
 
 if __name__ == "__main__":
-    typer.run(train_command)
+    sys.argv.insert(1, "train")
+    main()

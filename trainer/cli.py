@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from mlip_md.errors import (
-    CapacityError,
-    CheckpointError,
-    ConfigError,
-    MLIPError,
-    NonFiniteError,
-)
+from mlip_md.errors import ConfigError
 
 if TYPE_CHECKING:
     from mlip_md.trainer.evaluate import Evaluation
 
-EXIT_CONFIG, EXIT_DATA, EXIT_DIVERGED, EXIT_STORAGE, EXIT_MEMORY = 2, 3, 4, 5, 7
 EXIT_SAVED, EXIT_KEYBOARD = 75, 130
 """75 (EX_TEMPFAIL): interrupted, the state is saved, start again with the same command."""
 
@@ -58,19 +51,14 @@ def train_command(
 ) -> None:
     """Train a potential from a recipe.
 
-    Exit codes: 0 done, 2 recipe, 3 data, 4 diverged (NaN), 5 storage, 7 out of memory,
-    75 interrupted or out of time with the state saved, 130 Ctrl-C with the state saved.
+    Exit codes: 0 done, 2 recipe, 3 data, 4 diverged (NaN), 5 storage, 75 interrupted or out of
+    time with the state saved, 130 Ctrl-C with the state saved.
     """
-    console = Console(stderr=False)
-    try:
-        status = _train(console, recipe, overrides or [], run, resume.value, dry_run, max_time)
-    except (MLIPError, OSError) as error:
-        _fail(error)
+    status = _train(recipe, overrides or [], run, resume.value, dry_run, max_time)
     raise typer.Exit({"done": 0, "keyboard": EXIT_KEYBOARD}.get(status, EXIT_SAVED))
 
 
 def _train(
-    console: Console,
     recipe_name: str,
     overrides: list[str],
     folder: Path | None,
@@ -80,6 +68,7 @@ def _train(
 ) -> str:
     from mlip_md.trainer.config import load_recipe
 
+    console = Console()
     seconds = parse_duration(max_time)
     recipe, origins = load_recipe(recipe_name, overrides)
     from mlip_md.trainer.dataset import load_data
@@ -108,16 +97,13 @@ def evaluate_command(
     ] = None,
 ) -> None:
     """Errors of a potential on a data set, whole and by subset."""
-    try:
-        import mlip_md
-        from mlip_md.trainer.data import read
-        from mlip_md.trainer.evaluate import evaluate, write_json
+    import mlip_md
+    from mlip_md.trainer.data import read
+    from mlip_md.trainer.evaluate import evaluate, write_json
 
-        result = evaluate(mlip_md.load(model), read(data, split=split), batch_size)
-        if output is not None:
-            write_json(result, output)
-    except (MLIPError, OSError) as error:
-        _fail(error)
+    result = evaluate(mlip_md.load(model), read(data, split=split), batch_size)
+    if output is not None:
+        write_json(result, output)
     Console().print(error_table(result))
 
 
@@ -144,17 +130,3 @@ def parse_duration(text: str | None) -> float:
     if not colon or not hours.isdigit() or not minutes.isdigit() or int(minutes) > 59:
         raise ConfigError(f"--max-time {text}: write it as HH:MM, such as 23:30")
     return 3600.0 * int(hours) + 60.0 * int(minutes)
-
-
-def _fail(error: Exception) -> NoReturn:
-    """Print an error to stderr and leave with its exit code."""
-    codes: list[tuple[type[Exception], int]] = [
-        (ConfigError, EXIT_CONFIG),
-        (NonFiniteError, EXIT_DIVERGED),
-        (CheckpointError, EXIT_STORAGE),
-        (CapacityError, EXIT_MEMORY),
-        (MLIPError, EXIT_DATA),
-        (OSError, EXIT_STORAGE),
-    ]
-    typer.echo(f"error: {error}", err=True)
-    raise typer.Exit(next(code for kind, code in codes if isinstance(error, kind)))

@@ -122,7 +122,9 @@ class Trainer:
             avg_r_min=statistics.avg_r_min,
         )
         example = data.example()
-        self.state = init_state(recipe, network.init(jax.random.key(recipe.seed), example.graph))
+        # jit leaves the forward pass out and compiles the rest once instead of piece by piece
+        params = jax.jit(network.init)(jax.random.key(recipe.seed), example.graph)
+        self.state = init_state(recipe, params)
         self.train_step = make_train_step(network.apply, recipe)
         self.eval_step = make_eval_step(network.apply)
         self.progress = Progress()

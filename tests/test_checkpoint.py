@@ -1,0 +1,103 @@
+"""Checkpoints: exact, atomic, and never silently wrong."""
+
+import errno
+import os
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mlip_md.errors import CheckpointError
+from mlip_md.trainer.checkpoint import CheckpointFolder, leaves_by_path, load, save, state_hash
+
+
+def state(seed=0):
+    generator = np.random.default_rng(seed)
+    return {
+        "params": {"w[0,0] 2x0e,8x0e": jnp.asarray(generator.normal(size=(2, 8)), jnp.float32)},
+        "count": jnp.asarray(seed, jnp.int32),
+        "empty": jnp.zeros((0, 3)),
+    }
+
+
+PROGRESS = {"epoch": 3, "batch": 17, "best": {"1": {"score": 0.1 + 0.2}}, "sums": {"loss": 1e-300}}
+
+
+def test_round_trip_is_exact(tmp_path):
+    save(tmp_path / "c.safetensors", state(5), PROGRESS)
+    restored, progress = load(tmp_path / "c.safetensors", state(0))
+    assert state_hash(leaves_by_path(restored)) == state_hash(leaves_by_path(state(5)))
+    assert progress == PROGRESS
+    assert restored["count"].shape == ()
+    assert list(tmp_path.iterdir()) == [tmp_path / "c.safetensors"]
+
+
+def test_every_flipped_bit_is_refused_or_harmless(tmp_path):
+    path = tmp_path / "c.safetensors"
+    save(path, state(1), PROGRESS)
+    whole, expected = path.read_bytes(), state_hash(leaves_by_path(state(1)))
+    refused = 0
+    for position in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << (position % 8)
+        path.write_bytes(damaged)
+        try:
+            restored, progress = load(path, state(0))
+        except CheckpointError:
+            refused += 1
+            continue
+        assert state_hash(leaves_by_path(restored)) == expected
+        assert progress == PROGRESS
+    assert refused > 0.9 * len(whole)
+
+
+def test_a_cut_off_file_is_refused(tmp_path):
+    path = tmp_path / "c.safetensors"
+    save(path, state(1), PROGRESS)
+    whole = path.read_bytes()
+    for length in (0, 7, 100, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match="damaged"):
+            load(path, state(0))
+
+
+def test_the_newest_good_one_is_taken(tmp_path, caplog):
+    folder = CheckpointFolder(tmp_path / "checkpoints", keep_latest=2)
+    assert folder.restore(state(0)) is None
+    for step in (8, 9, 10, 1000):
+        folder.save(state(step), {"step": step}, step)
+    assert [path.name for path in folder.files()] == [
+        "step-000001000.safetensors", "step-000000010.safetensors"
+    ]  # fmt: skip
+    newest = bytearray(folder.files()[0].read_bytes())
+    newest[-5] ^= 4
+    folder.files()[0].write_bytes(newest)
+    restored, progress = folder.restore(state(0))
+    assert progress == {"step": 10}
+    assert int(restored["count"]) == 10
+    assert "SHA-256" in caplog.text
+    folder.files()[1].write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no checkpoint is usable"):
+        folder.restore(state(0))
+
+
+def test_a_state_of_another_network_is_refused(tmp_path):
+    save(tmp_path / "c.safetensors", state(1), {})
+    other = {**state(0), "count": jnp.zeros(2, jnp.int32)}
+    with pytest.raises(CheckpointError, match=r"another network.*\['count'\]"):
+        load(tmp_path / "c.safetensors", other)
+
+
+def test_a_full_disk_leaves_the_old_checkpoints(tmp_path, monkeypatch):
+    folder = CheckpointFolder(tmp_path, keep_latest=1)
+    folder.save(state(1), {"step": 1}, 1)
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        folder.save(state(2), {"step": 2}, 2)
+    monkeypatch.undo()
+    assert folder.restore(state(0))[1] == {"step": 1}
+    assert len(list(tmp_path.iterdir())) == 1
