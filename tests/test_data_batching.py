@@ -299,11 +299,11 @@ def test_save_and_open(store, budget, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     with pytest.raises(DataError, match="exists already"):
         store.save(tmp_path / "graphs")
-    forces = tmp_path / "graphs" / "forces.npy"
+    forces = tmp_path / "graphs" / "forces.bin"
     content = bytearray(forces.read_bytes())
     content[-3] ^= 1
     forces.write_bytes(content)
-    with pytest.raises(DataError, match=r"forces\.npy is damaged"):
+    with pytest.raises(DataError, match=r"forces\.bin is damaged"):
         open_store(tmp_path / "graphs", verify=True)
     forces.unlink()
     with pytest.raises(DataError, match="not a readable graph store"):

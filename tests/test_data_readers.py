@@ -164,8 +164,8 @@ def test_split_marks(tmp_path):
     assert len(read(tmp_path / "a.h5", split="train")) == 2
     assert len(read(tmp_path / "a.h5", split="validation")) == 1
     assert len(read(tmp_path / "a.h5")) == 3
-    with pytest.raises(DataError, match="no usable structure marked as 'test'"):
-        read(tmp_path / "a.h5", split="test")
+    assert read(tmp_path / "a.h5", split="test") == []
+    assert [s.mark for s in read(tmp_path / "a.h5")] == ["train", "train", "validation"]
     with pytest.raises(DataError, match="split = 'valid' is not known"):
         read(tmp_path / "a.h5", split="valid")
     write_spice(tmp_path / "b.h5", {"a": (spice_fields(), {})})

@@ -81,7 +81,7 @@ def test_rank(names, combination, caplog):
     with pytest.raises(DataError, match="do not determine every atomic energy"):
         compute_statistics(data, 5.0, on_rank_deficient="error")
     # what is named open is open: adding it changes no total energy
-    counts = GraphStore.from_structures(data, 5.0).compositions()
+    counts = GraphStore.from_structures(data, 5.0).compositions
     for text in statistics.undetermined:
         vector = np.zeros(len(statistics.elements))
         for sign, term in zip(" " + text[0], text, strict=False):

@@ -17,7 +17,7 @@ from flax import struct
 
 from mlip_md.errors import DataError
 from mlip_md.graph import Array, Graph
-from mlip_md.trainer.data.store import GraphStore
+from mlip_md.trainer.data.store import GraphStore, ranges
 
 T = TypeVar("T")
 
@@ -159,11 +159,11 @@ def pack(num_atoms: np.ndarray, num_edges: np.ndarray, budget: BatchBudget) -> l
 def _oversize_message(store: GraphStore, budget: BatchBudget, fits: np.ndarray) -> str:
     bad = np.flatnonzero(~fits)
     first = int(bad[0])
-    name = store.names[first] if len(store.names) else f"structure {first}"
     return (
-        f"{len(bad)} structures fit into no batch, e.g. {name} with {store.num_atoms[first]} atoms "
-        f"and {store.num_edges[first]} edges; a batch takes {budget.n_node - 1} atoms and "
-        f"{budget.n_edge} edges. Raise max_n_node or max_n_edge, or set on_oversize to drop"
+        f"{len(bad)} structures fit into no batch, e.g. {store.names[first]} with "
+        f"{store.num_atoms[first]} atoms and {store.num_edges[first]} edges; a batch takes "
+        f"{budget.n_node - 1} atoms and {budget.n_edge} edges. Raise max_n_node or max_n_edge, or "
+        "set on_oversize to drop"
     )
 
 
@@ -184,12 +184,6 @@ class Batch:
     forces: Array
     stress: Array | None = None
     stress_mask: Array | None = None
-
-
-def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Concatenate ``arange(start, start + size)`` of all pairs."""
-    before = np.cumsum(sizes) - sizes
-    return np.arange(int(sizes.sum())) + np.repeat(starts - before, sizes)
 
 
 def _padded(values: np.ndarray, size: int, dtype: Any, fill: float = 0) -> np.ndarray:
@@ -221,8 +215,8 @@ def make_batch(store: GraphStore, indices: np.ndarray, budget: BatchBudget) -> B
             f"{len(indices)} structures with {atoms.sum()} atoms and {edges.sum()} edges do not "
             f"fit into {budget}"
         )
-    node = _ranges(store.node_offsets[indices], atoms)
-    edge = _ranges(store.edge_offsets[indices], edges)
+    node = ranges(store.first_atom[indices], atoms)
+    edge = ranges(store.first_edge[indices], edges)
     first_node = np.repeat((np.cumsum(atoms) - atoms).astype(np.int32), edges)
     shifts = np.zeros((n_edge, 3), np.int32)
     if store.shifts is not None:
@@ -232,7 +226,7 @@ def make_batch(store: GraphStore, indices: np.ndarray, budget: BatchBudget) -> B
         cell[: len(indices)] = store.cell[indices]
     graph = Graph(
         positions=_padded(store.positions[node], n_node, np.float32),
-        species=_padded(store.species[node], n_node, np.int32),
+        species=_padded(store.species_of[store.atomic_numbers[node]], n_node, np.int32),
         cell=cell,
         senders=_padded(store.senders[edge] + first_node, n_edge, np.int32, n_node - 1),
         receivers=_padded(store.receivers[edge] + first_node, n_edge, np.int32, n_node - 1),

@@ -8,20 +8,26 @@ were found is not published; here they come from covalent radii (see ``has_singl
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from ase.data import covalent_radii
 
 from mlip_md.errors import DataError
 from mlip_md.neighbors.host import neighbor_list
-from mlip_md.trainer.data.structures import Structure
+from mlip_md.trainer.data.structures import MAX_ATOMIC_NUMBER, Structure
 
 BOND_FACTOR = 1.3
 """Two atoms are bonded when closer than this times the sum of their covalent radii."""
 
-IONS = (3, 4, 11, 12, 19, 20, 37, 38, 55, 56)
+Filters = dict[str, Callable[[Structure], bool]]
+
+IONS = [3, 4, 11, 12, 19, 20, 37, 38, 55, 56]
 """Alkali and alkaline earth metals: cations beside a hydrogen, not bonded to it."""
+
+BOND_RADII = covalent_radii.copy()
+BOND_RADII[IONS] = -np.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +49,21 @@ class CurationReport:
     def __str__(self) -> str:
         parts = [f"{name}: {count}" for name, count in self.removed.items()]
         return f"kept {self.kept} of {self.total} structures (removed {', '.join(parts) or 'none'})"
+
+
+@dataclasses.dataclass
+class FilterCounts:
+    """Counts that grow while structures pass through ``apply_filters``."""
+
+    kept: int = 0
+    removed: dict[str, int] = dataclasses.field(default_factory=dict)
+    examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+    def report(self) -> CurationReport:
+        """What was counted so far."""
+        examples = {name: tuple(names) for name, names in self.examples.items()}
+        total = self.kept + sum(self.removed.values())
+        return CurationReport(total, self.kept, dict(self.removed), examples)
 
 
 def curate(
@@ -71,13 +92,36 @@ def curate(
     Raises:
         DataError: if a limit is not positive.
     """
+    filters = make_filters(
+        neutral_only=neutral_only,
+        max_force=max_force,
+        max_net_force=max_net_force,
+        hydrogen_bonds=hydrogen_bonds,
+        elements=elements,
+    )
+    counts = FilterCounts()
+    return list(apply_filters(structures, filters, counts)), counts.report()
+
+
+def make_filters(
+    *,
+    neutral_only: bool = True,
+    max_force: float | None = 15.0,
+    max_net_force: float | None = 0.1,
+    hydrogen_bonds: bool = True,
+    elements: Sequence[int] | None = None,
+) -> Filters:
+    """The filters of ``curate``, by name in the order of application; arguments as there."""
     for name, limit in (("max_force", max_force), ("max_net_force", max_net_force)):
         if limit is not None and not limit > 0:
             raise DataError(f"{name} = {limit!r} is not allowed; give a positive number or None")
-    filters: dict[str, Callable[[Structure], bool]] = {}
+    filters: Filters = {}
     if elements is not None:
-        allowed = np.unique(np.asarray(elements, np.int64))
-        filters["elements"] = lambda s: bool(np.isin(s.atomic_numbers, allowed).all())
+        if not elements or min(elements) < 1 or max(elements) > MAX_ATOMIC_NUMBER:
+            raise DataError(f"elements = {list(elements)} must be atomic numbers")
+        allowed = np.zeros(MAX_ATOMIC_NUMBER + 1, bool)
+        allowed[list(elements)] = True
+        filters["elements"] = lambda s: bool(allowed[s.atomic_numbers].all())
     if hydrogen_bonds:
         filters["hydrogen_bonds"] = has_single_bonds
     if neutral_only:
@@ -86,28 +130,29 @@ def curate(
         filters["max_force"] = lambda s: _longest(s.forces) <= max_force
     if max_net_force is not None:
         filters["max_net_force"] = lambda s: _longest(s.forces.sum(axis=0)) <= max_net_force
-    return _apply(structures, filters)
+    return filters
 
 
-def _longest(vectors: np.ndarray) -> float:
-    return float(np.sqrt(np.max(np.sum(vectors**2, axis=-1))))
-
-
-def _apply(
-    structures: Iterable[Structure], filters: dict[str, Callable[[Structure], bool]]
-) -> tuple[list[Structure], CurationReport]:
-    kept: list[Structure] = []
-    removed = dict.fromkeys(filters, 0)
-    examples: dict[str, tuple[str, ...]] = dict.fromkeys(filters, ())
+def apply_filters(
+    structures: Iterable[Structure], filters: Filters, counts: FilterCounts
+) -> Iterator[Structure]:
+    """Yield the structures that pass all filters, and count the others by the first they fail."""
+    for name in filters:
+        counts.removed.setdefault(name, 0)
     for structure in structures:
         hit = next((name for name, passes in filters.items() if not passes(structure)), None)
         if hit is None:
-            kept.append(structure)
+            counts.kept += 1
+            yield structure
             continue
-        removed[hit] += 1
-        if len(examples[hit]) < 3:
-            examples[hit] += (structure.name,)
-    return kept, CurationReport(len(kept) + sum(removed.values()), len(kept), removed, examples)
+        counts.removed[hit] += 1
+        examples = counts.examples.setdefault(hit, [])
+        if len(examples) < 3:
+            examples.append(structure.name)
+
+
+def _longest(vectors: np.ndarray) -> float:
+    return math.sqrt(float((vectors * vectors).sum(axis=-1).max()))
 
 
 def has_single_bonds(structure: Structure) -> bool:
@@ -121,8 +166,7 @@ def has_single_bonds(structure: Structure) -> bool:
     hydrogens = np.flatnonzero(numbers == 1)
     if not hydrogens.size:
         return True
-    radii = covalent_radii[numbers]
-    radii = np.where(np.isin(numbers, IONS), -np.inf, radii)
+    radii = BOND_RADII[numbers]
     if structure.cell is not None:
         return _periodic_single_bonds(structure, structure.cell, radii, hydrogens)
     positions = structure.positions

@@ -71,7 +71,8 @@ def read(
             say otherwise), curated HDF5 (one group per structure, Å and eV) or extended XYZ
             (Å and eV), the latter also gzipped.
         format: "spice", "curated" or "extxyz"; None recognises it from the content.
-        split: only structures that the file itself marks "train", "validation" or "test".
+        split: only structures that the file itself marks "train", "validation" or "test"; there
+            may be none. None reads all, marked or not.
         limit: stop after this many structures.
         on_bad: "error", or "skip" to leave out unusable structures (logged and counted).
         energy_key: extxyz: name of the energy; None tries ``REF_energy``, ``energy``, ``Energy``.
@@ -135,9 +136,8 @@ def iterate(
         yield structure
     if skipped:
         logger.warning("%s: %d unusable structures were skipped", path, skipped)
-    if count == 0:
-        marked = f" marked as {split!r}" if split else ""
-        raise DataError(f"{path}: it holds no usable structure{marked}")
+    if count == 0 and split is None and limit != 0:
+        raise DataError(f"{path}: it holds no usable structure")
 
 
 def recognize(path: str | Path) -> str:
@@ -265,28 +265,29 @@ def _iterate_hdf5(path: Path, format: str, split: str | None) -> Iterator[Fields
         with h5py.File(path, "r") as file:
             groups = ((key, g) for key, g in file.items() if isinstance(g, h5py.Group))
             for key, group in groups:
-                if split is not None and _mark(group, path) != split:
+                name = f"{path}:{key}"
+                mark = _mark(_optional(group, "split"), split, name)
+                if split is not None and mark != split:
                     continue
                 if format == "spice":
-                    yield from _spice_group(group, f"{path}:{key}")
+                    yield from _spice_group(group, mark, name)
                 else:
-                    yield _curated_group(group, key, f"{path}:{key}")
+                    yield _curated_group(group, key, mark, name)
     except OSError as error:
         raise DataError(f"{path}: HDF5 cannot read it ({error})") from error
 
 
-def _mark(group: h5py.Group, path: Path) -> str:
-    value = _optional(group, "split")
+def _mark(value: Any, wanted: str | None, name: str) -> str:
     if value is None:
+        if wanted is None:
+            return ""
         raise DataError(
-            f"{path}:{group.name[1:]}: no split is marked here, but one was asked for; leave split "
-            "out and let the trainer split by fractions"
+            f"{name}: no split is marked here, but {wanted!r} was asked for; leave split out and "
+            "let the trainer split by fractions"
         )
     mark = _text(value)
     if mark not in SPLITS:
-        raise DataError(
-            f"{path}:{group.name[1:]}: split mark {mark!r} is not one of {', '.join(SPLITS)}"
-        )
+        raise DataError(f"{name}: split mark {mark!r} is not one of {', '.join(SPLITS)}")
     return mark
 
 
@@ -316,7 +317,7 @@ GRADIENT_UNITS = {
 }
 
 
-def _spice_group(group: h5py.Group, name: str) -> Iterator[Fields | DataError]:
+def _spice_group(group: h5py.Group, mark: str, name: str) -> Iterator[Fields | DataError]:
     needed = ("atomic_numbers", "conformations", "dft_total_energy", "dft_total_gradient")
     missing = [key for key in needed if key not in group]
     if missing:
@@ -345,6 +346,7 @@ def _spice_group(group: h5py.Group, name: str) -> Iterator[Fields | DataError]:
         "charge": _charge(group, smiles, name),
         "group": _molecule_key(smiles, name.rsplit(":", 1)[-1]),
         "subset": _text(group["subset"][()]) if "subset" in group else "",
+        "mark": mark,
     }
     for index in range(len(energy)):
         yield {
@@ -378,7 +380,7 @@ def _molecule_key(smiles: Any, key: str) -> str:
     return re.sub(r":\d+\]", "]", _text(smiles)) if smiles is not None else key
 
 
-def _curated_group(group: h5py.Group, key: str, name: str) -> Fields | DataError:
+def _curated_group(group: h5py.Group, key: str, mark: str, name: str) -> Fields | DataError:
     numbers = _optional(group, "elements", "atomic_numbers")
     energy = _optional(group, "energy")
     missing = [
@@ -412,6 +414,7 @@ def _curated_group(group: h5py.Group, key: str, name: str) -> Fields | DataError
         # conformers of one molecule differ in the last number of the name
         "group": _molecule_key(smiles, re.sub(r"_\d+$", "", key)),
         "subset": key.split("-", 1)[0] if "-" in key else "",
+        "mark": mark,
         "name": name,
     }
 
@@ -429,13 +432,11 @@ def _iterate_extxyz(
         except Exception as error:  # the parser has no error class of its own
             yield DataError(f"{name}: not readable as extended XYZ ({error})")
             continue
-        if split is not None:
-            if "split" not in atoms.info:
-                raise DataError(f"{name}: no split is marked here, but {split!r} was asked for")
-            if atoms.info["split"] != split:
-                continue
+        mark = _mark(atoms.info.get("split"), split, name)
+        if split is not None and mark != split:
+            continue
         try:
-            yield _extxyz_fields(atoms, name, energy_key, forces_key)
+            yield {**_extxyz_fields(atoms, name, energy_key, forces_key), "mark": mark}
         except DataError as error:
             yield error
 

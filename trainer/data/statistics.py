@@ -92,7 +92,7 @@ def compute_statistics(
     undetermined: tuple[str, ...] = ()
     if atomic_energies is None or atomic_energies == "average":
         fit = fit_atomic_energies(
-            store.compositions(), store.energy, store.elements, on_rank_deficient
+            store.compositions, store.energy, store.elements, on_rank_deficient
         )
         energies, undetermined = fit
         source = "fitted to the data"
@@ -106,7 +106,7 @@ def compute_statistics(
     else:
         with_energies = store.with_atomic_energies(atomic_energies)
         energies, source = np.asarray(with_energies.atomic_energies), "given"
-    num_connected, num_edges = int(store.num_connected.sum()), int(store.edge_offsets[-1])
+    num_connected, num_edges = int(store.num_connected.sum()), int(store.num_edges.sum())
     if num_connected == 0:
         raise DataError(f"no atom has a neighbor within the cutoff of {store.cutoff} Å")
     shortest = np.asarray(store.min_distance, np.float64)
@@ -117,11 +117,18 @@ def compute_statistics(
         undetermined=undetermined,
         avg_num_neighbors=num_edges / num_connected,
         avg_r_min=float(shortest[np.isfinite(shortest)].mean()),
-        forces_rms=float(np.sqrt(np.mean(np.square(store.forces, dtype=np.float64)))),
+        forces_rms=_forces_rms(store),
         num_structures=len(store),
-        num_atoms=int(store.node_offsets[-1]),
+        num_atoms=int(store.num_atoms.sum()),
         num_edges=num_edges,
     )
+
+
+def _forces_rms(store: GraphStore) -> float:
+    squares = 0.0
+    for _, atoms, _ in store.chunks():
+        squares += float(np.sum(np.square(store.forces[atoms], dtype=np.float64)))
+    return float(np.sqrt(squares / (3 * store.num_atoms.sum())))
 
 
 def prepare_graphs(

@@ -1,8 +1,10 @@
 """Graphs of a whole data set in a few flat arrays, neighbor lists made once.
 
-Structure k owns the atoms ``node_offsets[k]:node_offsets[k + 1]`` and the edges
-``edge_offsets[k]:edge_offsets[k + 1]``; senders and receivers count atoms from the structure's
-first. 1.7 million molecules need about 3 kB each, and a saved store is mapped, not loaded.
+Atoms and edges of all structures lie one after the other; structure k owns the ``num_atoms[k]``
+atoms from ``first_atom[k]`` on and the ``num_edges[k]`` edges from ``first_edge[k]`` on, whose
+senders and receivers count from its own first atom. A part of a data set (training, validation)
+is a store with other rows over the same flat arrays. The arrays can lie in a folder and be mapped:
+then neither making nor using them needs more memory than some thousand structures.
 """
 
 from __future__ import annotations
@@ -30,70 +32,70 @@ SHORTEST_DISTANCE = 0.1
 """Å; atoms nearer than this are a mistake (the shortest bond, H-H, is 0.74 Å)."""
 
 FORMAT_VERSION = 1
-OPTIONAL = ("shifts", "cell", "stress", "stress_mask")
-_CHUNK = 2048
+CHUNK = 2048
+"""Structures handled at a time."""
 
+FLAT = ("positions", "atomic_numbers", "forces", "senders", "receivers", "shifts")
+OPTIONAL = ("shifts", "cell", "stress", "stress_mask")
 Arrays = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GraphStore:
-    """The graphs and labels of n structures with N atoms and M edges in all.
+    """The graphs and labels of n structures; N atoms and M edges lie in its flat arrays.
 
     Attributes:
         elements: atomic numbers, ascending; species are indices into them.
         cutoff: Å, of the neighbor lists.
-        node_offsets: (n + 1,) int64.
-        edge_offsets: (n + 1,) int64.
         positions: (N, 3) float32 Å, each structure about its own centroid (float32 resolves
             vectors best there; nothing depends on the origin).
-        species: (N,) uint8.
+        atomic_numbers: (N,) uint8.
         forces: (N, 3) float32 eV/Å.
         senders: (M,) uint16 or int32, within the structure.
         receivers: (M,) likewise, ascending within a structure.
         shifts: (M, 3) int8 or int32, or None when nothing is periodic.
+        first_atom: (n,) int64.
+        num_atoms: (n,) int64.
+        first_edge: (n,) int64.
+        num_edges: (n,) int64, directed edges.
         cell: (n, 3, 3) float32 Å, or None when nothing is periodic.
         energy: (n,) float64 eV, total energies.
         stress: (n, 3, 3) float32 eV/Å³, or None when no structure has a label.
         stress_mask: (n,) bool, where there is a stress label, or None.
         min_distance: (n,) float32 Å, shortest edge; infinity without edges.
         num_connected: (n,) int32, atoms with at least one neighbor.
+        names: (n,) where each structure came from.
+        subsets: (n,) the part of the data set that it belongs to.
+        groups: (n,) its molecule.
         atomic_energies: (len(elements),) float64 eV, E0 subtracted from the labels; None until
             ``with_atomic_energies`` sets them.
-        names: where each structure came from.
     """
 
     elements: tuple[int, ...]
     cutoff: float
-    node_offsets: np.ndarray
-    edge_offsets: np.ndarray
     positions: np.ndarray
-    species: np.ndarray
+    atomic_numbers: np.ndarray
     forces: np.ndarray
     senders: np.ndarray
     receivers: np.ndarray
     shifts: np.ndarray | None
+    first_atom: np.ndarray
+    num_atoms: np.ndarray
+    first_edge: np.ndarray
+    num_edges: np.ndarray
     cell: np.ndarray | None
     energy: np.ndarray
     stress: np.ndarray | None
     stress_mask: np.ndarray | None
     min_distance: np.ndarray
     num_connected: np.ndarray
+    names: Sequence[str]
+    subsets: Sequence[str]
+    groups: Sequence[str]
     atomic_energies: np.ndarray | None = None
-    names: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.energy)
-
-    @functools.cached_property
-    def num_atoms(self) -> np.ndarray:
-        """(n,) int64, atoms of each structure."""
-        return np.diff(self.node_offsets)
-
-    @functools.cached_property
-    def num_edges(self) -> np.ndarray:
-        """(n,) int64, directed edges of each structure."""
-        return np.diff(self.edge_offsets)
 
     @classmethod
     def from_structures(
@@ -103,37 +105,46 @@ class GraphStore:
         *,
         elements: Sequence[int] | None = None,
         atomic_energies: np.ndarray | Mapping[int, float] | None = None,
+        folder: str | Path | None = None,
     ) -> GraphStore:
         """Make neighbor lists for all structures.
 
         Args:
-            structures: at least one.
+            structures: at least one; taken in turn, so they may be read as they are needed.
             cutoff: Å.
             elements: atomic numbers that define the species; None takes those that occur.
             atomic_energies: eV, E0 by species or by atomic number, if known already.
+            folder: new folder to keep the arrays in, for ``open_store`` and for data sets larger
+                than the memory; None keeps them in memory.
 
         Returns:
             The store, in the order of the structures.
 
         Raises:
-            DataError: on an element not among ``elements``, or on atoms on top of each other.
+            DataError: on an element not among ``elements``, on atoms on top of each other, if there
+                is no structure, or if the folder exists.
         """
         cutoff = check_cutoff(cutoff)
-        lookup = _species_lookup(elements)
-        iterator, names = iter(structures), []
-        blocks: list[Arrays] = []
-        while chunk := list(itertools.islice(iterator, _CHUNK)):
-            blocks.append(_block(chunk, cutoff, lookup))
-            names += [structure.name for structure in chunk]
-        if not blocks:
-            raise DataError("there are no structures to make graphs of")
-        arrays = _joined(blocks)
-        if elements is None:  # species are atomic numbers so far
-            present, species = np.unique(arrays["species"], return_inverse=True)
-            elements, arrays["species"] = present.tolist(), species.astype(np.uint8)
-        kinds = tuple(sorted({int(z) for z in elements}))
-        store = cls(elements=kinds, cutoff=cutoff, names=tuple(names), **arrays)
+        allowed = None if elements is None else tuple(sorted({int(z) for z in elements}))
+        if folder is None:
+            store = _spooled(structures, cutoff, allowed, None).store(allowed, cutoff)
+        else:
+            with _new_folder(Path(folder)) as partial:
+                _spooled(structures, cutoff, allowed, partial).write(allowed, cutoff)
+            store = open_store(folder)
         return store if atomic_energies is None else store.with_atomic_energies(atomic_energies)
+
+    def subset(self, indices: np.ndarray) -> GraphStore:
+        """A store of the structures (k,) in that order; the flat arrays are shared."""
+        indices = np.asarray(indices, np.int64)
+        rows: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("names", "subsets", "groups"):
+                rows[field.name] = tuple(value[k] for k in indices.tolist())
+            elif isinstance(value, np.ndarray) and field.name not in (*FLAT, "atomic_energies"):
+                rows[field.name] = value[indices]
+        return dataclasses.replace(self, **rows)
 
     def with_atomic_energies(self, energies: np.ndarray | Mapping[int, float]) -> GraphStore:
         """The same store with labels relative to these E0 (eV, by species or by atomic number)."""
@@ -150,6 +161,51 @@ class GraphStore:
             )
         return dataclasses.replace(self, atomic_energies=energies)
 
+    def with_elements(self, elements: Sequence[int]) -> GraphStore:
+        """The same store with species of these elements (atomic numbers), E0 unset.
+
+        Raises:
+            DataError: if a structure has an element that is not among them.
+        """
+        kinds = tuple(sorted({int(z) for z in elements}))
+        counts = self.compositions
+        for column, number in enumerate(self.elements):
+            holders = np.flatnonzero(counts[:, column])
+            if number not in kinds and len(holders):
+                raise _unknown_elements(self.names[int(holders[0])], [number], kinds)
+        return dataclasses.replace(self, elements=kinds, atomic_energies=None)
+
+    @functools.cached_property
+    def species_of(self) -> np.ndarray:
+        """(119,) int32, species by atomic number; -1 for elements that do not occur."""
+        lookup = np.full(MAX_ATOMIC_NUMBER + 1, -1, np.int32)
+        lookup[list(self.elements)] = np.arange(len(self.elements))
+        return lookup
+
+    @property
+    def species(self) -> np.ndarray:
+        """(N,) int32, indices into the elements."""
+        return self.species_of[self.atomic_numbers]
+
+    def chunks(self) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        """Some structures at a time: their slice, and indices of their atoms and edges."""
+        for first in range(0, len(self), CHUNK):
+            part = slice(first, first + CHUNK)
+            atoms = ranges(self.first_atom[part], self.num_atoms[part])
+            yield part, atoms, ranges(self.first_edge[part], self.num_edges[part])
+
+    @functools.cached_property
+    def compositions(self) -> np.ndarray:
+        """(n, len(elements)) float64, number of atoms of each element in each structure."""
+        size = len(self.elements)
+        counts = []
+        for part, atoms, _ in self.chunks():
+            sizes = self.num_atoms[part]
+            owner = np.repeat(np.arange(len(sizes)), sizes)
+            flat = owner * size + self.species_of[self.atomic_numbers[atoms]]
+            counts.append(np.bincount(flat, minlength=len(sizes) * size).reshape(-1, size))
+        return np.concatenate(counts).astype(np.float64)
+
     @functools.cached_property
     def reference_energy(self) -> np.ndarray:
         """(n,) float64 eV, the sum of E0 over each structure's atoms."""
@@ -158,7 +214,7 @@ class GraphStore:
                 "the store has no atomic energies (E0) yet, so there are no energy labels; compute "
                 "statistics and call with_atomic_energies first"
             )
-        return np.add.reduceat(self.atomic_energies[self.species], self.node_offsets[:-1])
+        return self.compositions @ self.atomic_energies
 
     @functools.cached_property
     def interaction_energy(self) -> np.ndarray:
@@ -166,60 +222,38 @@ class GraphStore:
         return (self.energy - self.reference_energy).astype(np.float32)
 
     def degrees(self) -> np.ndarray:
-        """(N,) int64, number of neighbors of every atom."""
+        """Number of neighbors of every atom of every structure, in their order."""
         parts = []
-        for first in range(0, len(self), _CHUNK):
-            last = min(first + _CHUNK, len(self))
-            edges = slice(self.edge_offsets[first], self.edge_offsets[last])
-            starts = self.node_offsets[first:last] - self.node_offsets[first]
-            receivers = self.receivers[edges] + np.repeat(starts, self.num_edges[first:last])
-            size = int(self.node_offsets[last] - self.node_offsets[first])
-            parts.append(np.bincount(receivers, minlength=size))
+        for part, atoms, edges in self.chunks():
+            sizes = self.num_atoms[part]
+            before = np.repeat(np.cumsum(sizes) - sizes, self.num_edges[part])
+            parts.append(np.bincount(self.receivers[edges] + before, minlength=len(atoms)))
         return np.concatenate(parts)
 
-    def compositions(self) -> np.ndarray:
-        """(n, len(elements)) float64, number of atoms of each element in each structure."""
-        owner = np.repeat(np.arange(len(self)), self.num_atoms)
-        size = len(self.elements)
-        counts = np.bincount(owner * size + self.species, minlength=len(self) * size)
-        return counts.reshape(len(self), size).astype(np.float64)
-
     def save(self, folder: str | Path) -> None:
-        """Write the store as a folder of arrays, all or nothing; ``open_store`` maps it again.
+        """Write the store into a new folder, all or nothing; ``open_store`` opens it again.
+
+        Of a subset only its own structures are written.
 
         Raises:
             DataError: if the folder exists.
         """
-        folder = Path(folder)
-        if folder.exists():
-            raise DataError(f"{folder} exists already; remove it or choose another folder")
-        partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-        partial.mkdir(parents=True)
-        try:
-            arrays = {}
-            for name, array in _array_fields(self):
-                np.save(partial / f"{name}.npy", array, allow_pickle=False)
-                arrays[name] = _sha256(partial / f"{name}.npy")
-            (partial / "names.txt").write_text("\n".join(self.names))
-            index = {
-                "format_version": FORMAT_VERSION,
-                "units": {"length": "Å", "energy": "eV"},
-                "elements": self.elements,
-                "cutoff": self.cutoff,
-                "sha256": arrays,
-            }
-            (partial / "index.json").write_text(json.dumps(index, indent=1))
-            partial.rename(folder)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        with _new_folder(Path(folder)) as partial:
+            spool = _Spool(partial)
+            for part, atoms, edges in self.chunks():
+                spool.add(_taken(self, part, atoms, edges), self._origins(part))
+            spool.write(self.elements, self.cutoff, self.atomic_energies)
+
+    def _origins(self, part: slice) -> list[tuple[str, str, str]]:
+        fields = (self.names[part], self.subsets[part], self.groups[part])
+        return list(zip(*fields, strict=True))
 
 
 def open_store(folder: str | Path, verify: bool = False) -> GraphStore:
     """Open a saved store; its arrays are mapped from disk as they are needed.
 
     Args:
-        folder: what ``GraphStore.save`` wrote.
+        folder: what ``GraphStore.save`` or ``GraphStore.from_structures`` wrote.
         verify: read everything once and compare checksums.
 
     Raises:
@@ -233,69 +267,63 @@ def open_store(folder: str | Path, verify: bool = False) -> GraphStore:
                 f"{folder}: format version {index['format_version']}, this program reads "
                 f"{FORMAT_VERSION}; prepare the data again"
             )
-        fields: dict[str, Any] = dict.fromkeys(OPTIONAL)
-        for name, checksum in index["sha256"].items():
-            path = folder / f"{name}.npy"
-            if verify and _sha256(path) != checksum:
-                raise DataError(f"{path} is damaged (checksum); prepare the data again")
-            fields[name] = np.load(path, mmap_mode="r", allow_pickle=False)
-        names = tuple((folder / "names.txt").read_text().split("\n"))
-        elements, cutoff = tuple(index["elements"]), float(index["cutoff"])
-        store = GraphStore(elements=elements, cutoff=cutoff, names=names, **fields)
+        if verify:
+            for name, checksum in index["sha256"].items():
+                if _sha256(folder / name) != checksum:
+                    raise DataError(
+                        f"{folder / name} is damaged (checksum); prepare the data again"
+                    )
+        arrays = {name: _mapped(folder, name, spec) for name, spec in index["arrays"].items()}
+        with open(folder / "structures.jsonl") as stream:
+            origins = [json.loads(line) for line in stream]
+        store = _store(arrays, origins, tuple(index["elements"]), float(index["cutoff"]))
+        energies = index["atomic_energies"]
+        return store if energies is None else store.with_atomic_energies(np.array(energies))
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{folder}: not a readable graph store ({error})") from error
-    if store.node_offsets[-1] != len(store.positions) or len(names) != len(store):
-        raise DataError(f"{folder}: its arrays do not fit together; prepare the data again")
-    return store
 
 
-def _array_fields(store: GraphStore) -> Iterator[tuple[str, np.ndarray]]:
-    for field in dataclasses.fields(store):
-        value = getattr(store, field.name)
-        if isinstance(value, np.ndarray):
-            yield field.name, value
+def ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Concatenate ``arange(start, start + size)`` of all pairs."""
+    before = np.cumsum(sizes) - sizes
+    return np.arange(int(sizes.sum())) + np.repeat(starts - before, sizes)
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+# Making graphs
 
 
-def _species_lookup(elements: Sequence[int] | None) -> np.ndarray:
-    """Species by atomic number, -1 for those not allowed; the number itself if all are."""
-    if elements is None:
-        return np.arange(MAX_ATOMIC_NUMBER + 1)
-    lookup = np.full(MAX_ATOMIC_NUMBER + 1, -1)
-    lookup[sorted(set(elements))] = np.arange(len(set(elements)))
-    return lookup
+def _spooled(
+    structures: Iterable[Structure],
+    cutoff: float,
+    elements: tuple[int, ...] | None,
+    folder: Path | None,
+) -> _Spool:
+    spool = _Spool(folder)
+    iterator = iter(structures)
+    while chunk := list(itertools.islice(iterator, CHUNK)):
+        graphs = [_graph(structure, cutoff, elements) for structure in chunk]
+        block = {name: np.concatenate([g[name] for g in graphs]) for name in graphs[0]}
+        spool.add(block, [(s.name, s.subset, s.group) for s in chunk])
+    if not spool.origins:
+        raise DataError("there are no structures to make graphs of")
+    return spool
 
 
-def _block(structures: list[Structure], cutoff: float, lookup: np.ndarray) -> Arrays:
-    """Arrays of some structures, joined."""
-    graphs = [_graph(structure, cutoff, lookup) for structure in structures]
-    arrays = {name: np.concatenate([g[name] for g in graphs]) for name in graphs[0]}
-    if not arrays["shifts"].any():
-        del arrays["shifts"]
-    elif np.abs(arrays["shifts"]).max() < 128:
-        arrays["shifts"] = arrays["shifts"].astype(np.int8)
-    if not arrays["cell"].any():
-        del arrays["cell"]
-    if not arrays["stress_mask"].any():
-        del arrays["stress"], arrays["stress_mask"]
-    return arrays
+def _unknown_elements(name: str, unknown: Iterable[int], known: Iterable[int]) -> DataError:
+    return DataError(
+        f"{name}: {', '.join(symbol(z) for z in unknown)} is not among the elements "
+        f"{', '.join(symbol(z) for z in known)} of the training set; leave such structures out "
+        "(filter by elements)"
+    )
 
 
-def _graph(structure: Structure, cutoff: float, lookup: np.ndarray) -> Arrays:
-    species = lookup[structure.atomic_numbers]
-    if species.min() < 0:
-        unknown = sorted({int(z) for z in structure.atomic_numbers[species < 0]})
-        raise DataError(
-            f"{structure.name}: {', '.join(symbol(z) for z in unknown)} is not among the elements "
-            f"{', '.join(symbol(int(z)) for z in np.flatnonzero(lookup >= 0))} of the training "
-            "set; leave such structures out (filter by elements)"
-        )
+def _graph(structure: Structure, cutoff: float, elements: tuple[int, ...] | None) -> Arrays:
+    if elements is not None:
+        unknown = {int(z) for z in structure.atomic_numbers} - set(elements)
+        if unknown:
+            raise _unknown_elements(structure.name, sorted(unknown), elements)
     cell = np.zeros((3, 3)) if structure.cell is None else structure.cell
     edges = host_edges(structure.positions, cell, structure.pbc, cutoff)
     shortest = float(edges.lengths.min()) if len(edges.lengths) else np.inf
@@ -304,41 +332,183 @@ def _graph(structure: Structure, cutoff: float, lookup: np.ndarray) -> Arrays:
             f"{structure.name}: two atoms are {shortest:.4f} Å apart, less than "
             f"{SHORTEST_DISTANCE} Å; are the positions in Å?"
         )
-    small = np.uint16 if len(structure) <= 2**16 else np.int32
-    labeled = structure.stress is not None
+    stress = np.zeros((3, 3)) if structure.stress is None else structure.stress
+    index = np.uint16 if len(structure) <= 2**16 else np.int32
     return {
+        "positions": (structure.positions - structure.positions.mean(0)).astype(np.float32),
+        "atomic_numbers": structure.atomic_numbers.astype(np.uint8),
+        "forces": structure.forces.astype(np.float32),
+        "senders": edges.senders.astype(index),
+        "receivers": edges.receivers.astype(index),
+        "shifts": edges.shifts,
         "num_atoms": np.array([len(structure)]),
         "num_edges": np.array([len(edges.senders)]),
-        "positions": (structure.positions - structure.positions.mean(0)).astype(np.float32),
-        "species": species.astype(np.uint8),
-        "forces": structure.forces.astype(np.float32),
-        "senders": edges.senders.astype(small),
-        "receivers": edges.receivers.astype(small),
-        "shifts": edges.shifts.astype(np.int32),
         "cell": cell[None].astype(np.float32),
         "energy": np.array([structure.energy]),
-        "stress": np.asarray(structure.stress if labeled else np.zeros((3, 3)), np.float32)[None],
-        "stress_mask": np.array([labeled]),
+        "stress": stress[None].astype(np.float32),
+        "stress_mask": np.array([structure.stress is not None]),
         "min_distance": np.array([shortest], np.float32),
         "num_connected": np.array([np.count_nonzero(np.bincount(edges.receivers))], np.int32),
     }
 
 
-def _joined(blocks: list[Arrays]) -> dict[str, Any]:
-    """Join blocks; a field that no block has is None, one that some lack is zero there."""
-    shapes: dict[str, tuple[int, ...]] = {"shifts": (3,), "cell": (3, 3), "stress": (3, 3)}
-    names = {name for block in blocks for name in block}
-    joined: dict[str, Any] = {name: None for name in OPTIONAL if name not in names}
-    for name in sorted(names):
-        parts = []
-        for block in blocks:
-            part = block.get(name)
-            if part is None:
-                count = block["num_edges"].sum() if name == "shifts" else len(block["energy"])
-                kind = next(b[name].dtype for b in blocks if name in b)
-                part = np.zeros((count, *shapes.get(name, ())), kind)
-            parts.append(part)
-        joined[name] = np.concatenate(parts)
-    for name, offsets in (("num_atoms", "node_offsets"), ("num_edges", "edge_offsets")):
-        joined[offsets] = np.concatenate([[0], np.cumsum(joined.pop(name))])
-    return joined
+def _taken(store: GraphStore, part: slice, atoms: np.ndarray, edges: np.ndarray) -> Arrays:
+    """Arrays of some structures of a store."""
+    block = {
+        name: getattr(store, name)[atoms] for name in ("positions", "atomic_numbers", "forces")
+    }
+    block |= {name: getattr(store, name)[edges] for name in ("senders", "receivers")}
+    block["shifts"] = np.zeros((len(edges), 3), np.int8)
+    if store.shifts is not None:
+        block["shifts"] = store.shifts[edges]
+    rows = ("num_atoms", "num_edges", "energy", "min_distance", "num_connected")
+    block |= {name: getattr(store, name)[part] for name in rows}
+    empty = {"cell": (3, 3), "stress": (3, 3), "stress_mask": ()}
+    for name, shape in empty.items():
+        value = getattr(store, name)
+        kind = bool if name == "stress_mask" else np.float32
+        block[name] = (
+            np.zeros((len(block["energy"]), *shape), kind) if value is None else value[part]
+        )
+    return block
+
+
+class _Spool:
+    """Collects arrays block by block, in memory or in files, and makes a store of them."""
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+        self.origins: list[tuple[str, str, str]] = []
+        self.blocks: dict[str, list[Any]] = {}
+        self.kinds: dict[str, np.dtype] = {}
+
+    def add(self, block: Arrays, origins: list[tuple[str, str, str]]) -> None:
+        if np.abs(block["shifts"]).max(initial=0) < 128:
+            block["shifts"] = block["shifts"].astype(np.int8)
+        for name, array in block.items():
+            if name in OPTIONAL and not array.any():
+                self.blocks.setdefault(name, []).append(array.shape)  # zeros, not kept
+                continue
+            kind = self.kinds.get(name, array.dtype)
+            self.kinds[name] = np.promote_types(kind, array.dtype)
+            self.blocks.setdefault(name, []).append(self._kept(name, array))
+        self.origins += origins
+
+    def _kept(self, name: str, array: np.ndarray) -> Any:
+        if self.folder is None or name not in FLAT:
+            return array
+        path = self.folder / f"{name}.{len(self.blocks.get(name, ()))}.block"
+        array.tofile(path)
+        return path, array.dtype, array.shape
+
+    def _block(self, name: str, block: Any) -> np.ndarray:
+        kind = self.kinds[name]
+        if isinstance(block, np.ndarray):
+            return block.astype(kind, copy=False)
+        if isinstance(block[0], Path):
+            path, dtype, shape = block
+            return np.fromfile(path, dtype).reshape(shape).astype(kind, copy=False)
+        return np.zeros(block, kind)
+
+    def store(self, elements: tuple[int, ...] | None, cutoff: float) -> GraphStore:
+        """The store, in memory."""
+        arrays = {
+            name: np.concatenate([self._block(name, block) for block in self.blocks.pop(name)])
+            for name in self.kinds
+        }
+        kinds = elements or tuple(np.unique(arrays["atomic_numbers"]).tolist())
+        return _store(arrays, self.origins, kinds, cutoff)
+
+    def write(
+        self,
+        elements: tuple[int, ...] | None,
+        cutoff: float,
+        atomic_energies: np.ndarray | None = None,
+    ) -> None:
+        """Write everything to the folder."""
+        assert self.folder is not None  # whoever writes has given one
+        folder = self.folder
+        specs: dict[str, Any] = {}
+        present: set[int] = set()
+        for name, kind in self.kinds.items():
+            length, shape = 0, ()
+            with open(folder / f"{name}.bin", "wb") as file:
+                for block in self.blocks[name]:
+                    array = self._block(name, block)
+                    array.tofile(file)
+                    length, shape = length + len(array), array.shape[1:]
+                    if name == "atomic_numbers":
+                        present |= set(np.unique(array).tolist())
+                    if not isinstance(block, np.ndarray) and isinstance(block[0], Path):
+                        block[0].unlink()
+            specs[name] = {"dtype": kind.str, "shape": [length, *shape]}
+        with open(folder / "structures.jsonl", "w") as stream:
+            stream.writelines(json.dumps(origin) + "\n" for origin in self.origins)
+        files = [*(f"{name}.bin" for name in specs), "structures.jsonl"]
+        index = {
+            "format_version": FORMAT_VERSION,
+            "units": {"length": "Å", "energy": "eV"},
+            "elements": elements or sorted(present),
+            "cutoff": cutoff,
+            "atomic_energies": None if atomic_energies is None else atomic_energies.tolist(),
+            "arrays": specs,
+            "sha256": {name: _sha256(folder / name) for name in files},
+        }
+        (folder / "index.json").write_text(json.dumps(index, indent=1))
+
+
+def _store(
+    arrays: Mapping[str, np.ndarray],
+    origins: Sequence[Sequence[str]],
+    elements: tuple[int, ...],
+    cutoff: float,
+) -> GraphStore:
+    fields: dict[str, Any] = {**dict.fromkeys(OPTIONAL), **arrays}
+    for count, first in (("num_atoms", "first_atom"), ("num_edges", "first_edge")):
+        fields[count] = np.array(arrays[count], np.int64)
+        fields[first] = np.cumsum(fields[count]) - fields[count]
+    sizes = (len(fields["positions"]), len(fields["senders"]), len(fields["energy"]))
+    if sizes != (fields["num_atoms"].sum(), fields["num_edges"].sum(), len(origins)):
+        raise DataError("the arrays of the graph store do not fit together; prepare the data again")
+    names, subsets, groups = (tuple(o[k] for o in origins) for k in range(3))
+    return GraphStore(
+        elements=elements, cutoff=cutoff, names=names, subsets=subsets, groups=groups, **fields
+    )
+
+
+def _mapped(folder: Path, name: str, spec: Mapping[str, Any]) -> np.ndarray:
+    shape = tuple(spec["shape"])
+    if 0 in shape:
+        return np.zeros(shape, spec["dtype"])
+    path = folder / f"{name}.bin"
+    expected = int(np.prod(shape)) * np.dtype(spec["dtype"]).itemsize
+    if path.stat().st_size != expected:
+        raise DataError(
+            f"{path} has {path.stat().st_size} bytes, not {expected}; prepare the data again"
+        )
+    return np.memmap(path, dtype=spec["dtype"], mode="r", shape=shape)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _new_folder:  # noqa: N801 - used like the functions of contextlib
+    """A folder that appears under its name only when everything in it is written."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+
+    def __enter__(self) -> Path:
+        if self._folder.exists():
+            raise DataError(f"{self._folder} exists already; remove it or choose another folder")
+        self._partial.mkdir(parents=True)
+        return self._partial
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is None:
+            self._partial.rename(self._folder)
+        else:
+            shutil.rmtree(self._partial, ignore_errors=True)

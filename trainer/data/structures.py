@@ -45,6 +45,7 @@ class Structure:
         charge: total charge, elementary charges.
         group: key of the molecule; structures of one group are never parted by a split.
         subset: name of the part of the data set that it comes from.
+        mark: "train", "validation" or "test" if its file says so, else empty.
         name: where it was read from, ``file:key[index]``, for messages.
 
     Raises:
@@ -61,6 +62,7 @@ class Structure:
     charge: int = 0
     group: str = ""
     subset: str = ""
+    mark: str = ""
     name: str = "structure"
 
     def __post_init__(self) -> None:
