@@ -2,13 +2,12 @@
 
 Everything heavy is imported inside the commands, so that ``mlip-md --help`` answers at once.
 Exit codes: 0 done; 2 bad input (options, structures, configurations, model files); 3 bad data;
-4 energies, forces or a training that are not finite; 5 storage (checkpoints, files that cannot be
-written); 130 interrupted.
+4 energies, forces, a simulation or a training that diverged; 5 storage (checkpoints, files that
+cannot be written); 7 out of memory; 130 interrupted.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,9 @@ import typer
 
 import mlip_md
 from mlip_md import errors
+from mlip_md.integrations.cli import md_command, minimize_command
+from mlip_md.trainer.cli import evaluate_command, train_command
+from mlip_md.trainer.generate.command import make_dataset_command
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
 EXIT_CODES: Mapping[type[Exception], int] = {
     errors.DataError: 3,
     errors.NonFiniteError: 4,
+    errors.SimulationError: 4,
     errors.CheckpointError: 5,
+    errors.CapacityError: 7,
     errors.MLIPError: 2,
     FileNotFoundError: 2,
     OSError: 5,
@@ -44,27 +48,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_COMMANDS = (
-    ("md", "mlip_md.integrations.cli", "md_command", "Use a potential"),
-    ("minimize", "mlip_md.integrations.cli", "minimize_command", "Use a potential"),
-    ("train", "mlip_md.trainer.cli", "train_command", "Make a potential"),
-    ("check", "mlip_md.trainer.cli", "check_command", "Make a potential"),
-    ("prepare", "mlip_md.trainer.cli", "prepare_command", "Make a potential"),
-    ("evaluate", "mlip_md.trainer.cli", "evaluate_command", "Make a potential"),
-    (
-        "make-dataset",
-        "mlip_md.trainer.generate.command",
-        "make_dataset_command",
-        "Make a potential",
-    ),
-)
+_USE, _MAKE, _LOOK = "Use a potential", "Make a potential", "Look at models"
 
-for _name, _module, _function, _panel in _COMMANDS:
-    try:
-        _command = getattr(importlib.import_module(_module), _function)
-    except (ModuleNotFoundError, AttributeError):
-        continue
-    app.command(_name, rich_help_panel=_panel)(_command)
+app.command("md", rich_help_panel=_USE)(md_command)
+app.command("minimize", rich_help_panel=_USE)(minimize_command)
+app.command("train", rich_help_panel=_MAKE)(train_command)
+app.command("evaluate", rich_help_panel=_MAKE)(evaluate_command)
+app.command("make-dataset", rich_help_panel=_MAKE)(make_dataset_command)
 
 
 def main() -> None:
@@ -109,7 +99,7 @@ def _options(
     pass
 
 
-@app.command(rich_help_panel="Look at models")
+@app.command(rich_help_panel=_LOOK)
 def show(
     model: Annotated[
         str,
@@ -135,7 +125,7 @@ def show(
         console.print(Markdown(card))
 
 
-@app.command(rich_help_panel="Look at models")
+@app.command(rich_help_panel=_LOOK)
 def convert(
     source: Annotated[
         str,

@@ -1,0 +1,212 @@
+"""The command line: quick help, readable screens, one-line errors with their exit codes."""
+
+import dataclasses
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from test_model_file import make_potential
+
+import mlip_md
+from mlip_md import bundled, cli, errors
+from mlip_md.model_file import load, save
+
+COMMANDS = ["md", "minimize", "train", "evaluate", "make-dataset", "show", "convert"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    file = tmp_path_factory.mktemp("models") / "tiny.safetensors"
+    save(make_potential("mace"), file)
+    return file
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mlip-md", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "100")
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capsys.readouterr()
+        return end.value.code or 0, out, err
+
+    return run
+
+
+def test_help_is_quick_and_loads_nothing_heavy():
+    heavy = ["jax", "flax", "openmm", "ase", "h5py", "optax", "matplotlib", "numpy"]
+    code = f"""
+import sys
+sys.argv = ["mlip-md", "--help"]
+from mlip_md.cli import main
+try:
+    main()
+except SystemExit as end:
+    loaded = [name for name in {heavy} if name in sys.modules]
+    sys.exit(f"loaded {{loaded}}" if loaded or end.code else 0)
+"""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert seconds < 1.5
+    for command in COMMANDS:
+        assert re.search(rf"│ {command} ", done.stdout), command
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_shows_its_own_help(run, command):
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert f"Usage: mlip-md {command}" in out
+
+
+def test_version(run):
+    assert run("--version") == (0, f"mlip-md {mlip_md.__version__}\n", "")
+
+
+def test_show_tells_everything(run, tiny):
+    code, out, err = run("show", tiny)
+    assert (code, err) == (0, "")
+    for text in (
+        "mace", "4.1 Å; an atom sees up to 8.2 Å", "H C O", "energy eV", "num_channels", "4x0e",
+        "7.3 neighbors", "0.97 Å", "0.25 eV + 1.75", "-1029.489000", "data.structures", "µ",
+    ):  # fmt: skip
+        assert text in out, text
+    potential = load(tiny)
+    assert f"{potential.num_parameters:,}" in out
+    assert potential.sha256[:40] in out.replace("\n", "")
+
+
+def test_show_as_json(run, tiny):
+    code, out, _ = run("show", tiny, "--json")
+    potential = load(tiny)
+    shown = json.loads(out)
+    assert code == 0
+    assert shown["sha256"] == potential.sha256
+    assert shown["hyperparameters"]["num_channels"] == 4
+    assert shown["atomic_energies"] == potential.atomic_energies.tolist()
+
+
+def test_show_prints_the_card_of_a_bundled_model(run, tiny, monkeypatch):
+    monkeypatch.setattr(bundled, "_FOLDER", tiny.parent)
+    (tiny.parent / "tiny.md").write_text("# A tiny card\n\nMade for *tests*.\n")
+    code, out, _ = run("show", "tiny")
+    assert code == 0
+    assert "A tiny card" in out
+    assert "Made for tests." in out
+
+
+def test_convert_there_and_back(run, tiny, tmp_path):
+    there, back = tmp_path / "m.zip", tmp_path / "m.safetensors"
+    code, out, _ = run("convert", tiny, there)
+    assert code == 0
+    assert f"{load(tiny).num_parameters:,} parameters" in out
+    assert run("convert", there, back)[0] == 0
+    old, new = load(tiny), load(back)
+    assert new.config == dataclasses.replace(old.config, atomic_energies="average")
+    np.testing.assert_array_equal(new.atomic_energies, old.atomic_energies)
+    code, _, err = run("convert", there, back)
+    assert code == 2
+    assert "--force" in err
+    assert run("convert", there, back, "--force")[0] == 0
+
+
+def test_convert_refuses_unknown_formats_and_folders(run, tiny, tmp_path):
+    code, _, err = run("convert", tiny, tmp_path / "m.onnx")
+    assert (code, ".safetensors (mlip-md) or .zip" in err) == (2, True)
+    code, _, err = run("convert", tiny, tmp_path / "none" / "m.zip")
+    assert (code, "no such folder" in err) == (2, True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_are_one_line_without_traceback(run, tmp_path):
+    (tmp_path / "m.safetensors").write_bytes(b"nonsense and more")
+    code, out, err = run("show", tmp_path / "m.safetensors")
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert err.startswith("Error: ")
+    assert "no safetensors file" in err
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "show", "none"], ["show", "none", "--debug"]])
+def test_debug_raises(monkeypatch, arguments):
+    monkeypatch.setattr(sys, "argv", ["mlip-md", *arguments])
+    with pytest.raises(errors.ModelFileError):
+        cli.main()
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (errors.StructureError("x"), 2),
+        (errors.ConfigError("x"), 2),
+        (errors.ModelFileError("x"), 2),
+        (errors.UnsupportedElementError("x"), 2),
+        (FileNotFoundError(2, "no such file", "x.xyz"), 2),
+        (errors.DataError("x"), 3),
+        (errors.NonFiniteError("x"), 4),
+        (errors.SimulationError("x"), 4),
+        (errors.CheckpointError("x"), 5),
+        (OSError(28, "No space left on device"), 5),
+        (errors.CapacityError("x"), 7),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_exit_codes(run, monkeypatch, error, expected):
+    def fail(model: str) -> None:
+        raise error
+
+    monkeypatch.setattr(mlip_md, "load", fail)
+    code, _, err = run("show", "anything")
+    assert code == expected
+    assert err.count("\n") == 1
+
+
+def test_errors_that_are_not_ours_keep_their_traceback(monkeypatch):
+    def fail(model: str) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(mlip_md, "load", fail)
+    monkeypatch.setattr(sys, "argv", ["mlip-md", "show", "anything"])
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_text_that_looks_like_markup_is_printed_as_it_is(run):
+    _, _, err = run("show", "[red]none[/red]")
+    assert "'[red]none[/red]'" in err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_ctrl_c_from_outside():
+    code = """
+import time, mlip_md
+from mlip_md.cli import main
+import sys
+sys.argv = ["mlip-md", "show", "x"]
+def wait(model):
+    print("waiting", flush=True)
+    time.sleep(60)
+mlip_md.load = wait
+main()
+"""
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "waiting\n"
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert err == "Interrupted.\n"
