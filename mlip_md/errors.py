@@ -35,3 +35,7 @@ class CapacityError(MLIPError, MemoryError):
 
 class NonFiniteError(MLIPError, FloatingPointError):
     """A potential gave NaN or infinite energies or forces."""
+
+
+class SimulationError(MLIPError, RuntimeError):
+    """A simulation became unstable or its engine stopped; its last good frame is kept."""

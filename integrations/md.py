@@ -1,0 +1,469 @@
+"""Molecular dynamics from a structure to a run folder; the engine is ASE or OpenMM.
+
+A run folder holds the settings, a log, trajectories for mdtraj and for ASE, a plot, a summary and a
+restart file, from which the run continues exactly and with which its files can be cut back to one
+point in time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+from ase import Atoms
+
+import mlip_md
+from mlip_md.errors import (
+    CheckpointError,
+    ConfigError,
+    NonFiniteError,
+    SimulationError,
+    StructureError,
+)
+from mlip_md.integrations import report
+from mlip_md.integrations.report import Frame
+from mlip_md.integrations.structures import Structure, make_topology, read_structure
+from mlip_md.potential import Potential
+
+EngineName = Literal["ase", "openmm"]
+Ensemble = Literal["nve", "nvt", "npt"]
+Precision = Literal["single", "double"]
+
+DEFAULT_STEPS = 2000
+
+RESTART_SECONDS = 10.0
+"""How often a run puts its restart file on disk (and once more at its end, however it ends)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MDSettings:
+    """What to run.
+
+    Attributes:
+        structure: file or bundled molecule; None is the bundled default.
+        model: what ``mlip_md.load`` opens.
+        engine: "ase" or "openmm".
+        ensemble: "nve", "nvt" (Langevin) or "npt" (isotropic; periodic structures only).
+        temperature: K; of the thermostat, and of the velocities at the start.
+        pressure: bar, for npt.
+        timestep: fs.
+        steps: number of steps of the whole run.
+        friction: 1/ps, of the Langevin thermostat.
+        minimize: relax the positions first.
+        seed: of velocities and thermostat.
+        precision: "single" or "double".
+        device: JAX device of the potential; None is JAX's default.
+        platform: OpenMM platform; None is the fastest there is.
+        report_interval: steps between frames; None makes about 500 frames.
+    """
+
+    structure: str | None = None
+    model: str = "organics-gfn2"
+    engine: EngineName = "ase"
+    ensemble: Ensemble = "nvt"
+    temperature: float = 300.0
+    pressure: float = 1.0
+    timestep: float = 0.5
+    steps: int = DEFAULT_STEPS
+    friction: float = 10.0
+    minimize: bool = True
+    seed: int = 0
+    precision: Precision = "single"
+    device: str | None = None
+    platform: str | None = None
+    report_interval: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("engine", EngineName),
+            ("ensemble", Ensemble),
+            ("precision", Precision),
+        ):
+            if getattr(self, name) not in get_args(choices):
+                raise ConfigError(
+                    f"{name} = {getattr(self, name)!r} is not allowed; it must be one of "
+                    + ", ".join(get_args(choices))
+                )
+        for name, minimum in (("temperature", 0.0), ("friction", 0.0), ("pressure", -np.inf)):
+            value = getattr(self, name)
+            if not (np.isfinite(value) and value >= minimum):
+                raise ConfigError(f"{name} = {value} is not allowed; it must be at least {minimum}")
+        if not 0 < self.timestep < np.inf:
+            raise ConfigError(f"timestep = {self.timestep} fs is not allowed; it must be positive")
+        if self.steps < 1 or (self.report_interval is not None and self.report_interval < 1):
+            raise ConfigError("steps and report_interval must be at least 1")
+        if not 0 <= self.seed < 2**31 - 1:
+            raise ConfigError(f"seed = {self.seed} is not allowed; it must be in 0 … 2^31 - 2")
+
+    @property
+    def interval(self) -> int:
+        """Steps between frames."""
+        return self.report_interval or min(max(self.steps // 500, 10), self.steps)
+
+
+class Backend(Protocol):
+    """An engine that integrates the equations of motion of one structure."""
+
+    potential: Potential
+    structure: Structure
+
+    def warm_up(self) -> None:
+        """Evaluate once, so that everything is compiled."""
+
+    def minimize(self) -> None:
+        """Relax the positions."""
+
+    def start(self) -> None:
+        """Draw velocities and set up the integrator."""
+
+    def advance(self, steps: int) -> None:
+        """Integrate a number of steps."""
+
+    def frame(self) -> Frame:
+        """The present state."""
+
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Arrays and JSON values from which ``restore`` continues exactly."""
+
+    def restore(self, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> None:
+        """Set up the integrator in a saved state."""
+
+    def describe(self) -> dict[str, Any]:
+        """Engine, integrator, device: for the summary."""
+
+
+class Progress(Protocol):
+    """Told by a run how far it is."""
+
+    def stage(self, text: str) -> None:
+        """A phase without steps begins."""
+
+    def begin(self, folder: Path, done: int, total: int) -> None:
+        """Stepping begins."""
+
+    def update(self, frame: Frame, steps_per_second: float) -> None:
+        """Another frame is there."""
+
+
+class Silent:
+    """A ``Progress`` that says nothing."""
+
+    def stage(self, text: str) -> None:
+        """Say nothing."""
+
+    def begin(self, folder: Path, done: int, total: int) -> None:
+        """Say nothing."""
+
+    def update(self, frame: Frame, steps_per_second: float) -> None:
+        """Say nothing."""
+
+
+def temperature(kinetic: float, degrees_of_freedom: int) -> float:
+    """Temperature (K) of a kinetic energy (eV)."""
+    from ase.units import kB
+
+    return 2.0 * kinetic / (max(degrees_of_freedom, 1) * kB)
+
+
+def make_backend(settings: MDSettings, structure: Structure) -> Backend:
+    """The engine that the settings name, for a structure.
+
+    Raises:
+        StructureError: if the ensemble or engine cannot have this structure's periodicity.
+    """
+    if settings.ensemble == "npt" and not _periodic(structure):
+        raise StructureError(
+            "npt needs a structure that is periodic in three directions, with its cell; use nvt, "
+            "or give the structure a cell"
+        )
+    if settings.engine == "ase":
+        from mlip_md.integrations.md_ase import ASEBackend
+
+        return ASEBackend(settings, structure)
+    from mlip_md.integrations.md_openmm import OpenMMBackend
+
+    return OpenMMBackend(settings, structure)
+
+
+def _periodic(structure: Structure) -> bool:
+    return bool(structure.atoms.pbc.all()) and structure.atoms.cell.rank == 3
+
+
+def fresh_folder(name: str, parent: Path | None = None) -> Path:
+    """Make the first free folder ``md-<name>-<n>``."""
+    clean = re.sub(r"[^A-Za-z0-9._+-]", "_", name)
+    number = 1
+    while True:
+        folder = (parent or Path()) / f"md-{clean}-{number}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return folder
+
+
+def run_md(
+    settings: MDSettings,
+    folder: Path | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Path:
+    """Run molecular dynamics into a new folder.
+
+    Args:
+        settings: what to run.
+        folder: a folder that is empty or not there yet; None makes ``md-<name>-<n>`` here.
+        progress: is told how far the run is.
+
+    Returns:
+        The folder.
+
+    Raises:
+        StructureError, ConfigError, UnsupportedElementError: before anything runs.
+        SimulationError: if the run becomes unstable; the frames until then are kept.
+    """
+    progress = progress or Silent()
+    settings = dataclasses.replace(settings, report_interval=settings.interval)
+    structure = read_structure(settings.structure)
+    backend = make_backend(settings, structure)
+    if folder is not None and folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty; name another folder, or continue it (restart)")
+    progress.stage("Compiling")
+    compile_seconds = _seconds(backend.warm_up)
+    if settings.minimize:
+        progress.stage("Minimizing")
+        _minimize(backend)
+    backend.start()
+    if folder is None:
+        folder = fresh_folder(structure.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    report.write_json(folder / report.SETTINGS, dataclasses.asdict(settings))
+    _Run(settings, backend, folder, progress, compile_seconds).go()
+    return folder
+
+
+def restart_md(folder: Path, *, steps: int | None = None, progress: Progress | None = None) -> Path:
+    """Continue a run in its folder; frames are appended to its files.
+
+    Args:
+        folder: folder of a run.
+        steps: how many steps to add to what has been done; None does the rest of the run.
+        progress: is told how far the run is.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: if the folder holds no run that can go on.
+        SimulationError: as ``run_md``.
+    """
+    progress = progress or Silent()
+    settings = read_settings(folder)
+    arrays, values = report.read_restart(folder / report.RESTART)
+    done = int(values["step"])
+    settings = dataclasses.replace(
+        settings, steps=settings.steps if steps is None else done + steps
+    )
+    if done >= settings.steps:
+        raise CheckpointError(
+            f"the run in {folder} has all its {done} steps; say how far to go on (steps, length)"
+        )
+    backend = make_backend(settings, _saved_structure(folder, arrays, str(values["name"])))
+    if backend.potential.sha256 != values["sha256"]:
+        raise CheckpointError(
+            f"{settings.model} is not the model that the run in {folder} was started with"
+        )
+    progress.stage("Compiling")
+    compile_seconds = _seconds(backend.warm_up)
+    backend.restore(arrays, values)
+    report.write_json(folder / report.SETTINGS, dataclasses.asdict(settings))
+    _Run(settings, backend, folder, progress, compile_seconds, values["sizes"]).go()
+    return folder
+
+
+def read_settings(folder: Path) -> MDSettings:
+    """Settings of the run in a folder.
+
+    Raises:
+        CheckpointError: if there are none or they are damaged.
+    """
+    try:
+        return MDSettings(**json.loads((folder / report.SETTINGS).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder} holds no usable settings of a run: {error}") from error
+
+
+def _saved_structure(folder: Path, arrays: dict[str, np.ndarray], name: str) -> Structure:
+    """The structure at the restart point; the file it first came from is not needed."""
+    topology = read_structure(folder / report.TOPOLOGY).topology
+    atoms = Atoms(arrays["numbers"], arrays["positions"], cell=arrays["cell"], pbc=arrays["pbc"])
+    return Structure(name, atoms, topology)
+
+
+def _minimize(backend: Backend) -> None:
+    try:
+        backend.minimize()
+    except (NonFiniteError, StructureError, SimulationError) as error:
+        raise SimulationError(
+            f"the structure cannot be minimized with this model: {error}\nThe model was probably "
+            "not made for such structures; minimize=False (--no-minimize) leaves the step out"
+        ) from error
+
+
+def _seconds(function: Callable[[], None]) -> float:
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+class _Run:
+    """One invocation's steps: advance, record, keep the restart file, report.
+
+    Args:
+        settings: what to run.
+        backend: ready to step.
+        folder: where to.
+        progress: is told.
+        compile_seconds: for the summary.
+        sizes: of the growing files at the restart point, or None for a new run.
+    """
+
+    def __init__(
+        self,
+        settings: MDSettings,
+        backend: Backend,
+        folder: Path,
+        progress: Progress,
+        compile_seconds: float,
+        sizes: dict[str, int] | None = None,
+    ) -> None:
+        self.settings, self.backend, self.folder = settings, backend, folder
+        self.progress, self.compile_seconds = progress, compile_seconds
+        self.last = backend.frame()
+        self.first_step = self.last.step
+        self.new = sizes is None
+        self.files = report.RunFiles(
+            folder,
+            backend.structure.atoms,
+            make_topology(backend.structure),
+            timestep=settings.timestep,
+            interval=settings.interval,
+            sizes=sizes,
+        )
+
+    def go(self) -> None:
+        """Step to the end; whatever happens, the folder stays usable."""
+        begin = time.perf_counter()
+        status = "failed"
+        try:
+            if self.new:
+                self._keep(write=True)
+            self._steps(begin)
+            status = "finished"
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
+        finally:
+            self._save_restart()
+            self.files.close()
+            self._conclude(status, time.perf_counter() - begin)
+
+    def _steps(self, begin: float) -> None:
+        total, interval = self.settings.steps, self.settings.interval
+        self.progress.begin(self.folder, self.last.step, total)
+        saved = begin
+        while self.last.step < total:
+            step = self.last.step
+            self.last = self._advance(min(interval - step % interval, total - step))
+            self._keep(write=self.last.step % interval == 0)
+            now = time.perf_counter()
+            if now - saved > RESTART_SECONDS:
+                self._save_restart()
+                saved = now
+            rate = (self.last.step - self.first_step) / (now - begin)
+            self.progress.update(self.last, rate)
+
+    def _advance(self, steps: int) -> Frame:
+        """Advance and look whether the result can be physics."""
+        try:
+            self.backend.advance(steps)
+            frame = self.backend.frame()
+        except (NonFiniteError, StructureError, SimulationError) as error:
+            raise self._unstable(str(error)) from error
+        finite = all(np.isfinite(x).all() for x in (frame.positions, frame.velocities))
+        if not finite or not np.isfinite(frame.potential):
+            raise self._unstable("positions, velocities or energy are not finite")
+        limit = max(20.0 * self.settings.temperature, 5000.0)
+        if frame.temperature > limit:
+            raise self._unstable(f"the temperature rose to {frame.temperature:.0f} K")
+        return frame
+
+    def _unstable(self, what: str) -> SimulationError:
+        return SimulationError(
+            f"the run became unstable after step {self.last.step}: {what}\n"
+            f"The frames until then are in {self.folder}. Look at the last one; try a smaller "
+            f"time step than {self.settings.timestep:g} fs, minimize first, or a model that was "
+            "trained on such structures."
+        )
+
+    def _keep(self, write: bool) -> None:
+        """Write a good frame, and remember the state that continues it."""
+        if write:
+            self.files.write(self.last)
+        self._good = (*self.backend.state(), self.files.sizes())
+
+    def _save_restart(self) -> None:
+        if not hasattr(self, "_good"):
+            return
+        arrays, values, sizes = self._good
+        atoms = self.backend.structure.atoms
+        arrays = arrays | {"numbers": atoms.numbers, "pbc": atoms.pbc}
+        values = values | {
+            "step": self.last.step,
+            "sizes": sizes,
+            "name": self.backend.structure.name,
+            "sha256": self.backend.potential.sha256,
+        }
+        report.write_restart(self.folder / report.RESTART, arrays, values)
+
+    def _conclude(self, status: str, seconds: float) -> None:
+        """Plot and summary, of the whole run so far."""
+        settings, atoms = self.settings, self.backend.structure.atoms
+        log = report.read_log(self.folder / report.LOG)
+        steps = self.last.step - self.first_step
+        rate = steps / seconds if seconds > 0 else 0.0
+        summary = {
+            "status": status,
+            "structure": self.backend.structure.name,
+            "formula": atoms.get_chemical_formula(),
+            "n_atoms": len(atoms),
+            "model": self.backend.potential.info.get("name", settings.model),
+            "model_sha256": self.backend.potential.sha256,
+            "ensemble": settings.ensemble,
+            **self.backend.describe(),
+            "step": self.last.step,
+            "time_ps": self.last.time,
+            "compile_seconds": round(self.compile_seconds, 3),
+            "run_seconds": round(seconds, 3),
+            "run_steps": steps,
+            "steps_per_second": round(rate, 2),
+            "ns_per_day": round(rate * settings.timestep * 1e-6 * 86400, 4),
+            **report.statistics(log, len(atoms)),
+            "versions": {"mlip-md": mlip_md.__version__, "python": platform.python_version()},
+        }
+        report.write_json(self.folder / report.SUMMARY, summary)
+        if len(log["step"]) > 1:
+            title = (
+                f"{summary['structure']} ({len(atoms)} atoms), {settings.ensemble.upper()}, "
+                f"{settings.engine.upper() if settings.engine == 'ase' else 'OpenMM'}"
+            )
+            target = None if settings.ensemble == "nve" else settings.temperature
+            report.plot(log, self.folder / report.PLOT, title=title, target=target)

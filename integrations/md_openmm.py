@@ -1,0 +1,269 @@
+"""Molecular dynamics with OpenMM."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import openmm
+import openmm.app
+from ase import units
+from openmm import unit
+from openmmml import MLPotential
+
+import mlip_md
+from mlip_md.engine import Engine
+from mlip_md.errors import ConfigError, SimulationError, StructureError
+from mlip_md.integrations.md_ase import DTYPES, MINIMIZE_FORCE, degrees_of_freedom, draw_velocities
+from mlip_md.integrations.openmm import ANGSTROM_PER_NM, KJ_PER_MOL_PER_EV
+from mlip_md.integrations.report import Frame
+from mlip_md.integrations.structures import Structure, make_topology
+
+if TYPE_CHECKING:
+    from mlip_md.integrations.md import MDSettings
+
+logger = logging.getLogger(__name__)
+
+NM_PER_PS = ANGSTROM_PER_NM * 1e-3
+"""1 nm/ps in Å/fs."""
+
+MINIMIZE_STEPS = 300
+BAROSTAT_INTERVAL = 25
+
+
+def openmm_cell(structure: Structure) -> Structure:
+    """Rotate a structure so that its cell has OpenMM's reduced lower triangular form.
+
+    Raises:
+        StructureError: if the structure is periodic in one or two directions only.
+    """
+    atoms = structure.atoms.copy()
+    if not atoms.pbc.any():
+        atoms.cell = None
+        return dataclasses.replace(structure, atoms=atoms)
+    if not atoms.pbc.all() or atoms.cell.rank < 3:
+        raise StructureError(
+            f"OpenMM is periodic in all three directions or in none, this structure has pbc = "
+            f"{atoms.pbc.tolist()}; use the ASE engine"
+        )
+    if atoms.cell.handedness < 0:
+        atoms.cell = -atoms.cell.array  # the same lattice, and no mirror image of the molecules
+    cell, rotation = atoms.cell.standard_form()
+    reduced = cell.array.copy()
+    for row, column in ((2, 1), (2, 0), (1, 0)):
+        reduced[row] -= reduced[column] * np.round(reduced[row, column] / reduced[column, column])
+    atoms.positions = atoms.positions @ rotation.T
+    atoms.cell = reduced
+    return dataclasses.replace(structure, atoms=atoms)
+
+
+class OpenMMBackend:
+    """Verlet or Langevin dynamics of OpenMM, with a Monte Carlo barostat for npt.
+
+    Args:
+        settings: ensemble, temperature, time step, precision, platform.
+        structure: what to run.
+    """
+
+    def __init__(self, settings: MDSettings, structure: Structure) -> None:
+        self.settings = settings
+        self.structure = openmm_cell(structure)
+        self.potential = mlip_md.load(settings.model)
+        self.atoms = self.structure.atoms.copy()
+        self.potential.species(self.atoms.numbers)
+        self._periodic = bool(self.atoms.pbc.any())
+        species = self.potential.species(self.atoms.numbers)
+        self._reference = float(self.potential.reference_energies(species).sum())
+        # The pressure needs the stress, for which OpenMM has no place.
+        self._stress_engine: Engine | None = None
+        self._simulation = self._make_simulation()
+
+    def _make_simulation(self) -> openmm.app.Simulation:
+        settings = self.settings
+        topology = make_topology(self.structure)
+        # Neither the thermostat nor nve may lose momenta to a centre-of-mass remover: all 3N
+        # degrees of freedom are sampled, and nve starts at rest.
+        system = MLPotential("mlip-md", modelPath=settings.model).createSystem(
+            topology, removeCMMotion=False, precision=settings.precision, device=settings.device
+        )
+        if settings.ensemble == "npt":
+            barostat = openmm.MonteCarloBarostat(
+                settings.pressure * unit.bar, settings.temperature * unit.kelvin, BAROSTAT_INTERVAL
+            )
+            barostat.setRandomNumberSeed(settings.seed + 2)
+            system.addForce(barostat)
+            system.addForce(_molecule_bonds(topology))
+        integrator = self._integrator()
+        with _as_simulation_error():
+            if settings.platform is None:
+                simulation = openmm.app.Simulation(topology, system, integrator)
+            else:
+                simulation = openmm.app.Simulation(
+                    topology, system, integrator, _platform(settings.platform)
+                )
+        self._set_positions(simulation, self.atoms.positions, self.atoms.cell.array)
+        return simulation
+
+    def _integrator(self) -> openmm.Integrator:
+        settings, timestep = self.settings, self.settings.timestep * unit.femtoseconds
+        if settings.ensemble == "nve":
+            return openmm.VerletIntegrator(timestep)
+        integrator = openmm.LangevinMiddleIntegrator(
+            settings.temperature * unit.kelvin, settings.friction / unit.picosecond, timestep
+        )
+        # OpenMM draws a new seed for 0.
+        integrator.setRandomNumberSeed(settings.seed + 1)
+        return integrator
+
+    def _set_positions(
+        self, simulation: openmm.app.Simulation, positions: np.ndarray, cell: np.ndarray
+    ) -> None:
+        if self._periodic:
+            vectors = [openmm.Vec3(*row) for row in cell / ANGSTROM_PER_NM]
+            simulation.context.setPeriodicBoxVectors(*vectors)
+        simulation.context.setPositions(positions / ANGSTROM_PER_NM)
+
+    def warm_up(self) -> None:
+        """Evaluate once, so that everything is compiled."""
+        with _as_simulation_error():
+            self._simulation.context.getState(energy=True, forces=True)
+
+    def minimize(self) -> None:
+        """Relax the positions (L-BFGS) until forces are small or the iterations are used up."""
+        tolerance = MINIMIZE_FORCE * KJ_PER_MOL_PER_EV * ANGSTROM_PER_NM
+        with _as_simulation_error():
+            self._simulation.minimizeEnergy(
+                tolerance * unit.kilojoule_per_mole / unit.nanometer, MINIMIZE_STEPS
+            )
+
+    def start(self) -> None:
+        """Draw velocities."""
+        settings = self.settings
+        state = self._simulation.context.getState(positions=True)
+        atoms = self.atoms.copy()
+        atoms.positions = state.getPositions(asNumpy=True)._value * ANGSTROM_PER_NM
+        rng = np.random.default_rng(settings.seed)
+        draw_velocities(atoms, settings.ensemble, settings.temperature, rng)
+        velocities = atoms.get_velocities() * units.fs / NM_PER_PS
+        self._simulation.context.setVelocities(velocities)
+
+    def advance(self, steps: int) -> None:
+        """Integrate a number of steps."""
+        with _as_simulation_error():
+            self._simulation.step(steps)
+
+    def frame(self) -> Frame:
+        """The present state."""
+        from mlip_md.integrations.md import temperature
+
+        settings = self.settings
+        with _as_simulation_error():
+            state = self._simulation.context.getState(positions=True, velocities=True, energy=True)
+        positions = state.getPositions(asNumpy=True)._value * ANGSTROM_PER_NM
+        cell = np.zeros((3, 3))
+        if self._periodic:
+            cell = np.array(state.getPeriodicBoxVectors(asNumpy=True)._value) * ANGSTROM_PER_NM
+        potential = state.getPotentialEnergy()._value / KJ_PER_MOL_PER_EV + self._reference
+        kinetic = state.getKineticEnergy()._value / KJ_PER_MOL_PER_EV
+        step = self._simulation.currentStep
+        return Frame(
+            step=step,
+            time=step * settings.timestep * 1e-3,
+            positions=np.array(positions),
+            velocities=np.array(state.getVelocities(asNumpy=True)._value) * NM_PER_PS,
+            cell=cell,
+            potential=potential,
+            kinetic=kinetic,
+            conserved=potential + kinetic if settings.ensemble == "nve" else None,
+            temperature=temperature(kinetic, degrees_of_freedom(self.atoms, settings.ensemble)),
+            pressure=self._pressure(positions, cell, kinetic) if self._periodic else None,
+        )
+
+    def _pressure(self, positions: np.ndarray, cell: np.ndarray, kinetic: float) -> float:
+        """Pressure (eV/Å³) from the potential's stress and the kinetic energy (eV)."""
+        if self._stress_engine is None:
+            dtype = DTYPES[self.settings.precision]
+            self._stress_engine = Engine(self.potential, dtype=dtype, device=self.settings.device)
+        pbc = np.ones(3, bool)
+        result = self._stress_engine.evaluate(positions, self.atoms.numbers, cell, pbc)
+        if result.stress is None:
+            raise StructureError("the cell has no volume, and so there is no pressure")
+        volume = abs(float(np.linalg.det(cell)))
+        return 2.0 * kinetic / (3.0 * volume) - float(np.trace(result.stress)) / 3.0
+
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """OpenMM's checkpoint (exact), and positions and velocities for other platforms."""
+        context = self._simulation.context
+        frame = context.getState(positions=True, velocities=True)
+        cell = self.atoms.cell.array
+        if self._periodic:
+            cell = np.array(frame.getPeriodicBoxVectors(asNumpy=True)._value) * ANGSTROM_PER_NM
+        arrays = {
+            "positions": np.array(frame.getPositions(asNumpy=True)._value) * ANGSTROM_PER_NM,
+            "velocities": np.array(frame.getVelocities(asNumpy=True)._value) * NM_PER_PS,
+            "cell": cell,
+            "checkpoint": np.frombuffer(context.createCheckpoint(), np.uint8),
+        }
+        return arrays, {"platform": context.getPlatform().getName()}
+
+    def restore(self, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> None:
+        """Go on from a checkpoint; on another machine or platform, with fresh thermostat noise."""
+        context = self._simulation.context
+        try:
+            context.loadCheckpoint(arrays["checkpoint"].tobytes())
+        except openmm.OpenMMException as error:
+            logger.warning(
+                "OpenMM's checkpoint (%s) does not fit this machine (%s); going on from its "
+                "positions and velocities with new random numbers",
+                values["platform"],
+                error,
+            )
+            self._set_positions(self._simulation, arrays["positions"], arrays["cell"])
+            context.setVelocities(arrays["velocities"] / NM_PER_PS)
+        self._simulation.currentStep = int(values["step"])
+
+    def describe(self) -> dict[str, Any]:
+        """Engine, integrator, platform."""
+        context = self._simulation.context
+        return {
+            "engine": f"OpenMM {openmm.version.short_version}",
+            "integrator": type(self._simulation.integrator).__name__,
+            "platform": context.getPlatform().getName(),
+            "precision": self.settings.precision,
+        }
+
+
+def _molecule_bonds(topology: openmm.app.Topology) -> openmm.Force:
+    """Bonds without strength: they tell the barostat which atoms move as one molecule."""
+    force = openmm.HarmonicBondForce()
+    force.setName("molecules for the barostat")
+    for first, second in topology.bonds():
+        force.addBond(first.index, second.index, 0.1, 0.0)
+    force.setUsesPeriodicBoundaryConditions(True)
+    return force
+
+
+def _platform(name: str) -> openmm.Platform:
+    try:
+        return openmm.Platform.getPlatformByName(name)
+    except openmm.OpenMMException as error:
+        count = openmm.Platform.getNumPlatforms()
+        known = [openmm.Platform.getPlatform(i).getName() for i in range(count)]
+        raise ConfigError(
+            f"OpenMM has no platform {name!r} here; it has {', '.join(known)}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _as_simulation_error() -> Iterator[None]:
+    """OpenMM's exceptions as ours; a Ctrl-C that fell into the potential as what it was."""
+    try:
+        yield
+    except openmm.OpenMMException as error:
+        if "Ctrl-C" in str(error):
+            raise KeyboardInterrupt from None
+        raise SimulationError(str(error)) from error

@@ -1,0 +1,169 @@
+"""Structures to run: bundled molecules, files, and their topologies for OpenMM and mdtraj."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+
+from mlip_md.errors import StructureError
+
+DEFAULT_MOLECULE = "paracetamol"
+
+_OPENMM_SUFFIXES = {".pdb": "PDBFile", ".pdbx": "PDBxFile", ".mmcif": "PDBxFile"}
+_BOND_MARGIN = 1.2
+"""Atoms closer than this times the sum of their covalent radii count as bonded."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """A structure and where it comes from.
+
+    Attributes:
+        name: short name, used for the run's folder.
+        atoms: positions (Å), elements, cell, periodicity.
+        topology: OpenMM topology when the file had residues and chains (PDB), else None.
+    """
+
+    name: str
+    atoms: Atoms
+    topology: Any = None
+
+
+def bundled_molecules() -> list[str]:
+    """Names of the molecules that come with the package."""
+    folder = resources.files("mlip_md.integrations") / "molecules"
+    return sorted(f.name.removesuffix(".extxyz") for f in folder.iterdir() if f.name.endswith("z"))
+
+
+def read_structure(source: str | os.PathLike[str] | None = None) -> Structure:
+    """Read a structure.
+
+    Args:
+        source: path of any file that ASE or OpenMM reads (xyz, extxyz, pdb, cif, POSCAR, …; of a
+            trajectory the last frame), or the name of a bundled molecule. None is paracetamol.
+
+    Returns:
+        The structure, without calculator and constraints.
+
+    Raises:
+        StructureError: if there is no such file or it cannot be read.
+    """
+    text = DEFAULT_MOLECULE if source is None else os.fspath(source)
+    path = Path(text)
+    if not path.exists():
+        if text not in bundled_molecules():
+            raise StructureError(
+                f"there is no file {text!r}, nor a bundled molecule of that name "
+                f"({', '.join(bundled_molecules())})"
+            )
+        folder = resources.files("mlip_md.integrations") / "molecules"
+        with resources.as_file(folder / f"{text}.extxyz") as bundled:
+            return Structure(text, _read_ase(bundled))
+    if path.suffix.lower() in _OPENMM_SUFFIXES:
+        return _read_openmm(path)
+    return Structure(path.stem, _read_ase(path))
+
+
+def _read_ase(path: Path) -> Atoms:
+    from ase.io import read
+
+    try:
+        atoms = read(path)
+    except Exception as error:
+        raise StructureError(
+            f"ASE cannot read {path}: {type(error).__name__}: {error}; convert it to extxyz or PDB"
+        ) from error
+    if not isinstance(atoms, Atoms) or not len(atoms):
+        raise StructureError(f"{path} holds no atoms")
+    atoms.calc = None
+    atoms.set_constraint()
+    return atoms
+
+
+def _read_openmm(path: Path) -> Structure:
+    """Read with OpenMM, which keeps residues, chains and bonds for the analysis afterwards."""
+    import openmm.app
+    from openmm import unit
+
+    try:
+        file = getattr(openmm.app, _OPENMM_SUFFIXES[path.suffix.lower()])(str(path))
+    except Exception as error:
+        raise StructureError(
+            f"OpenMM cannot read {path}: {type(error).__name__}: {error}; convert it to extxyz"
+        ) from error
+    elements = [atom.element for atom in file.topology.atoms()]
+    if not elements or None in elements:
+        raise StructureError(f"{path} has no atoms, or atoms without an element column")
+    positions = file.getPositions(asNumpy=True).value_in_unit(unit.angstrom)
+    box = file.topology.getPeriodicBoxVectors()
+    cell = None if box is None else np.array(box.value_in_unit(unit.angstrom))
+    numbers = [element.atomic_number for element in elements]
+    atoms = Atoms(numbers, np.array(positions), cell=cell, pbc=cell is not None)
+    return Structure(path.stem, atoms, file.topology)
+
+
+def bonds(atoms: Atoms) -> np.ndarray:
+    """Pairs of bonded atoms (n, 2), i < j, by covalent radii; across periodic boundaries too."""
+    from ase.neighborlist import natural_cutoffs, neighbor_list
+
+    i, j = neighbor_list("ij", atoms, natural_cutoffs(atoms, mult=_BOND_MARGIN))
+    pairs = np.stack([i, j], axis=1)[i < j]
+    return np.unique(pairs, axis=0) if len(pairs) else np.zeros((0, 2), int)
+
+
+def molecules(n_atoms: int, pairs: np.ndarray) -> np.ndarray:
+    """Label (n_atoms,) of the molecule to which each atom belongs, in order of first atoms."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    ones = np.ones(len(pairs))
+    matrix = coo_matrix((ones, (pairs[:, 0], pairs[:, 1])), shape=(n_atoms, n_atoms))
+    labels = connected_components(matrix, directed=False)[1]
+    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[inverse]
+
+
+def make_topology(structure: Structure) -> Any:
+    """OpenMM topology of a structure: its own, or one residue per molecule.
+
+    Returns:
+        ``openmm.app.Topology`` with the box of ``structure.atoms`` when they are periodic.
+    """
+    import openmm.app
+
+    atoms = structure.atoms
+    topology = structure.topology
+    if topology is None:
+        topology = openmm.app.Topology()
+        pairs = bonds(atoms)
+        labels = molecules(len(atoms), pairs)
+        chain = topology.addChain()
+        residues: dict[int, Any] = {}
+        counts: dict[tuple[int, str], int] = {}
+        made: dict[int, Any] = {}
+        # A topology lists the atoms residue by residue; where a molecule's atoms are not
+        # contiguous, all atoms share one residue so that their order stays the file's.
+        if np.any(np.diff(labels) < 0):
+            labels = np.zeros(len(atoms), int)
+        for index, (symbol, label) in enumerate(zip(atoms.symbols, labels, strict=True)):
+            if label not in residues:
+                residues[label] = topology.addResidue("MOL", chain)
+            counts[label, symbol] = counts.get((label, symbol), 0) + 1
+            element = openmm.app.Element.getBySymbol(symbol)
+            name = f"{symbol}{counts[label, symbol]}"
+            made[index] = topology.addAtom(name, element, residues[label])
+        for i, j in pairs:
+            topology.addBond(made[int(i)], made[int(j)])
+    box = None
+    if atoms.pbc.all() and atoms.cell.rank == 3:
+        from openmm import Vec3, unit
+
+        box = [Vec3(*row) for row in atoms.cell.array] * unit.angstrom
+    topology.setPeriodicBoxVectors(box)
+    return topology

@@ -1,0 +1,321 @@
+"""Molecular dynamics runs: what is integrated, what is left behind, what happens when it fails."""
+
+import dataclasses
+import json
+
+import ase.io
+import mdtraj
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk
+from pair_engine import PairEngine
+from small_models import random_mace
+from typer.testing import CliRunner
+
+import mlip_md
+from mlip_md.cli import app
+from mlip_md.errors import (
+    CheckpointError,
+    ConfigError,
+    SimulationError,
+    StructureError,
+    UnsupportedElementError,
+)
+from mlip_md.integrations import md, report
+from mlip_md.integrations.md import MDSettings, restart_md, run_md
+
+ENGINES = ["ase", "openmm"]
+
+
+@pytest.fixture(scope="module")
+def potential():
+    return random_mace()
+
+
+@pytest.fixture(autouse=True)
+def pair_engine(monkeypatch, potential):
+    monkeypatch.setattr(mlip_md, "load", lambda name: potential)
+    for module in ("ase", "openmm", "md_openmm"):
+        monkeypatch.setattr(f"mlip_md.integrations.{module}.Engine", PairEngine)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """27 carbon atoms near the minimum of the pair potential."""
+    grid = np.stack(np.meshgrid(*[np.arange(3)] * 3), axis=-1).reshape(-1, 3)
+    path = tmp_path_factory.mktemp("structures") / "cluster.xyz"
+    Atoms("C27", positions=grid * 2.2).write(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def crystal(tmp_path_factory):
+    """A face-centred cubic crystal of 108 carbon atoms near zero pressure."""
+    path = tmp_path_factory.mktemp("structures") / "crystal.extxyz"
+    atoms = bulk("C", "fcc", a=2.95, cubic=True).repeat(3)
+    atoms.write(path)
+    return str(path)
+
+
+def settings(structure, **changes):
+    common = {"steps": 40, "report_interval": 10, "minimize": False, "platform": "Reference"}
+    return MDSettings(structure=structure, **(common | changes))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_folder_opens_in_mdtraj_and_ase(cluster, tmp_path, engine):
+    folder = run_md(settings(cluster, engine=engine), tmp_path / "run")
+    trajectory = mdtraj.load(folder / report.TRAJECTORY, top=folder / report.TOPOLOGY)
+    frames = ase.io.read(folder / report.TRAJECTORY_ASE, ":")
+    log = report.read_log(folder / report.LOG)
+    assert trajectory.n_frames == len(frames) == len(log["step"]) == 5
+    np.testing.assert_allclose(trajectory.xyz[-1] * 10, frames[-1].positions, atol=1e-4)
+    assert np.ptp(trajectory.xyz, axis=0).max() > 1e-4
+    np.testing.assert_array_equal(log["step"], [0, 10, 20, 30, 40])
+    np.testing.assert_allclose(log["time_ps"][-1], 0.02)
+    # The log, the ASE frames and the velocities tell the same kinetic energy.
+    np.testing.assert_allclose(
+        [f.get_kinetic_energy() for f in frames], log["kinetic_eV"], rtol=1e-4
+    )
+    energy = PairEngine(None).evaluate(frames[-1].positions, frames[-1].numbers).energy
+    np.testing.assert_allclose(log["potential_eV"][-1], energy, atol=1e-5)
+    summary = json.loads((folder / report.SUMMARY).read_text())
+    assert summary["status"] == "finished"
+    assert summary["step"] == 40
+    assert summary["ns_per_day"] > 0
+    assert (folder / report.PLOT).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_nve_conserves_energy(cluster, tmp_path, engine):
+    folder = run_md(
+        settings(cluster, engine=engine, ensemble="nve", steps=400, timestep=1.0), tmp_path / "run"
+    )
+    log = report.read_log(folder / report.LOG)
+    assert np.ptp(log["kinetic_eV"]) > 0.1  # energy flows...
+    assert np.ptp(log["conserved_eV"]) < 0.01 * np.ptp(log["kinetic_eV"])  # ...and is kept
+    np.testing.assert_allclose(log["temperature_K"][0], 300.0, rtol=0.02)
+    frames = ase.io.read(folder / report.TRAJECTORY_ASE, ":")
+    momentum = frames[-1].get_momenta()
+    assert np.abs(momentum.sum(axis=0)).max() < 1e-3 * np.abs(momentum).max()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_nvt_reaches_the_temperature(cluster, tmp_path, engine):
+    folder = run_md(
+        settings(cluster, engine=engine, steps=3000, timestep=2.0, temperature=150.0),
+        tmp_path / "run",
+    )
+    log = report.read_log(folder / report.LOG)
+    # 81 momenta, correlated over about 0.1 ps: the mean of 5 ps is known to about 2 %.
+    assert abs(log["temperature_K"][50:].mean() - 150.0) < 12.0
+    assert np.isnan(log["conserved_eV"]).all()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_npt_relaxes_the_volume(crystal, tmp_path, engine):
+    atoms = ase.io.read(crystal)
+    pressure = 20_000.0
+    folder = run_md(
+        settings(crystal, engine=engine, ensemble="npt", steps=1500, timestep=2.0,
+                 pressure=pressure, temperature=100.0),
+        tmp_path / "run",
+    )  # fmt: skip
+    log = report.read_log(folder / report.LOG)
+    half = len(log["step"]) // 2
+    # A static compression curve says which volume belongs to this pressure.
+    scales = np.linspace(0.94, 1.02, 33)
+    pressures = []
+    for scale in scales:
+        box = atoms.copy()
+        box.set_cell(atoms.cell * scale, scale_atoms=True)
+        stress = PairEngine(None).evaluate(box.positions, box.numbers, box.cell.array, True).stress
+        pressures.append(-np.trace(stress) / 3 / report.BAR)
+    scale = np.interp(-pressure, -np.array(pressures), scales)
+    expected = atoms.get_volume() * scale**3
+    assert abs(log["volume_A3"][half:].mean() / expected - 1) < 0.02
+    assert abs(atoms.get_volume() / expected - 1) > 0.03
+    assert abs(log["pressure_bar"][half:].mean() - pressure) < 0.3 * pressure
+    trajectory = mdtraj.load(folder / report.TRAJECTORY, top=folder / report.TOPOLOGY)
+    np.testing.assert_allclose(
+        trajectory.unitcell_volumes[-1] * 1e3, log["volume_A3"][-1], rtol=1e-5
+    )
+    if engine == "ase":
+        assert np.ptp(log["conserved_eV"]) < 0.02 * np.ptp(log["potential_eV"])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("ensemble", ["nve", "nvt", "npt"])
+def test_restart_continues_exactly(cluster, crystal, tmp_path, engine, ensemble):
+    structure = crystal if ensemble == "npt" else cluster
+    whole = run_md(settings(structure, engine=engine, ensemble=ensemble, steps=60), tmp_path / "1")
+    half = run_md(settings(structure, engine=engine, ensemble=ensemble, steps=30), tmp_path / "2")
+    restart_md(half, steps=30)
+    for name in (report.LOG, report.TRAJECTORY_ASE):
+        assert (whole / name).read_text() == (half / name).read_text()
+    first, second = (
+        mdtraj.load(f / report.TRAJECTORY, top=f / report.TOPOLOGY) for f in (whole, half)
+    )
+    np.testing.assert_array_equal(first.xyz, second.xyz)
+    assert json.loads((half / report.SUMMARY).read_text())["step"] == 60
+
+
+def test_restart_drops_what_was_written_after_the_restart_point(cluster, tmp_path):
+    folder = run_md(settings(cluster), tmp_path / "run")
+    whole = {name: (folder / name).read_bytes() for name in (report.LOG, report.TRAJECTORY_ASE)}
+    saved = (folder / report.RESTART).read_bytes()
+    restart_md(folder, steps=20)
+    (folder / report.RESTART).write_bytes(saved)  # as if the machine had died before saving
+    restart_md(folder, steps=20)
+    log = report.read_log(folder / report.LOG)
+    np.testing.assert_array_equal(log["step"], [0, 10, 20, 30, 40, 50, 60])
+    trajectory = mdtraj.load(folder / report.TRAJECTORY, top=folder / report.TOPOLOGY)
+    assert trajectory.n_frames == 7
+    assert (folder / report.LOG).read_bytes().startswith(whole[report.LOG])
+
+
+def test_seeds(cluster, tmp_path):
+    one, same, other = (
+        run_md(settings(cluster, seed=seed, steps=10), tmp_path / str(i))
+        for i, seed in enumerate((1, 1, 2))
+    )
+    assert (one / report.LOG).read_text() == (same / report.LOG).read_text()
+    assert (one / report.LOG).read_text() != (other / report.LOG).read_text()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_unstable_run_keeps_its_good_frames(cluster, tmp_path, engine):
+    folder = tmp_path / "run"
+    with pytest.raises(SimulationError, match="smaller time step"):
+        run_md(settings(cluster, engine=engine, timestep=60.0, steps=4000), folder)
+    frames = ase.io.read(folder / report.TRAJECTORY_ASE, ":")
+    assert len(frames) >= 1
+    assert all(np.isfinite(f.positions).all() for f in frames)
+    assert json.loads((folder / report.SUMMARY).read_text())["status"] == "failed"
+    assert (folder / report.RESTART).exists()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_interrupted_run_can_go_on(cluster, tmp_path, engine, monkeypatch):
+    class Interrupt(md.Silent):
+        def update(self, frame, steps_per_second):
+            if frame.step == 20:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_md(settings(cluster, engine=engine), tmp_path / "run", progress=Interrupt())
+    assert json.loads((tmp_path / "run" / report.SUMMARY).read_text())["status"] == "interrupted"
+    restart_md(tmp_path / "run")
+    log = report.read_log(tmp_path / "run" / report.LOG)
+    np.testing.assert_array_equal(log["step"], [0, 10, 20, 30, 40])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_minimization_lowers_the_energy(cluster, tmp_path, engine):
+    folder = run_md(settings(cluster, engine=engine, minimize=True, steps=10), tmp_path / "run")
+    start = ase.io.read(cluster)
+    before = PairEngine(None).evaluate(start.positions, start.numbers).energy
+    assert report.read_log(folder / report.LOG)["potential_eV"][0] < before - 1.0
+
+
+def test_left_handed_cell_is_not_mirrored(tmp_path):
+    from mlip_md.integrations.md_openmm import openmm_cell
+    from mlip_md.integrations.structures import Structure
+
+    rng = np.random.default_rng(0)
+    cell = np.array([[0.5, 7.0, 1.0], [8.0, 0.3, -1.0], [1.0, 2.0, 9.0]])
+    atoms = Atoms("C5", positions=rng.uniform(0, 9, (5, 3)), cell=cell, pbc=True)
+    assert np.linalg.det(cell) < 0
+    ready = openmm_cell(Structure("x", atoms)).atoms
+    ax, by, cz = np.diag(ready.cell.array)
+    assert min(ax, by, cz) > 0
+    assert np.abs(np.triu(ready.cell.array, 1)).max() < 1e-12
+    assert abs(ready.cell[2, 1]) <= by / 2
+    np.testing.assert_allclose(ready.get_all_distances(mic=True), atoms.get_all_distances(mic=True))
+    vectors = [a.get_distance(0, i, vector=True) for a in (atoms, ready) for i in (1, 2, 3)]
+    handedness = np.linalg.det(vectors[:3]), np.linalg.det(vectors[3:])
+    np.testing.assert_allclose(*handedness)
+
+
+def test_fresh_folders_are_never_used_again(tmp_path):
+    names = [md.fresh_folder("a b/c", tmp_path).name for _ in range(3)]
+    assert names == ["md-a_b_c-1", "md-a_b_c-2", "md-a_b_c-3"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "text"),
+    [
+        ({"engine": "gromacs"}, ConfigError, "ase, openmm"),
+        ({"ensemble": "npt"}, StructureError, "periodic"),
+        ({"timestep": 0.0}, ConfigError, "timestep"),
+        ({"steps": 0}, ConfigError, "steps"),
+        ({"temperature": -1.0}, ConfigError, "temperature"),
+        ({"structure": "nowhere.xyz"}, StructureError, "paracetamol"),
+        ({"engine": "openmm", "platform": "Abacus"}, ConfigError, "Reference"),
+    ],
+)
+def test_bad_settings(cluster, tmp_path, changes, error, text):
+    with pytest.raises(error, match=text):
+        run_md(dataclasses.replace(settings(cluster), **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_element_and_used_folder(cluster, tmp_path):
+    Atoms("Au", positions=[[0, 0, 0]]).write(tmp_path / "gold.xyz")
+    with pytest.raises(UnsupportedElementError, match="Au"):
+        run_md(settings(str(tmp_path / "gold.xyz")), tmp_path / "run")
+    with pytest.raises(ConfigError, match="not empty"):
+        run_md(settings(cluster), tmp_path)
+    with pytest.raises(CheckpointError, match="settings"):
+        restart_md(tmp_path)
+
+
+def test_command_line(cluster, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runner = CliRunner()
+    short = ["--steps", "20", "--report-interval", "10", "--no-minimize"]
+    result = runner.invoke(app, ["md", cluster, *short], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "ns/day" in result.output
+    assert "md-cluster-1" in result.output
+    result = runner.invoke(app, ["md", "--restart", "md-cluster-1", "--length", "0.01"])
+    assert result.exit_code == 0, result.output
+    assert report.read_log(tmp_path / "md-cluster-1" / report.LOG)["step"][-1] == 40
+    with pytest.raises(ConfigError, match="--temperature"):
+        runner.invoke(app, ["md", "--restart", "md-cluster-1", "-T", "10"], catch_exceptions=False)
+    with pytest.raises(ConfigError, match="--length and --steps"):
+        runner.invoke(app, ["md", "--length", "1", "--steps", "1"], catch_exceptions=False)
+    result = runner.invoke(app, ["minimize", cluster, "--fmax", "0.05"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    relaxed = ase.io.read("cluster-minimized.extxyz")
+    assert np.linalg.norm(relaxed.get_forces(), axis=1).max() < 0.05
+    with pytest.raises(ConfigError, match="exists"):
+        runner.invoke(app, ["minimize", cluster], catch_exceptions=False)
+
+
+def test_minimize_relaxes_the_cell(crystal, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(
+        app, ["minimize", crystal, "--relax-cell", "-o", "out.extxyz"], catch_exceptions=False
+    )
+    assert result.exit_code == 0, result.output
+    assert np.abs(ase.io.read("out.extxyz").get_stress()).max() < 1e-3
+
+
+def test_bundled_molecule_is_whole():
+    from mlip_md.integrations.structures import (
+        bonds,
+        bundled_molecules,
+        make_topology,
+        molecules,
+        read_structure,
+    )
+
+    assert bundled_molecules() == ["paracetamol"]
+    structure = read_structure()
+    assert structure.atoms.get_chemical_formula() == "C8H9NO2"
+    pairs = bonds(structure.atoms)
+    assert len(pairs) == 20  # 19 bonds and one ring
+    assert set(molecules(20, pairs)) == {0}
+    assert make_topology(structure).getNumBonds() == 20
