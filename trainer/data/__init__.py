@@ -8,6 +8,11 @@ from mlip_md.trainer.data.batching import plan_epoch as plan_epoch
 from mlip_md.trainer.data.batching import prefetch as prefetch
 from mlip_md.trainer.data.filters import CurationReport as CurationReport
 from mlip_md.trainer.data.filters import curate as curate
+from mlip_md.trainer.data.prepared import PreparedData as PreparedData
+from mlip_md.trainer.data.prepared import SplitRule as SplitRule
+from mlip_md.trainer.data.prepared import is_prepared as is_prepared
+from mlip_md.trainer.data.prepared import open_prepared as open_prepared
+from mlip_md.trainer.data.prepared import prepare as prepare
 from mlip_md.trainer.data.readers import iterate as iterate
 from mlip_md.trainer.data.readers import read as read
 from mlip_md.trainer.data.readers import read_atomic_energies as read_atomic_energies

@@ -107,8 +107,12 @@ def iterate(
     on_bad: str = "error",
     energy_key: str | None = None,
     forces_key: str | None = None,
+    seen: dict[int, str] | None = None,
 ) -> Iterator[Structure]:
-    """Yield the structures of a file one by one; arguments and errors as for ``read``."""
+    """Yield the structures of a file one by one; arguments and errors as for ``read``.
+
+    ``seen`` remembers structures: given to several calls, duplicates are found across their files.
+    """
     path = Path(path)
     _check_choice("on_bad", on_bad, ("error", "skip"))
     if split is not None:
@@ -119,7 +123,7 @@ def iterate(
         source = _iterate_extxyz(path, split, energy_key, forces_key)
     else:
         source = _iterate_hdf5(path, format, split)
-    seen: dict[int, str] = {}
+    seen = {} if seen is None else seen
     count = skipped = 0
     for fields in source:
         if limit is not None and count >= limit:

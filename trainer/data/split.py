@@ -44,15 +44,21 @@ def split(
     Raises:
         DataError: if fractions are impossible, or there are fewer groups than parts to fill.
     """
+    part = split_groups([s.group for s in structures], fractions, seed, by)
+    return Split(*([structures[int(k)] for k in np.flatnonzero(part == p)] for p in range(3)))
+
+
+def split_groups(
+    groups: Sequence[str], fractions: Sequence[float], seed: int, by: str = "group"
+) -> np.ndarray:
+    """Part (0 train, 1 validation, 2 test) of each structure, given its group; see ``split``."""
     shares = _check_fractions(fractions)
     if by not in ("group", "structure"):
         raise DataError(f"by = {by!r} is not known; split by 'group' or by 'structure'")
+    group = np.arange(len(groups))
     if by == "group":
-        _, group = np.unique([s.group for s in structures], return_inverse=True)
-    else:
-        group = np.arange(len(structures))
-    part = _assign(group, shares, seed, by)
-    return Split(*([structures[int(k)] for k in np.flatnonzero(part == p)] for p in range(3)))
+        _, group = np.unique(groups, return_inverse=True)
+    return _assign(group, shares, seed, by)
 
 
 def _check_fractions(fractions: Sequence[float]) -> np.ndarray:

@@ -56,6 +56,15 @@ class Statistics:
         values["undetermined"] = list(self.undetermined)
         return values
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Statistics:
+        """Inverse of ``to_dict``."""
+        fields = dict(values)
+        fields["elements"] = tuple(fields["elements"])
+        fields["undetermined"] = tuple(fields["undetermined"])
+        fields["atomic_energies"] = np.array(fields["atomic_energies"], np.float64)
+        return cls(**fields)
+
 
 def compute_statistics(
     data: GraphStore | Iterable[Structure],

@@ -129,7 +129,7 @@ class GraphStore:
         if folder is None:
             store = _spooled(structures, cutoff, allowed, None).store(allowed, cutoff)
         else:
-            with _new_folder(Path(folder)) as partial:
+            with new_folder(Path(folder)) as partial:
                 _spooled(structures, cutoff, allowed, partial).write(allowed, cutoff)
             store = open_store(folder)
         return store if atomic_energies is None else store.with_atomic_energies(atomic_energies)
@@ -238,7 +238,7 @@ class GraphStore:
         Raises:
             DataError: if the folder exists.
         """
-        with _new_folder(Path(folder)) as partial:
+        with new_folder(Path(folder)) as partial:
             spool = _Spool(partial)
             for part, atoms, edges in self.chunks():
                 spool.add(_taken(self, part, atoms, edges), self._origins(part))
@@ -494,7 +494,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class _new_folder:  # noqa: N801 - used like the functions of contextlib
+class new_folder:  # noqa: N801 - used like the functions of contextlib
     """A folder that appears under its name only when everything in it is written."""
 
     def __init__(self, folder: Path):
