@@ -185,7 +185,7 @@ def perceptron(
 def species_linear(x: jax.Array, weights: jax.Array, species: jax.Array) -> jax.Array:
     """Linear maps chosen by the species of each node.
 
-    Runs over the species, so that neither n_nodes × channels² nor a one-hot product is stored.
+    Nodes are taken in chunks, because every one of them needs a matrix of its own.
 
     Args:
         x: (n_nodes, 2l+1, channels).
@@ -195,18 +195,26 @@ def species_linear(x: jax.Array, weights: jax.Array, species: jax.Array) -> jax.
     Returns:
         (n_nodes, 2l+1, channels_out).
     """
+    by_species = jnp.swapaxes(weights, 0, 1)
 
     @jax.checkpoint
-    def add_species(
-        total: jax.Array, element: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, None]:
-        index, weight = element
-        return total + jnp.where((species == index)[:, None, None], x, 0) @ weight, None
+    def mapped(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x, species = piece
+        return x @ by_species[species]
 
-    n_species = weights.shape[1]
-    zero = jnp.zeros((*x.shape[:-1], weights.shape[-1]), x.dtype)
-    elements = (jnp.arange(n_species), jnp.swapaxes(weights, 0, 1))
-    return jax.lax.scan(add_species, zero, elements)[0]
+    n_nodes = x.shape[0]
+    chunk = max(64, MESSAGE_MEMORY // (by_species[0].size * x.dtype.itemsize))
+    if n_nodes <= chunk:
+        return mapped((x, species))
+    n_chunks = -(-n_nodes // chunk)
+    pieces = tuple(_chunked(array, n_chunks, chunk, 0) for array in (x, species))
+    return jax.lax.map(mapped, pieces).reshape(-1, *x.shape[1:-1], weights.shape[-1])[:n_nodes]
+
+
+def _chunked(array: jax.Array, n_chunks: int, chunk: int, fill: int) -> jax.Array:
+    padding = ((0, n_chunks * chunk - array.shape[0]),) + ((0, 0),) * (array.ndim - 1)
+    padded = jnp.pad(array, padding, constant_values=fill)
+    return padded.reshape(n_chunks, chunk, *array.shape[1:])
 
 
 def sum_messages(
@@ -247,15 +255,12 @@ def sum_messages(
     if n_edges <= chunk:
         return summed(edges, receivers)
     n_chunks = -(-n_edges // chunk)
-    missing = n_chunks * chunk - n_edges
-
-    def chunked(array: jax.Array, fill: int) -> jax.Array:
-        padding = ((0, missing),) + ((0, 0),) * (array.ndim - 1)
-        padded = jnp.pad(array, padding, constant_values=fill)
-        return padded.reshape(n_chunks, chunk, *array.shape[1:])
-
     # Filled edges arrive at node n_nodes, which does not exist: the sum drops them.
-    pieces = jax.tree_util.tree_map(lambda a: chunked(a, 0), edges), chunked(receivers, n_nodes)
+    chunked = functools.partial(_chunked, n_chunks=n_chunks, chunk=chunk)
+    pieces = (
+        jax.tree_util.tree_map(lambda array: chunked(array, fill=0), edges),
+        chunked(receivers, fill=n_nodes),
+    )
     shapes = jax.eval_shape(lambda: summed(*jax.tree_util.tree_map(lambda a: a[0], pieces)))
     zeros = jax.tree_util.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     summed = jax.checkpoint(summed)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-import e3nn_jax as e3nn
 import jax
 import jax.numpy as jnp
 import numpy as np

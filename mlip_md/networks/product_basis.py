@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 
 import e3nn_jax as e3nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+
+MAX_TERMS = 1500
+"""Coefficients of a coupling up to which it is written out term by term."""
 
 
 @functools.lru_cache
@@ -42,25 +46,8 @@ def couplings(irreps: str, order: int, irrep_out: str, symmetric: bool) -> np.nd
 
 
 def monomial_indices(dimension: int, order: int) -> list[tuple[int, ...]]:
-    """Ascending index tuples of all monomials of an order, as ``monomials`` lists them."""
+    """Ascending index tuples of all monomials of an order."""
     return list(itertools.combinations_with_replacement(range(dimension), order))
-
-
-def monomials(x: jax.Array, order: int) -> jax.Array:
-    """All distinct products of ``order`` components of x (n, d, c): (n, n_monomials, c)."""
-    dimension = x.shape[1]
-    result = x
-    for lower in range(1, order):
-        # Monomials are sorted, so those whose first index is >= a are the last of the list.
-        starts = _first_positions(dimension, lower)
-        parts = [x[:, a : a + 1] * result[:, starts[a] :] for a in range(dimension)]
-        result = jnp.concatenate(parts, axis=1)
-    return result
-
-
-def _first_positions(dimension: int, order: int) -> list[int]:
-    firsts = [index[0] for index in monomial_indices(dimension, order)]
-    return [firsts.index(a) for a in range(dimension)]
 
 
 @functools.lru_cache
@@ -69,20 +56,78 @@ def reduced_couplings(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Couplings on monomials, and how the paths' weights merge into them.
 
+    The basis is a set of linearly independent paths as they are, because these are sparse.
+
     Returns:
-        (basis, merge): basis float64 (n_monomials, rank, 2L+1), orthonormal; merge float64
+        (basis, merge): basis float64 (n_monomials, rank, 2L+1) and merge float64
         (rank, n_paths), so that Σ_k w_k U_k = Σ_r (merge @ w)_r basis_r on symmetric powers.
     """
     tensor = couplings(irreps, order, irrep_out, symmetric)
     dimension, (n_paths, dim_out) = tensor.shape[0], tensor.shape[-2:]
-    on_monomials = np.empty((len(monomial_indices(dimension, order)), n_paths, dim_out))
-    for row, index in enumerate(monomial_indices(dimension, order)):
+    indices = monomial_indices(dimension, order)
+    on_monomials = np.empty((len(indices), n_paths, dim_out))
+    for row, index in enumerate(indices):
         on_monomials[row] = sum(tensor[p] for p in set(itertools.permutations(index)))
     columns = np.moveaxis(on_monomials, 1, 2).reshape(-1, n_paths)
-    u, s, vt = np.linalg.svd(columns, full_matrices=False)
-    rank = int(np.sum(s > 1e-9 * max(s[0], 1.0)))
-    basis = np.moveaxis(u[:, :rank].reshape(-1, dim_out, rank), 1, 2)
-    return basis, s[:rank, None] * vt[:rank]
+    chosen: list[int] = []
+    for k in range(n_paths):
+        if np.linalg.matrix_rank(columns[:, [*chosen, k]], tol=1e-9) > len(chosen):
+            chosen.append(k)
+    merge = np.linalg.lstsq(columns[:, chosen], columns, rcond=None)[0]
+    return on_monomials[:, chosen], np.where(np.abs(merge) > 1e-14, merge, 0.0)
+
+
+def powers(x: jax.Array, order: int) -> jax.Array:
+    """All distinct products of ``order`` components of x (d, n): (n_monomials, n)."""
+    first, *rest = np.array(monomial_indices(x.shape[0], order)).T
+    return functools.reduce(lambda product, index: product * x[index], rest, x[first])
+
+
+def polynomials(x: jax.Array, basis: np.ndarray) -> list[jax.Array]:
+    """Couplings of equal powers of x, Σ_p basis[p, r, m] · monomial_p(x).
+
+    Few coefficients are written out, term by term: compilers fuse the sum into one pass over the
+    channels, in which no monomial is ever stored. Many would take them minutes; those are a
+    matrix product.
+
+    Args:
+        x: (d, n) components first.
+        basis: (n_monomials, rank, 2L+1) coefficients on monomials of one order.
+
+    Returns:
+        For every r an array (2L+1, n).
+    """
+    n_monomials, rank, dim_out = basis.shape
+    order = next(k for k in itertools.count(1) if _n_monomials(x.shape[0], k) == n_monomials)
+    if np.count_nonzero(np.abs(basis) > 1e-12) > MAX_TERMS:
+        matrix = jnp.asarray(basis.reshape(n_monomials, -1), x.dtype)
+        return list((matrix.T @ powers(x, order)).reshape(rank, dim_out, -1))
+    products = _Products(x)
+    indices = monomial_indices(x.shape[0], order)
+
+    def polynomial(coefficients: np.ndarray) -> jax.Array:
+        terms = np.flatnonzero(np.abs(coefficients) > 1e-12)
+        return sum(
+            (products[indices[p]] * float(coefficients[p]) for p in terms),
+            start=jnp.zeros(x.shape[1:], x.dtype),
+        )
+
+    return [jnp.stack([polynomial(basis[:, r, m]) for m in range(dim_out)]) for r in range(rank)]
+
+
+class _Products(dict):
+    """Products of components of x by ascending index tuple, each made once."""
+
+    def __init__(self, x: jax.Array) -> None:
+        super().__init__({(a,): x[a] for a in range(x.shape[0])})
+
+    def __missing__(self, index: tuple[int, ...]) -> jax.Array:
+        self[index] = product = self[index[:-1]] * self[index[-1:]]
+        return product
+
+
+def _n_monomials(dimension: int, order: int) -> int:
+    return math.comb(dimension + order - 1, order)
 
 
 class SymmetricContraction(nn.Module):
@@ -113,19 +158,22 @@ class SymmetricContraction(nn.Module):
         Returns:
             {irrep: (n_nodes, 2L+1, channels)}.
         """
-        out = {irrep: jnp.zeros((), x.dtype) for irrep in self.irreps_out}
+        n_nodes, dimension, channels = x.shape
+        components = jnp.moveaxis(x, 1, 0).reshape(dimension, -1)
+        out: dict[str, jax.Array] = {}
         for order in range(self.correlation, 0, -1):
-            powers = monomials(x, order)
             for irrep in self.irreps_out:
                 key = (" + ".join(self.irreps_in), order, irrep, self.symmetric)
                 basis, merge = reduced_couplings(*key)
-                n_paths = merge.shape[1]
+                rank, n_paths = merge.shape
                 weights = self.param(
                     f"w{order}_{irrep}",
                     nn.initializers.normal(n_paths**-0.5),
-                    (self.num_species, n_paths, x.shape[-1]),
+                    (self.num_species, n_paths, channels),
                 )
-                merged = jnp.einsum("rk,skc->src", jnp.asarray(merge, x.dtype), weights)
-                terms = jnp.einsum("npc,prm->nrmc", powers, jnp.asarray(basis, x.dtype))
-                out[irrep] += jnp.einsum("nrmc,nrc->nmc", terms, merged[species])
-        return out
+                merged = jnp.einsum("rk,skc->rsc", jnp.asarray(merge, x.dtype), weights)
+                values = polynomials(components, basis)
+                for r in range(rank):
+                    value = values[r].reshape(-1, n_nodes, channels) * merged[r][species]
+                    out[irrep] = out[irrep] + value if irrep in out else value
+        return {irrep: jnp.moveaxis(value, 0, 1) for irrep, value in out.items()}
