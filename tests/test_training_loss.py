@@ -75,7 +75,9 @@ def test_classes_of_the_adaptive_huber_loss():
     norms = np.array([0.0, 99.9, 100.0, 100.1, 199.9, 200.0, 200.1, 299.9, 300.0, 1e4], np.float32)
     forces = norms[:, None] * np.array([[0.0, 1.0, 0.0]], np.float32)
     factors = [1, 1, 0.1, 0.7, 0.7, 0.1, 0.4, 0.4, 0.1, 0.1]
-    np.testing.assert_allclose(force_deltas(forces, 0.01)[:, 0], 0.01 * np.array(factors), rtol=1e-6)
+    np.testing.assert_allclose(
+        force_deltas(forces, 0.01)[:, 0], 0.01 * np.array(factors), rtol=1e-6
+    )
 
 
 def test_huber_by_hand():

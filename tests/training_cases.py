@@ -61,7 +61,8 @@ def small_recipe(path, **sections):
             "correlation": 1, "readout_irreps": ["4x0e", "0e"], "num_bessel": 4,
         },
         "data": {
-            "path": str(path), "cutoff": 4.0, "batch_size": 8, "curate": None,
+            "path": str(path), "cutoff": 4.0, "batch_size": 8, "max_n_node": 7, "max_n_edge": 21,
+            "curate": None,
             "split": {"train": 0.8, "validation": 0.1, "test": 0.1},
         },
         "loss": {"kind": "mse", "energy": weights(40.0, 1000.0), "forces": weights(1000.0, 40.0)},

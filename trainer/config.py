@@ -67,21 +67,28 @@ class WeightStep(Section):
 
 
 class LossTermConfig(Section):
-    """One term of the loss: a constant weight, or a schedule of steps with ascending epochs."""
+    """One term of the loss: a schedule of weights; a single number holds in all epochs."""
 
-    weight: float | list[WeightStep]
+    weight: list[WeightStep]
+
+    @field_validator("weight", mode="before")
+    @classmethod
+    def _from_number(cls, weight: Any) -> Any:
+        if isinstance(weight, (int, float)) and not isinstance(weight, bool):
+            return [{"from_epoch": 0, "value": weight}]
+        return weight
 
     @field_validator("weight")
     @classmethod
-    def _check_schedule(cls, weight: float | list[WeightStep]) -> float | list[WeightStep]:
-        if not isinstance(weight, list):
-            if not 0 <= weight < float("inf"):
-                raise ValueError("must be a number of at least 0")
-            return weight
+    def _check_schedule(cls, weight: list[WeightStep]) -> list[WeightStep]:
         epochs = [step.from_epoch for step in weight]
         if not epochs or epochs[0] > 1 or epochs != sorted(set(epochs)):
             raise ValueError("from_epoch must start at 0 or 1 and ascend")
         return weight
+
+
+def _constant(weight: float) -> LossTermConfig:
+    return LossTermConfig(weight=[WeightStep(from_epoch=0, value=weight)])
 
 
 class LossConfig(Section):
@@ -97,9 +104,9 @@ class LossConfig(Section):
 
     kind: Literal["mse", "huber"] = "mse"
     delta: float = Field(default=0.01, gt=0)
-    energy: LossTermConfig = LossTermConfig(weight=1.0)
-    forces: LossTermConfig = LossTermConfig(weight=25.0)
-    stress: LossTermConfig = LossTermConfig(weight=0.0)
+    energy: LossTermConfig = _constant(1.0)
+    forces: LossTermConfig = _constant(25.0)
+    stress: LossTermConfig = _constant(0.0)
 
 
 class OptimizerConfig(Section):
@@ -129,8 +136,18 @@ class OptimizerConfig(Section):
 
 
 class SplitConfig(Section):
-    """Fractions for each use, sum 1; by group, conformers of a molecule stay together."""
+    """Which structures serve for what.
 
+    Attributes:
+        from_file: take the marks in the file itself; the other values then mean nothing.
+        train: fraction to train on; the three fractions sum to 1.
+        validation: fraction by which the best model is chosen.
+        test: fraction that is kept for the final errors.
+        by: "group" keeps all conformers of a molecule in one part; "structure" does not.
+        seed: of the random split.
+    """
+
+    from_file: bool = False
     train: float = Field(default=0.9, gt=0, le=1)
     validation: float = Field(default=0.1, ge=0, lt=1)
     test: float = Field(default=0.0, ge=0, lt=1)
@@ -178,7 +195,7 @@ class DataConfig(Section):
         path: file or folder of the data set, or a list of them.
         validation: file(s) used for validation instead of a split of ``path``.
         test: file(s) used for the final test instead of a split of ``path``.
-        split: "file" for the marks in the file itself, or fractions.
+        split: into training, validation and test set, where no own files are given.
         curate: filters; null keeps everything readable.
         cutoff: Å, radius of the neighborhoods.
         max_n_node: atoms per structure for which batches are sized, on average; null: measured.
@@ -191,7 +208,7 @@ class DataConfig(Section):
     path: str | list[str] = ""
     validation: str | list[str] | None = None
     test: str | list[str] | None = None
-    split: Literal["file"] | SplitConfig = SplitConfig()
+    split: SplitConfig = SplitConfig()
     curate: CurationConfig | None = CurationConfig()
     cutoff: float = Field(default=5.0, gt=0)
     max_n_node: int | None = Field(default=None, ge=1)
@@ -461,17 +478,13 @@ def _validate(values: dict[str, Any], origins: Origins) -> Recipe:
 
 def _messages(error: ValidationError, origins: Origins) -> Iterator[str]:
     for item in error.errors():
-        path = tuple(p for p in item["loc"] if p not in ("float", "str") and not _is_type_tag(p))
+        path = tuple(p for p in item["loc"] if p not in ("str", "list[str]"))
         if item["type"] == "extra_forbidden":
             yield _unknown(path, _known_keys(path[:-1]), origins)
         else:
             text = item["msg"].removeprefix("Value error, ")
             given = "" if isinstance(item["input"], dict) else f" (given: {item['input']!r})"
             yield f"{origins.prefix(path)}: {text[:1].lower()}{text[1:]}{given}"
-
-
-def _is_type_tag(part: str | int) -> bool:
-    return isinstance(part, str) and part.startswith(("list[", "dict[", "constrained-"))
 
 
 def _known_keys(path: Sequence[str | int]) -> list[str]:

@@ -157,7 +157,7 @@ def load_data(recipe: Recipe) -> TrainingData:
     data = TrainingData(
         train, validation, test, statistics, budget, config.on_oversize, subsets, notes
     )
-    if recipe.loss.stress.weight != 0.0 and train.stress is None:
+    if any(step.value for step in recipe.loss.stress.weight) and train.stress is None:
         raise ConfigError("loss.stress has a weight, but the data set has no stresses")
     return data
 
@@ -167,7 +167,7 @@ def read_parts(config: DataConfig) -> tuple[Split, tuple[str, ...]]:
     if not config.path:
         raise ConfigError("no data set is given; name its file: --set data.path=FILE")
     notes: list[str] = []
-    if config.split == "file":
+    if config.split.from_file:
         marks = ("train", "validation", "test")
         parts = [_read(config.path, config.curate, notes, mark) for mark in marks]
         return Split(*parts), tuple(notes)

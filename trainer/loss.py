@@ -40,10 +40,12 @@ class LossWeights(NamedTuple):
     stress: np.ndarray
 
 
-def weight_at(schedule: float | list[WeightStep], epoch: int) -> float:
-    """The value of a weight in an epoch (counted from 1): that of the last step reached."""
-    if not isinstance(schedule, list):
-        return schedule
+def weight_at(schedule: list[WeightStep], epoch: int) -> float:
+    """The value of a weight in an epoch (counted from 1): that of the last step reached.
+
+    Epoch 0 has the first value.
+    """
+    epoch = max(epoch, schedule[0].from_epoch)
     return [step.value for step in schedule if step.from_epoch <= epoch][-1]
 
 

@@ -99,7 +99,7 @@ def make_train_step(apply: Apply, recipe: Recipe) -> TrainStep:
 
     def step(state: TrainState, batch: Batch, weights: LossWeights) -> tuple[TrainState, StepLog]:
         loss, gradient = jax.value_and_grad(loss_of)(state.params, batch, weights)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         refused = state.replace(bad_steps=state.bad_steps + 1, bad_in_row=state.bad_in_row + 1)
         state = _select(finite, good_step(state, gradient), refused)

@@ -58,7 +58,7 @@ class Progress:
         step: batches done in all epochs.
         validated: last epoch that was validated; -1 before the evaluation of the start.
         best: per stage (as text, from "1"): epoch, score and errors of its best model.
-        sums: over the present epoch: loss, gradient_norm, batches, structures, seconds, bad.
+        sums: over the present epoch: loss, gradient_norm, good (steps), structures, seconds.
     """
 
     epoch: int = 1
@@ -208,13 +208,13 @@ class Trainer:
         progress, data = self.progress, self.data
         plan = data.plan(self.recipe.seed, progress.epoch)[progress.batch :]
         weights = weights_at(self.recipe.loss, progress.epoch)
-        waiting: collections.deque[tuple[np.ndarray, StepLog]] = collections.deque()
+        waiting: collections.deque[tuple[int, np.ndarray, StepLog]] = collections.deque()
         clock = time.monotonic()
         for indices, batch in batches(data.train, plan, data.budget):
             self.state, log = self.train_step(self.state, batch, weights)
             progress.batch += 1
             progress.step += 1
-            waiting.append((indices, log))
+            waiting.append((progress.step, indices, log))
             if len(waiting) > IN_FLIGHT:
                 self._note(*waiting.popleft())
             stop = self.interruptions.reason is not None
@@ -231,25 +231,23 @@ class Trainer:
         progress.add(seconds=time.monotonic() - clock)
         return True
 
-    def _note(self, indices: np.ndarray, log: StepLog) -> None:
-        """Wait for a step and record it."""
+    def _note(self, step: int, indices: np.ndarray, log: StepLog) -> None:
+        """Wait for a step and record it under its number."""
         loss, norm, bad = float(log.loss), float(log.gradient_norm), int(log.bad_in_row)
-        self.progress.add(batches=1, structures=float(log.structures))
+        self.progress.add(structures=float(log.structures))
         if bad == 0:
             self.progress.add(loss=loss, gradient_norm=norm, good=1)
         else:
             names = self.data.names(indices)
-            self.log.event("bad_step", step=self.progress.step, structures=names)
+            self.log.event("bad_step", step=step, structures=names)
             self.log.line(f"a step gave NaN or infinity and was not applied (batch: {names[0]}, …)")
         if bad >= self.recipe.faults.max_bad_steps_in_row:
             raise NonFiniteError(
-                f"{bad} steps in a row gave NaN or infinity near step {self.progress.step}. The "
+                f"{bad} steps in a row gave NaN or infinity, up to step {step}. The "
                 f"last batch holds {', '.join(names)}. Check these labels, lower the learning "
                 "rate, or resume from the last checkpoint with another setting"
             )
-        done = int(self.progress.sums["batches"])
-        if done % self.recipe.log.every_steps == 0:
-            step = self.progress.step
+        if step % self.recipe.log.every_steps == 0:
             self.log.event("step", step=step, epoch=self.progress.epoch, loss=loss, norm=norm)
 
     def _checkpoint_due(self) -> bool:

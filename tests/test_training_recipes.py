@@ -1,0 +1,199 @@
+"""Recipes: the cards row by row, and errors that name file, line, column and the nearest key."""
+
+import re
+
+import pytest
+from ruamel.yaml import YAML
+
+from mlip_md.errors import ConfigError
+from mlip_md.networks import NequIPConfig
+from mlip_md.trainer.config import (
+    RECIPES,
+    CheckpointConfig,
+    CurationConfig,
+    DataConfig,
+    FaultConfig,
+    LogConfig,
+    LossConfig,
+    OptimizerConfig,
+    Recipe,
+    SplitConfig,
+    TrainConfig,
+    dump_resolved,
+    load_recipe,
+)
+
+SHIPPED = ("mace-spice2", "nequip-spice2", "organics-gfn2")
+
+RECIPE = """\
+name: test
+model:
+  kind: mace
+  num_channels: 16
+optimizer:
+  init_learning_rate: 1e-3
+train:
+  epochs: 7
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a recipe and give its path."""
+
+    def write(text):
+        path = tmp_path / "train.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def card_rows(path):
+    """Name and value of every row of a card's tables: three lines each, closed by bars."""
+    rows = re.findall(r"^([a-z_]+) \|\n(.+) \|\n.+ \|$", path.read_text(), re.MULTILINE)
+    return dict(rows)
+
+
+@pytest.mark.parametrize(("name", "card"), [("mace-spice2", "mace"), ("nequip-spice2", "nequip")])
+def test_every_row_of_the_cards_is_in_its_recipe(reference_data, name, card):
+    path = reference_data / "reference" / "cards" / f"{card}.txt"
+    if not path.exists():
+        pytest.skip("the cards are not there")
+    rows = card_rows(path)
+    assert len(rows) == {"mace": 26, "nequip": 23}[card]
+    tree = YAML(typ="safe").load((RECIPES / f"{card}_spice2.yaml").read_text())
+    given = {key: value for section in tree.values() if isinstance(section, dict)
+             for key, value in section.items()}  # fmt: skip
+    for key, value in rows.items():
+        expected = YAML(typ="safe").load({"None": "null"}.get(value, value))
+        assert key in given, key
+        assert given[key] == expected, key
+    recipe = load_recipe(name)[0]
+    assert (recipe.train.epochs, recipe.train.ema_decay) == (220, 0.99)
+    assert recipe.loss.kind == {"mace": "mse", "nequip": "huber"}[card]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_load_and_their_resolved_form_is_the_same(name, write):
+    recipe, origins = load_recipe(name)
+    assert recipe.name == name
+    text = dump_resolved(recipe, origins)
+    assert load_recipe(write(text))[0].plain() == recipe.plain()
+    assert re.search(rf"epochs: \d+ +# {name.replace('-', '_')}\.yaml:\d+", text)
+    assert re.search(r"keep_latest: 2 +# default", text)
+
+
+def test_a_typo_is_shown_with_its_place_and_the_key_that_was_meant(write):
+    path = write("optimizer:\n  kind: amsgrad\n  lrr: 0.01\n")
+    expected = "train.yaml:3:3: optimizer.lrr: unknown key; did you mean init_learning_rate?"
+    with pytest.raises(ConfigError, match=f"^{re.escape(expected)}$"):
+        load_recipe(path)
+
+
+SECTIONS = {
+    "data": DataConfig, "optimizer": OptimizerConfig, "train": TrainConfig, "loss": LossConfig,
+    "checkpoint": CheckpointConfig, "faults": FaultConfig, "log": LogConfig,
+    "data.split": SplitConfig, "data.curate": CurationConfig,
+}  # fmt: skip
+FIELDS = [(section, key) for section, model in SECTIONS.items() for key in model.model_fields]
+FIELDS += [("model", key) for key in ("num_channels", "l_max", "correlation", "avg_num_neighbors")]
+FIELDS += [("", key) for key in Recipe.model_fields if key != "name"]
+
+
+@pytest.mark.parametrize(("section", "key"), FIELDS)
+def test_every_key_misspelled_is_refused_with_its_name(section, key, write):
+    typo = key[:-1] + "q" if len(key) > 3 else key + "q"
+    text, column = f"{typo}: 1\n", 1
+    for name in reversed(section.split(".") if section else []):
+        text = f"{name}:\n" + "".join(f"  {line}\n" for line in text.splitlines())
+        column += 2
+    if section == "model":
+        text = text.replace("model:\n", "model:\n  kind: mace\n")
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(write(text))
+    path = f"{section}.{typo}" if section else typo
+    line = 1 + text.splitlines().index("  " * ((column - 1) // 2) + f"{typo}: 1")
+    message = f"train.yaml:{line}:{column}: {path}: unknown key; did you mean {key}?"
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train:\n  epochs: 2.5\n", "train.yaml:2:3: train.epochs: .*integer.*2.5"),
+        ("train:\n  epochs: 0\n", "train.yaml:2:3: train.epochs: .*greater than or equal to 1"),
+        ("train:\n  epochs: yes\n", "train.yaml:2:3: train.epochs: .*'yes'"),
+        ("train:\n  ema_decay: 1.0\n", "train.yaml:2:3: train.ema_decay: .*less than 1"),
+        ("optimizer:\n  grad_norm: .nan\n", "train.yaml:2:3: optimizer.grad_norm"),
+        ("loss:\n  kind: mae\n", "train.yaml:2:3: loss.kind: .*'mse' or 'huber'"),
+        (
+            "loss:\n  forces: {weight: -1.0}\n",
+            "train.yaml:2:12: loss.forces.weight.0.value: .*greater than or equal to 0",
+        ),
+        (
+            "loss:\n  energy:\n    weight: [{from_epoch: 0, valu: 1.0}]\n",
+            r"3:30: .*did you mean value\?",
+        ),
+        ("model:\n  kind: schnet\n", "train.yaml:2:3: model.kind: 'schnet'.*mace, nequip"),
+        ("model:\n  kind: mace\n  l_max: -1\n", "train.yaml:3:3: model.l_max: l_max = -1"),
+        ("model:\n  num_layers: 1\n", "train.yaml:1:1: model.kind: None"),
+        ("data:\n  split: {train: 0.7, validation: 0.1}\n", "train.yaml:2:3: data.split: .*0.8"),
+        ("data:\n  curate: {elements: [H, Xx]}\n", "data.curate.elements: .*Xx"),
+        ("seed: 1\nseed: 2\n", 'train.yaml:2:1: found duplicate key "seed"'),
+        ("model: [1, 2\n", "train.yaml:2:1: "),
+        ("- 1\n", "train.yaml: a recipe is a map"),
+        ("data:\n  cutoff: 5.0\n  graph_cutoff_angstrom: 6.0\n", "train.yaml:3:3: .*keep one"),
+    ],
+)
+def test_bad_values_are_refused_with_their_place(text, message, write):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(write(text))
+
+
+def test_values_are_read_as_yaml_1_2(write):
+    recipe, _ = load_recipe(write(RECIPE + "description: No\n"))
+    assert recipe.optimizer.init_learning_rate == 1e-3
+    assert recipe.description == "No"
+
+
+def test_spellings_of_the_cards_are_accepted(write):
+    text = "model:\n  kind: mace\n  avg_um_neighbors: 14.5\ndata:\n  graph_cutoff_angstrom: 6.0\n"
+    recipe, _ = load_recipe(write(text))
+    assert recipe.network.avg_num_neighbors == 14.5
+    assert recipe.data.cutoff == 6.0
+
+
+def test_values_can_be_overridden(write):
+    settings = [
+        "train.epochs=3",
+        "model.kind=nequip",
+        "model.num_layers=2",
+        "loss.energy.weight=7.0",
+    ]
+    with pytest.raises(ConfigError, match=r"train\.yaml:4:3: model\.num_channels: unknown key"):
+        load_recipe(write(RECIPE), settings)
+    recipe, origins = load_recipe(write(RECIPE.replace("  num_channels: 16\n", "")), settings)
+    assert recipe.train.epochs == 3
+    assert recipe.network == NequIPConfig(num_layers=2)
+    assert [(step.from_epoch, step.value) for step in recipe.loss.energy.weight] == [(0, 7.0)]
+    assert re.search(r"epochs: 3 +# --set", dump_resolved(recipe, origins))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.epoch=3", "^--set train.epoch: unknown key; did you mean epochs\\?$"),
+        ("train.epochs=x", "^--set train.epochs: .*'x'"),
+        ("train.epochs", "section.key=value"),
+        ("name.first=x", "name holds no keys"),
+    ],
+)
+def test_bad_overrides_are_refused(setting, message, write):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(write(RECIPE), [setting])
+
+
+def test_an_unknown_recipe_names_the_shipped_ones():
+    with pytest.raises(ConfigError, match="mace-spice2, nequip-spice2, organics-gfn2"):
+        load_recipe("mace-spice3")
