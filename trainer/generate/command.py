@@ -1,7 +1,7 @@
 """The command `mlip-md make-dataset`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,7 +12,7 @@ def make_dataset_command(
     ),
     seed: Annotated[int, typer.Option(help="Decides molecules, geometries and splits.")] = 0,
     method: Annotated[
-        str,
+        Literal["gfn2", "wb97m-d3bj"],
         typer.Option(
             help="gfn2 (minutes; extra [data]) or wb97m-d3bj (weeks of CPU; extra [data,wb97m])."
         ),
@@ -37,8 +37,8 @@ def make_dataset_command(
     from rich.console import Console
     from rich.table import Table
 
-    from .make_dataset import make_dataset
-    from .spice_file import statistics
+    from mlip_md.trainer.generate.make_dataset import make_dataset
+    from mlip_md.trainer.generate.spice_file import statistics
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     path = make_dataset(
@@ -55,7 +55,8 @@ def make_dataset_command(
     columns = list(next(iter(rows.values())))
     table = Table("subset", *columns, title=str(path))
     for name, row in rows.items():
-        table.add_row(
-            name, *[f"{row[c]:.2f}" if c.endswith("force") else str(row[c]) for c in columns]
-        )
-    Console().print(table)
+        numbers = [f"{row[c]:.2f}" if c.endswith("force") else str(row[c]) for c in columns]
+        table.add_row(name, *numbers)
+    console = Console()
+    # a file or pipe has no width of its own: let no column be cut there
+    (console if console.is_terminal else Console(width=160)).print(table)

@@ -5,20 +5,22 @@ import logging
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 
 import mlip_md
 from mlip_md.errors import ConfigError, DataError
-
-from . import labels, sampling, spice_file
-from .chemistry import Molecule, require_rdkit
-from .plan import Task, generator, plan
+from mlip_md.trainer.generate import labels, sampling, spice_file
+from mlip_md.trainer.generate.chemistry import Molecule, require_rdkit
+from mlip_md.trainer.generate.plan import Task, generator, plan
 
 RECIPE_VERSION = "1"
 MAX_FORCE = 30.0  # eV/Å on one atom; harder structures are dropped
@@ -79,7 +81,7 @@ def make_dataset(
     tasks = plan(seed, scale, subsets, max_atoms)
     attributes = {**settings, **labels.describe(method), **_notes()}
     run = _Run(tasks, parts, output, attributes, method, seed, progress)
-    run.execute(workers or len(os.sched_getaffinity(0)))
+    run.execute(workers or _usable_cores())
     shutil.rmtree(parts)
     return output
 
@@ -184,29 +186,30 @@ class _Run:
 
     def _label_all(self, pending: list[Task], workers: int, tick: Callable[[], None]) -> None:
         # spawn: a child must load tblite only after its thread count is set
-        pool = ProcessPoolExecutor(
-            workers, multiprocessing.get_context("spawn"), initializer=_one_thread
-        )
-        energies = pool.submit(labels.atomic_energies, self.method).result()
-        self.attributes["atomic_energies_hartree"] = json.dumps(energies)
-        queue, running, last = list(reversed(pending)), set[Future[None]](), time.monotonic()
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
         try:
-            with pool:
-                while queue or running:
-                    while queue and len(running) < 2 * workers:
-                        path = self._shard(queue[-1])
-                        job = (queue.pop(), path, self.seed, self.method, energies)
-                        running.add(pool.submit(_work, *job))
-                    done, running = wait(running, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        future.result()
-                        tick()
-                    if time.monotonic() - last > SNAPSHOT_SECONDS:
-                        self._merge(complete=False)
-                        last = time.monotonic()
-        except BaseException:
+            energies = pool.submit(labels.atomic_energies, self.method).result()
+            self.attributes["atomic_energies_hartree"] = json.dumps(energies)
+            queue, running, last = list(reversed(pending)), set[Future[None]](), time.monotonic()
+            while queue or running:
+                while queue and len(running) < 2 * workers:
+                    job = (queue[-1], self._shard(queue.pop()), self.seed, self.method, energies)
+                    running.add(pool.submit(_work, *job))
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                    tick()
+                if time.monotonic() - last > SNAPSHOT_SECONDS:
+                    self._merge(complete=False)
+                    last = time.monotonic()
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a worker process ended unexpectedly (killed, or out of memory); "
+                "what is finished is kept: run the same command again, perhaps with fewer workers"
+            ) from error
+        finally:
             pool.shutdown(wait=True, cancel_futures=True)
-            raise
 
     def _shard(self, task: Task) -> Path:
         return spice_file.shard_path(self.parts, task.name)
@@ -217,10 +220,11 @@ class _Run:
             spice_file.merge(shards, self.output, {**self.attributes, "complete": complete})
 
 
-def _one_thread() -> None:
-    """Give this child process one thread per library, before any of them is loaded."""
+def _start_worker() -> None:
+    """One thread per library, set before any of them is loaded; Ctrl-C is the parent's affair."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
     require_rdkit()
 
@@ -237,10 +241,14 @@ def _work(task: Task, path: Path, seed: int, method: str, energies: dict[int, fl
     spice_file.write_shard(path, label_task(task, seed, method), energies)
 
 
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _settings(seed, method, scale, subsets, max_atoms) -> dict[str, object]:
     """What must agree between an unfinished run and the one that continues it."""
-    from importlib import metadata
-
     return {
         "recipe": f"mlip-md make-dataset, recipe {RECIPE_VERSION}",
         "seed": seed,

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mlip_md.errors import ConfigError
-
-from . import molecules
-from .chemistry import canonical, is_supported, size
+from mlip_md.trainer.generate import molecules
+from mlip_md.trainer.generate.chemistry import canonical, is_supported, size
 
 SUBSETS = (
     "Small organics",

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .chemistry import VAN_DER_WAALS_RADII, Molecule, build, combine
-from .labels import BOHR, FORCE_UNIT, HARTREE, LabelError, gfn2_calculator
+from mlip_md.trainer.generate.chemistry import VAN_DER_WAALS_RADII, Molecule, build, combine
+from mlip_md.trainer.generate.labels import BOHR, FORCE_UNIT, HARTREE, LabelError, gfn2_calculator
 
 HEAVY_HYDROGEN = 4.0  # u
 KB = 8.617333262e-5  # eV/K

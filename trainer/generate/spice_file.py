@@ -15,8 +15,7 @@ import h5py
 import numpy as np
 
 from mlip_md.errors import DataError
-
-from .sampling import ORIGINS
+from mlip_md.trainer.generate.sampling import ORIGINS
 
 UNITS = {
     "conformations": "bohr",
@@ -124,7 +123,7 @@ def statistics(path: Path) -> dict[str, dict[str, float]]:
         For each subset: groups, conformations, atoms (of all conformations), conformations that
         are charged and of each split, rms and largest |force| of an atom in eV/Å.
     """
-    from .labels import FORCE_UNIT
+    from mlip_md.trainer.generate.labels import FORCE_UNIT
 
     table: dict[str, dict[str, float]] = {}
     squares: dict[str, float] = {}

@@ -1,0 +1,431 @@
+"""`mlip-md make-dataset`: seeded, resumable, split by molecule, labels that are what they say."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from mlip_md.errors import ConfigError, DataError
+from mlip_md.trainer.generate import labels, molecules, sampling, spice_file
+from mlip_md.trainer.generate.plan import SPLITS, SUBSETS, generator, plan, split_of
+
+pytest.importorskip("rdkit")
+pytest.importorskip("tblite")
+
+from mlip_md.trainer.generate import make_dataset as module
+from mlip_md.trainer.generate.chemistry import build, canonical, is_supported, size
+from mlip_md.trainer.generate.make_dataset import make_dataset
+
+TINY = {"scale": 0.003, "max_atoms": 9, "subsets": ["Small organics", "Dimers", "Ions"]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # read when tblite is loaded; small systems
+        import tblite.interface  # noqa: F401
+
+        yield
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("data") / "tiny.h5", workers=2, **TINY)
+
+
+@functools.cache
+def full_plan(seed):
+    return plan(seed)
+
+
+def content(path: Path) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+
+    def visit(name, item):
+        if isinstance(item, h5py.Dataset):
+            raw = item.asstr()[()] if h5py.check_string_dtype(item.dtype) else item[()]
+            found[name] = repr(raw).encode() if raw.dtype == object else raw.tobytes()
+        for key, value in item.attrs.items():
+            found[f"{name}@{key}"] = str(value).encode()
+
+    with h5py.File(path) as file:
+        file.visititems(visit)
+        for key, value in file.attrs.items():
+            found[f"@{key}"] = str(value).encode()
+    return found
+
+
+# the molecules and the plan
+
+
+def test_molecules_are_valid_closed_shell_and_of_our_elements():
+    neutral = [*molecules.small_organics(), *molecules.drug_like()]
+    neutral += [molecules.capped_peptide(letter) for letter in molecules.RESIDUES]
+    assert all(is_supported(s) for s in [*neutral, *molecules.ions(), *molecules.salt_bridges()])
+    assert len({canonical(s) for s in molecules.small_organics()}) > 400
+    from rdkit import Chem
+
+    elements: set[int] = set()
+    for smiles in neutral:
+        mol = Chem.AddHs(Chem.MolFromSmiles(smiles))
+        assert Chem.GetFormalCharge(mol) == 0, smiles
+        elements |= {atom.GetAtomicNum() for atom in mol.GetAtoms()}
+    assert elements == set(labels.UNPAIRED_ELECTRONS)
+    for smiles in molecules.salt_bridges():
+        assert Chem.GetFormalCharge(Chem.MolFromSmiles(smiles)) == 0
+
+
+def test_plan_is_seeded_and_named_uniquely():
+    tasks = full_plan(0)
+    assert tasks == plan(0)
+    assert tasks != full_plan(7)
+    assert len({t.name for t in tasks}) == len(tasks)
+    assert {t.subset for t in tasks} == set(SUBSETS)
+    assert not any("/" in t.name for t in tasks)
+    large = sum(t.starts for t in tasks if t.kind == "water" and t.count >= 20)
+    assert large >= 60
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_no_held_out_molecule_leaks_into_another_split(seed):
+    found: dict[str, set[str]] = {name: set() for name in SPLITS}
+    tasks = full_plan(seed)
+    for task in tasks:
+        for smiles in task.smiles:
+            key = canonical(smiles, stereo=False)
+            if size(key)[1] > 2:  # building blocks are in every split
+                found[task.split].add(key)
+    held_out = {
+        name: {
+            canonical(t.smiles[0], stereo=False)
+            for t in tasks
+            if t.kind == "molecule" and t.split == name
+        }
+        for name in ("validation", "test")
+    }
+    assert not found["train"] & held_out["validation"]
+    assert not found["train"] & held_out["test"]
+    assert not held_out["test"] & found["validation"]
+    assert not held_out["validation"] & found["test"]
+    dimers = [t.split for t in tasks if t.subset == "Dimers"]
+    assert set(dimers) == set(SPLITS)
+    singles = [t.split for t in tasks if t.kind == "molecule"]
+    assert 0.86 < singles.count("train") / len(singles) < 0.94
+    assert 0.03 < singles.count("test") / len(singles) < 0.08
+
+
+def test_split_ignores_stereochemistry_and_order_but_not_the_seed():
+    names = [molecules.capped_peptide(letter) for letter in molecules.RESIDUES]
+    for smiles in names:
+        assert split_of([smiles], 0) == split_of([smiles.replace("@@", "@")], 0)
+        assert split_of([smiles, "O"], 0) == split_of(["O", smiles], 0) == split_of([smiles], 0)
+    assert [split_of([s], 0) for s in names] != [split_of([s], 1) for s in names]
+    assert {split_of([s], 0) for s in ("O", "C", "[H][H]", "CO", "N#N")} == {"train"}
+
+
+def test_plan_refuses_bad_options():
+    with pytest.raises(ConfigError, match="scale must be larger than 0"):
+        plan(0, scale=0.0)
+    with pytest.raises(ConfigError, match=r"unknown subsets.*Water clusters"):
+        plan(0, subsets=["Water"])
+
+
+# the file
+
+
+def test_layout_units_and_order_of_atoms(tiny):
+    from rdkit import Chem
+
+    parameters = Chem.SmilesParserParams()
+    parameters.removeHs = False
+    with h5py.File(tiny) as file:
+        assert file.attrs["level_of_theory"] == "GFN2-xTB"
+        assert file.attrs["program"] == "tblite"
+        assert file.attrs["seed"] == 0
+        assert file.attrs["complete"]
+        energies = {int(z): e for z, e in json.loads(file.attrs["atomic_energies_hartree"]).items()}
+        assert energies[1] == pytest.approx(-0.3934827640, abs=1e-8)  # tblite, isolated H
+        for name, group in file.items():
+            numbers = group["atomic_numbers"][()]
+            mol = Chem.MolFromSmiles(group["smiles"].asstr()[0], parameters)
+            mapped = {atom.GetAtomMapNum(): atom.GetAtomicNum() for atom in mol.GetAtoms()}
+            assert [mapped[i + 1] for i in range(len(numbers))] == numbers.tolist(), name
+            assert Chem.GetFormalCharge(mol) == group.attrs["total_charge"]
+            assert group.attrs["split"] in SPLITS
+            count = len(group["dft_total_energy"])
+            shape = (count, len(numbers), 3)
+            for key, (kind, expected) in {
+                "conformations": ("f4", shape),
+                "dft_total_gradient": ("f4", shape),
+                "dft_total_energy": ("f8", (count,)),
+                "formation_energy": ("f8", (count,)),
+            }.items():
+                assert group[key].dtype == kind
+                assert group[key].shape == expected
+                assert group[key].attrs["units"] == spice_file.UNITS[key]
+                assert group[key].compression == "gzip"
+                assert group[key].shuffle
+            assert numbers.dtype == np.int16
+            formation = group["dft_total_energy"][()] - sum(energies[int(z)] for z in numbers)
+            np.testing.assert_allclose(group["formation_energy"], formation, rtol=0, atol=1e-12)
+            norms = np.linalg.norm(group["dft_total_gradient"], axis=-1) * 51.422067
+            assert norms.max() <= 30.0
+
+
+def test_labels_are_those_of_the_stored_geometry(tiny):
+    label = labels.labeler("gfn2")
+    with h5py.File(tiny) as file:
+        for group in file.values():
+            numbers, charge = group["atomic_numbers"][()].astype(int), group.attrs["total_charge"]
+            energy, gradient = label(numbers, group["conformations"][-1], charge)
+            assert energy == pytest.approx(group["dft_total_energy"][-1], abs=1e-9)
+            np.testing.assert_allclose(group["dft_total_gradient"][-1], gradient, atol=1e-6)
+
+
+def test_gradient_is_the_derivative_of_the_energy_in_the_stored_units(tiny):
+    label = labels.labeler("gfn2")
+    with h5py.File(tiny) as file:
+        group = next(iter(file.values()))
+        numbers, charge = group["atomic_numbers"][()].astype(int), group.attrs["total_charge"]
+        positions = group["conformations"][0].astype(float)
+        stored = group["dft_total_gradient"][0]
+    step = 1e-3
+    for atom, axis in [(0, 0), (1, 2)]:
+        moved = [positions.copy(), positions.copy()]
+        moved[0][atom, axis] += step
+        moved[1][atom, axis] -= step
+        high, low = (label(numbers, x, charge)[0] for x in moved)
+        assert stored[atom, axis] == pytest.approx((high - low) / (2 * step), abs=2e-6)
+
+
+def test_the_trainer_reads_it(tiny):
+    from mlip_md.trainer.data.readers import read, read_atomic_energies
+
+    structures = list(read(tiny))
+    with h5py.File(tiny) as file:
+        assert len(structures) == sum(len(g["dft_total_energy"]) for g in file.values())
+    assert {s.subset for s in structures} == set(TINY["subsets"])
+    assert any(s.charge for s in structures)
+    energies = read_atomic_energies(tiny)
+    assert energies is not None
+    assert energies[1] == pytest.approx(-10.70721147, abs=1e-6)  # eV
+
+
+def test_statistics_count_every_conformation(tiny):
+    table = spice_file.statistics(tiny)
+    with h5py.File(tiny) as file:
+        total = sum(len(g["dft_total_energy"]) for g in file.values())
+        splits = json.loads(file.attrs["splits"])
+    assert sum(row["conformations"] for row in table.values()) == total
+    assert sum(row[s] for row in table.values() for s in SPLITS) == total
+    assert sum(entry["conformations"] for entry in splits.values()) == total
+    assert table["Ions"]["charged"] == table["Ions"]["conformations"] > 0
+    assert all(0 < row["rms_force"] < row["max_force"] <= 30 for row in table.values())
+
+
+# running it
+
+
+def test_same_seed_same_file_whatever_the_number_of_workers(tiny, tmp_path):
+    environment = dict(os.environ)
+    again = make_dataset(tmp_path / "again.h5", workers=1, **TINY)
+    assert content(again) == content(tiny)
+    assert dict(os.environ) == environment
+    assert not list(tmp_path.glob("*.parts"))
+
+
+def test_a_killed_run_continues_and_gives_the_same_file(tiny, tmp_path):
+    output = tmp_path / "killed.h5"
+    code = (
+        "from mlip_md.trainer.generate.make_dataset import make_dataset\n"
+        f"make_dataset({str(output)!r}, workers=1, **{TINY!r})"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    parts = output.with_name("killed.h5.parts")
+    deadline = time.monotonic() + 120
+    while not (finished := list(parts.glob("[0-9a-f]*.h5"))):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with h5py.File(finished[0], "a") as shard:
+        (name,) = shard
+        shard[name].attrs["marker"] = 1
+    make_dataset(output, workers=1, **TINY)
+    with h5py.File(output, "a") as file:
+        assert file[name].attrs["marker"] == 1  # finished groups are not made again
+        del file[name].attrs["marker"]
+    assert content(output) == content(tiny)
+
+
+def test_an_interrupted_run_leaves_a_usable_file(tiny, tmp_path, monkeypatch):
+    def interrupt(progress):
+        raise KeyboardInterrupt
+
+    output = tmp_path / "partial.h5"
+    monkeypatch.setattr(module._Progress, "__call__", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        make_dataset(output, workers=1, **TINY)
+    with h5py.File(output) as file, h5py.File(tiny) as whole:
+        assert not file.attrs["complete"]
+        assert 0 < len(file) < len(whole)
+        assert set(file) < set(whole)
+        assert file.attrs["atomic_energies_hartree"] == whole.attrs["atomic_energies_hartree"]
+
+
+def test_a_finished_file_is_kept_and_another_one_is_refused(tiny):
+    before = tiny.stat().st_mtime_ns
+    assert make_dataset(tiny, **TINY) == tiny
+    assert tiny.stat().st_mtime_ns == before
+    with pytest.raises(DataError, match=r"seed = .*0.*this run has 3.*--no-resume"):
+        make_dataset(tiny, seed=3, **TINY)
+
+
+def test_an_unfinished_run_with_other_options_is_refused(tmp_path):
+    parts = tmp_path / "a.h5.parts"
+    parts.mkdir()
+    settings = module._settings(5, "gfn2", 1.0, None, None)
+    (parts / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(DataError, match="seed"):
+        make_dataset(tmp_path / "a.h5", seed=6)
+
+
+@pytest.mark.parametrize(
+    ("method", "missing", "extra"),
+    [("gfn2", "tblite", "data"), ("gfn2", "rdkit", "data"), ("wb97m-d3bj", "pyscf", "data,wb97m")],
+)
+def test_a_missing_program_is_named_with_its_extra(tmp_path, monkeypatch, method, missing, extra):
+    monkeypatch.setattr(labels, "_installed", lambda name: name != missing)
+    with pytest.raises(DataError, match=rf"{missing}.*is not installed.*mlip-md\[{extra}\]"):
+        make_dataset(tmp_path / "a.h5", method=method)
+
+
+def test_bad_options_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"'gfn1' is not known; choose one of gfn2, wb97m-d3bj"):
+        make_dataset(tmp_path / "a.h5", method="gfn1")
+    with pytest.raises(ConfigError, match="workers must be at least 1"):
+        make_dataset(tmp_path / "a.h5", workers=0)
+
+
+def test_importing_the_command_loads_no_chemistry():
+    code = (
+        "import sys, mlip_md.trainer.generate.command; "
+        "assert not {'rdkit', 'tblite', 'pyscf', 'jax', 'h5py'} & set(sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+# what is dropped
+
+
+def test_hard_and_non_finite_structures_are_dropped_and_counted(monkeypatch):
+    task = next(t for t in full_plan(0) if t.name == "C#N")
+    frames = [sampling.Frame(np.zeros((3, 3)), "md")] * 4
+    molecule = build("C#N", 1, np.random.default_rng(0))
+    monkeypatch.setattr(module, "sample", lambda task, seed: (molecule, frames))
+    strong = np.full((3, 3), 31.0 / 51.422067 / np.sqrt(3))
+    answers = iter([(-1.0, 0.96 * strong), (-1.0, strong), (np.nan, 0 * strong), None])
+
+    def label(numbers, positions, charge):
+        answer = next(answers)
+        if answer is None:
+            raise labels.LabelError("not converged")
+        return answer
+
+    monkeypatch.setattr(labels, "labeler", lambda method: label)
+    group = module.label_task(task, 0, "gfn2")
+    assert len(group.energies) == 1
+    assert group.dropped == {"force too large": 1, "not finite": 1, "not converged": 1}
+
+
+# geometries
+
+
+@pytest.fixture(scope="module")
+def ethanol():
+    return build("CCO", 1, np.random.default_rng(0))
+
+
+def test_stretch_changes_one_bond_only(ethanol):
+    positions = ethanol.conformers[0]
+    moved = sampling.stretch(ethanol, positions, ethanol.bonds[1], 1.4)
+    for bond in ethanol.bonds:
+        before, after = (np.linalg.norm(x[bond[0]] - x[bond[1]]) for x in (positions, moved))
+        assert after / before == pytest.approx(1.4 if bond == ethanol.bonds[1] else 1.0)
+
+
+def test_rotation_beyond_a_bond_keeps_bond_lengths(ethanol):
+    positions = ethanol.conformers[0]
+    axis = np.array([1.0, 2.0, 3.0])
+    moved = sampling.rotate_beyond(ethanol, positions, ethanol.bonds[0], axis, 0.5)
+    lengths = [[np.linalg.norm(x[a] - x[b]) for a, b in ethanol.bonds] for x in (positions, moved)]
+    np.testing.assert_allclose(lengths[0], lengths[1])
+    assert np.abs(moved - positions).max() > 0.1
+
+
+@pytest.mark.parametrize("ratio", [0.55, 1.0, 2.4])
+def test_contact_has_the_distance_asked_for(ethanol, ratio):
+    water = build("O", 1, np.random.default_rng(1))
+    rng = np.random.default_rng(2)
+    both = sampling.contact(ethanol, ethanol.conformers[0], water, water.conformers[0], ratio, rng)
+    gap = np.linalg.norm(both[:9, None] - both[None, 9:], axis=-1)
+    radii = sampling._radii(ethanol)[:, None] + sampling._radii(water)[None]
+    assert (gap / radii).min() == pytest.approx(ratio, abs=1e-6)
+
+
+def test_hydrogen_bond_has_the_length_asked_for_and_is_straight():
+    water = build("O", 1, np.random.default_rng(1))
+    x = water.conformers[0]
+    both = sampling.hydrogen_bond(water, x, water, x, 1.8, np.random.default_rng(0))
+    gap = np.linalg.norm(both[:3, None] - both[None, 3:], axis=-1)
+    assert gap.min() == pytest.approx(1.8)
+    assert np.min([gap[0, 0]]) == pytest.approx(1.8 + 0.97, abs=0.03)
+    methane = build("C", 1, np.random.default_rng(1))
+    args = (methane, methane.conformers[0]) * 2
+    assert sampling.hydrogen_bond(*args, 1.8, np.random.default_rng(0)) is None
+
+
+def test_langevin_samples_the_harmonic_distribution():
+    def spring(x):
+        return 0.5 * 10.0 * float((x**2).sum()), -10.0 * x
+
+    masses, rng = np.full(400, 1.0), np.random.default_rng(0)
+    path = sampling.langevin(spring, masses, np.zeros((400, 3)), 500.0, 800, 20, rng)
+    variance = np.mean([np.mean(x**2) for x in list(path)[10:]])
+    assert variance == pytest.approx(sampling.KB * 500.0 / 10.0, rel=0.04)
+
+
+def test_water_model_forces_are_the_derivative_of_its_energy():
+    water = build("O", 1, np.random.default_rng(1))
+    _, positions = sampling.pack([water] * 3, np.random.default_rng(0))
+    positions = positions + 0.05 * np.random.default_rng(1).normal(size=positions.shape)
+    model = sampling.water_model(3)
+    _, forces = model(positions)
+    for atom, axis in [(0, 0), (1, 1), (8, 2)]:
+        moved = [positions.copy(), positions.copy()]
+        moved[0][atom, axis] += 1e-5
+        moved[1][atom, axis] -= 1e-5
+        slope = (model(moved[0])[0] - model(moved[1])[0]) / 2e-5
+        assert forces[atom, axis] == pytest.approx(-slope, abs=1e-6)
+
+
+def test_water_clusters_hold_together_and_stay_molecules():
+    molecule, frames = sampling.sample_water(5, 1, generator(0, "test"), frames_per_start=3)
+    assert len(frames) == 3
+    for frame in frames:
+        bonds = [np.linalg.norm(frame.positions[a] - frame.positions[b]) for a, b in molecule.bonds]
+        assert 0.8 < min(bonds) < max(bonds) < 1.3
+        oxygens = frame.positions[::3]
+        gap = np.linalg.norm(oxygens[:, None] - oxygens[None], axis=-1) + 9 * np.eye(5)
+        assert 2.2 < gap.min(1).min() < gap.min(1).max() < 4.5
