@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+# Test processes, also those that tests start, share compiled programs; set before JAX is imported.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
+
 
 @pytest.fixture(scope="session")
 def reference_data() -> Path:
