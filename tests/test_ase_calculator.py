@@ -1,0 +1,265 @@
+"""The ASE calculator: ASE's contract, units and signs, safety."""
+
+import copy
+import json
+import pickle
+
+import jax
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.calculators.calculator import PropertyNotImplementedError
+from ase.calculators.fd import calculate_numerical_forces, calculate_numerical_stress
+from ase.filters import FrechetCellFilter
+from ase.io import Trajectory
+from small_models import ELEMENTS, random_mace
+
+from mlip_md import model_file
+from mlip_md.errors import ConfigError, StructureError, UnsupportedElementError
+from mlip_md.integrations.ase import MLIPCalculator
+from mlip_md.integrations.structures import read_structure
+
+CELL = np.array([[5.0, 0.0, 0.0], [1.2, 4.6, 0.0], [-0.8, 0.9, 5.5]])
+
+
+@pytest.fixture(scope="module")
+def potential():
+    return random_mace(strength=20.0)
+
+
+@pytest.fixture(scope="module")
+def calculator(potential):
+    return MLIPCalculator(potential, dtype="float64")
+
+
+@pytest.fixture
+def molecule():
+    return read_structure().atoms[:8]
+
+
+@pytest.fixture
+def crystal():
+    """Eight atoms in a triclinic cell, some of them outside of it."""
+    rng = np.random.default_rng(3)
+    grid = np.stack(np.meshgrid(*[[0.0, 0.5]] * 3), axis=-1).reshape(-1, 3)
+    scaled = grid + rng.uniform(-0.06, 0.06, (8, 3)) + rng.integers(-2, 3, (8, 3))
+    return Atoms("CHNOCHHO", scaled_positions=scaled, cell=CELL, pbc=True)
+
+
+class Counting:
+    """An engine that counts what it is asked for."""
+
+    def __init__(self, engine):
+        self.engine, self.calls = engine, 0
+
+    def evaluate(self, *structure):
+        self.calls += 1
+        return self.engine.evaluate(*structure)
+
+
+def test_energies(calculator, molecule, potential):
+    molecule.calc = calculator
+    energy = molecule.get_potential_energy()
+    assert type(energy) is float
+    assert type(calculator.results["free_energy"]) is float
+    assert energy == molecule.get_potential_energy(force_consistent=True)
+    np.testing.assert_allclose(molecule.get_potential_energies().sum(), energy, rtol=1e-13)
+    reference = dict(zip(ELEMENTS, potential.atomic_energies, strict=True))
+    isolated = sum(reference[z] for z in molecule.numbers)
+    assert 0.1 < abs(energy - isolated) < 1e3
+    for z in ELEMENTS:
+        atom = Atoms(numbers=[z], positions=[[1, 2, 3]], calculator=calculator)
+        assert atom.get_potential_energy() == reference[z]
+
+
+@pytest.mark.parametrize("name", ["molecule", "crystal"])
+def test_forces_are_minus_the_gradient(calculator, name, request):
+    atoms = request.getfixturevalue(name)
+    atoms.calc = calculator
+    forces = atoms.get_forces()
+    assert forces.dtype == np.float64
+    assert np.abs(forces).max() > 0.1
+    numerical = calculate_numerical_forces(atoms, eps=1e-4)
+    np.testing.assert_allclose(forces, numerical, atol=1e-6)
+
+
+def test_stress_is_the_derivative_in_voigt_order(calculator, crystal):
+    crystal.calc = calculator
+    stress = crystal.get_stress()
+    assert stress.shape == (6,)
+    assert np.abs(stress).min() > 1e-5  # every component is tested, with its sign
+    numerical = calculate_numerical_stress(crystal, eps=1e-4)
+    np.testing.assert_allclose(stress, numerical, atol=1e-8)
+
+
+def test_stress_needs_a_cell(calculator, molecule):
+    molecule.calc = calculator
+    molecule.get_potential_energy()
+    for atoms in (molecule, Atoms("CO", [[0, 0, 0], [0, 0, 1.2]], cell=[5, 5, 0], pbc=[1, 1, 0])):
+        atoms.calc = calculator
+        with pytest.raises(PropertyNotImplementedError):
+            atoms.get_stress()
+        assert "stress" not in calculator.results
+
+
+def test_one_evaluation_serves_all_properties(potential, crystal):
+    calculator = MLIPCalculator(potential, dtype="float64")
+    calculator._engine = engine = Counting(calculator.engine)
+    crystal.calc = calculator
+    crystal.get_potential_energy()
+    crystal.get_forces()
+    crystal.get_stress()
+    crystal.get_potential_energies()
+    assert engine.calls == 1
+    crystal.positions[0, 0] += 1e-6
+    crystal.get_forces()
+    assert engine.calls == 2
+    crystal.set_cell(crystal.cell * 1.001)
+    crystal.get_forces()
+    assert engine.calls == 3
+    crystal.pbc = [True, True, False]
+    crystal.get_potential_energy()
+    assert engine.calls == 4
+
+
+def test_stress_asked_without_cell_costs_nothing(potential, molecule):
+    calculator = MLIPCalculator(potential, dtype="float64")
+    calculator._engine = engine = Counting(calculator.engine)
+    molecule.calc = calculator
+    molecule.get_potential_energy()
+    for _ in range(3):
+        with pytest.raises(PropertyNotImplementedError):
+            molecule.get_stress()
+    assert engine.calls == 1
+
+
+def test_results_and_atoms_are_nobody_elses(calculator, crystal):
+    before = crystal.copy()
+    crystal.calc = calculator
+    forces = crystal.get_forces()
+    kept = forces.copy()
+    forces[:] = 0.0
+    np.testing.assert_array_equal(crystal.get_forces(), kept)
+    np.testing.assert_array_equal(crystal.positions, before.positions)
+    np.testing.assert_array_equal(crystal.cell, before.cell)
+    assert crystal.info == before.info
+    first, second = calculator.evaluate([crystal, crystal])
+    first["forces"][:] = 0.0
+    np.testing.assert_allclose(second["forces"], kept, atol=1e-12)
+    results = calculator.results["forces"]
+    crystal.rattle(0.01)
+    crystal.get_forces()
+    np.testing.assert_array_equal(results, kept)
+
+
+def test_batch_equals_one_by_one(calculator, molecule, crystal):
+    slab = crystal.copy()
+    slab.pbc = [True, True, False]
+    structures = [molecule, crystal, molecule[:3], slab]
+    for atoms, result in zip(structures, calculator.evaluate(structures), strict=True):
+        single = atoms.copy()
+        single.calc = calculator
+        assert type(result["energy"]) is float
+        np.testing.assert_allclose(result["energy"], single.get_potential_energy(), rtol=1e-12)
+        np.testing.assert_allclose(result["forces"], single.get_forces(), atol=1e-10)
+        assert ("stress" in result) == (atoms.cell.rank == 3)
+        if "stress" in result:
+            np.testing.assert_allclose(result["stress"], single.get_stress(), atol=1e-10)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
+def test_copies_compute_the_same_and_are_independent(calculator, molecule, clone):
+    molecule.calc = calculator
+    forces = molecule.get_forces()
+    copied = clone(calculator)
+    np.testing.assert_array_equal(copied.results["forces"], forces)
+    other = molecule.copy()
+    other.calc = copied
+    other.rattle(0.05)
+    assert np.abs(other.get_forces() - forces).max() > 1e-3
+    np.testing.assert_array_equal(calculator.results["forces"], forces)
+    other.positions = molecule.positions
+    np.testing.assert_array_equal(other.get_forces(), forces)
+
+
+def test_float32_agrees_and_leaves_jax_alone(potential, calculator, molecule):
+    single = MLIPCalculator(potential, default_dtype="float32")
+    forces = []
+    for calc in (calculator, single):
+        molecule.calc = calc
+        forces.append(molecule.get_forces())
+    assert forces[1].dtype == np.float64
+    difference = np.abs(forces[0] - forces[1]).max()
+    assert 0 < difference < 1e-5 * np.abs(forces[0]).max() * 20
+    assert not jax.config.jax_enable_x64
+
+
+def test_host_files(calculator, crystal, tmp_path):
+    crystal.calc = calculator
+    crystal.get_potential_energy()
+    with Trajectory(tmp_path / "a.traj", "w") as trajectory:
+        trajectory.write(crystal)
+    with Trajectory(tmp_path / "a.traj") as trajectory:
+        saved = trajectory[0]
+    assert saved.get_potential_energy() == crystal.get_potential_energy()
+    np.testing.assert_array_equal(saved.get_stress(), crystal.get_stress())
+    exported = calculator.export_properties()
+    assert set(exported) == {"energy", "free_energy", "energies", "forces", "stress", "natoms"}
+    description = calculator.todict()
+    assert json.loads(json.dumps(description)) == description
+    assert description["sha256"] == calculator.potential.sha256
+    assert FrechetCellFilter(crystal).get_forces().shape == (11, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        (lambda a: a.positions.__setitem__((2, 1), np.nan), StructureError, "finite"),
+        (lambda a: a.numbers.__setitem__(0, 79), UnsupportedElementError, "Au.*H, C, N, O"),
+        (lambda a: a.__delitem__(slice(None)), StructureError, "no atoms"),
+        (lambda a: setattr(a, "pbc", True), StructureError, "periodic|volume|cell"),
+        (lambda a: a.positions.__setitem__(0, a.positions[1]), StructureError, "apart|same"),
+        (lambda a: a.info.update(charge=-1), StructureError, "charge"),
+        (lambda a: a.info.update(spin=3), StructureError, "spin"),
+        (lambda a: a.info.update(charge=np.array([2.0])), StructureError, "charge"),
+        (lambda a: a.info.update(charge="two"), StructureError, "no number"),
+    ],
+)
+def test_bad_structures_are_refused(calculator, molecule, change, error, text):
+    molecule.calc = calculator
+    energy = molecule.get_potential_energy()
+    bad = molecule.copy()
+    bad.calc = calculator
+    change(bad)
+    with pytest.raises(error, match=text):
+        bad.get_potential_energy()
+    with pytest.raises(error, match=text):
+        calculator.evaluate([molecule, bad])
+    assert molecule.get_potential_energy() == energy
+
+
+def test_charge_in_info_is_not_overlooked(calculator, molecule):
+    molecule.calc = calculator
+    molecule.info["charge"] = 0
+    molecule.info["spin"] = 1
+    molecule.get_potential_energy()
+    assert calculator.check_state(molecule) == []
+    molecule.info["charge"] = 1
+    assert calculator.check_state(molecule) == ["info"]
+    with pytest.raises(StructureError, match="charge"):
+        molecule.get_potential_energy()
+
+
+def test_construction(potential, molecule, tmp_path, calculator):
+    path = tmp_path / "model.safetensors"
+    model_file.save(potential, path)
+    assert MLIPCalculator(path).potential.sha256 == potential.sha256
+    assert calculator.allowed_atomic_numbers == {1, 6, 7, 8}
+    with pytest.raises(ConfigError, match="contradict"):
+        MLIPCalculator(potential, dtype="float64", default_dtype="float32")
+    with pytest.raises(ConfigError, match="dtype"):
+        MLIPCalculator(potential, dtype="float16")
+    with pytest.raises(ConfigError, match="device"):
+        MLIPCalculator(potential, device="abacus")
+    with pytest.raises(StructureError, match=r"atoms\.calc"):
+        MLIPCalculator(potential).get_potential_energy()
