@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import re
+import runpy
+from pathlib import Path
 
 import ase.io
 import mdtraj
@@ -339,3 +342,12 @@ def test_bundled_molecule_is_whole():
     assert len(pairs) == 20  # 19 bonds and one ring
     assert set(molecules(20, pairs)) == {0}
     assert make_topology(structure).getNumBonds() == 20
+
+
+@pytest.mark.parametrize("name", ["ase_molecule", "openmm_molecule"])
+def test_examples_run(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [name, "--steps", "20"])
+    script = Path(__file__).parents[1] / "examples" / f"{name}.py"
+    runpy.run_path(str(script), run_name="__main__")
+    assert re.search(r"C=O distance: [1-3]\.\d+ ± 0\.\d+ Å", capsys.readouterr().out)
