@@ -135,7 +135,7 @@ def test_every_key_misspelled_is_refused_with_its_name(section, key, write):
             "loss:\n  energy:\n    weight: [{from_epoch: 0, valu: 1.0}]\n",
             r"3:30: .*did you mean value\?",
         ),
-        ("model:\n  kind: schnet\n", "train.yaml:2:3: model.kind: 'schnet'.*mace, nequip"),
+        ("model:\n  kind: schnet\n", "train.yaml:2:3: model.kind: schnet is.*mace, nequip"),
         ("model:\n  kind: mace\n  l_max: -1\n", "train.yaml:3:3: model.l_max: l_max = -1"),
         ("model:\n  num_layers: 1\n", "train.yaml:1:1: model.kind: None"),
         ("data:\n  split: {train: 0.7, validation: 0.1}\n", "train.yaml:2:3: data.split: .*0.8"),

@@ -458,10 +458,10 @@ def _validate(values: dict[str, Any], origins: Origins) -> Recipe:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise ConfigError("\n".join(_messages(error, origins))) from error
-    kind = recipe.model.get("kind")
+    kind = str(recipe.model.get("kind"))
     if kind not in CONFIGS:
         raise ConfigError(
-            f"{origins.prefix(('model', 'kind'))}: {kind!r} is not allowed; it must be one of "
+            f"{origins.prefix(('model', 'kind'))}: {kind} is not allowed; it must be one of "
             + ", ".join(CONFIGS)
         )
     known = [field.name for field in dataclasses.fields(CONFIGS[kind])]

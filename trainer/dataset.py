@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,16 @@ from mlip_md.trainer.data import (
     Batch,
     BatchBudget,
     GraphStore,
-    Split,
+    PreparedData,
+    SplitRule,
     Statistics,
-    Structure,
-    curate,
+    is_prepared,
     iterate_batches,
     make_batch,
+    open_prepared,
     plan_epoch,
-    prepare_graphs,
-    read,
-    split,
+    prepare,
 )
-
-Report = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,7 +41,6 @@ class TrainingData:
         statistics: of the training part: elements, E0, neighbors, shortest distance.
         budget: shape of all batches.
         on_oversize: "error" or "drop" for structures larger than a batch.
-        subsets: names of the data set's subsets, one per structure, by part.
         notes: what reading and curation counted, as plain text.
     """
 
@@ -54,7 +50,6 @@ class TrainingData:
     statistics: Statistics
     budget: BatchBudget
     on_oversize: str = "error"
-    subsets: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def plan(self, seed: int, epoch: int) -> list[np.ndarray]:
@@ -81,8 +76,13 @@ class TrainingData:
         """SHA-256 over everything that the course of the training depends on."""
         digest = hashlib.sha256(repr((self.budget, self.on_oversize)).encode())
         for store in (self.train, self.validation):
-            for array in (store.positions, store.species, store.forces, store.interaction_energy):
-                digest.update(np.ascontiguousarray(array))
+            for name in ("positions", "atomic_numbers", "forces"):
+                for _, atoms, _ in store.chunks():
+                    values = getattr(store, name)[atoms]
+                    if name == "atomic_numbers":
+                        values = store.species_of[values]
+                    digest.update(np.asarray(values).tobytes())
+            digest.update(store.interaction_energy.tobytes())
         return digest.hexdigest()
 
     def fill(self) -> tuple[float, float]:
@@ -123,92 +123,101 @@ class TrainingData:
 
 
 def load_data(recipe: Recipe) -> TrainingData:
-    """Read, curate and split the data set of a recipe, and make its graphs.
+    """Read, curate and split the data set of a recipe, or open the folder that holds it prepared.
 
     Args:
-        recipe: its ``data`` and ``model.atomic_energies`` count.
+        recipe: its ``data`` and ``model.atomic_energies`` count. For a prepared folder, splits,
+            filters and E0 are those it was prepared with.
 
     Returns:
         The data of the run.
 
     Raises:
-        ConfigError: if no data set is named.
+        ConfigError: if no data set is named, or a prepared one has another cutoff.
         DataError: if a file, a label or the whole set is unusable.
     """
     config = recipe.data
-    parts, notes = read_parts(config)
-    for name in ("train", "validation"):
-        if not getattr(parts, name):
-            raise DataError(
-                f"the {name} part is empty; it is needed. Change data.split, or name a file in "
-                f"data.{'path' if name == 'train' else name}"
-            )
-    statistics, train, (validation, test) = prepare_graphs(
-        parts.train,
-        [parts.validation, parts.test],
-        config.cutoff,
-        atomic_energies=recipe.network.atomic_energies,
-    )
-    assert validation is not None  # checked above: it has structures
-    budget = BatchBudget.from_card(
-        config.batch_size, config.max_n_node, config.max_n_edge, store=train
-    )
-    subsets = {name: [s.subset for s in part] for name, part in parts._asdict().items()}
-    data = TrainingData(
-        train, validation, test, statistics, budget, config.on_oversize, subsets, notes
-    )
+    if isinstance(config.path, str) and is_prepared(config.path):
+        data = _open(config.path, config.cutoff)
+    else:
+        data = prepare_data(recipe)
+    if "validation" not in data.parts:
+        raise DataError(
+            "the validation part is empty, but the best model is chosen by it; change data.split, "
+            "or name a file in data.validation"
+        )
+    train = data.parts["train"]
     if any(step.value for step in recipe.loss.stress.weight) and train.stress is None:
         raise ConfigError("loss.stress has a weight, but the data set has no stresses")
+    return TrainingData(
+        train=train,
+        validation=data.parts["validation"],
+        test=data.parts.get("test"),
+        statistics=data.statistics,
+        budget=BatchBudget.from_card(
+            config.batch_size, config.max_n_node, config.max_n_edge, store=train
+        ),
+        on_oversize=config.on_oversize,
+        notes=tuple(f"{path}: {report}" for path, report in data.curation.items()),
+    )
+
+
+def prepare_data(recipe: Recipe, folder: Path | None = None) -> PreparedData:
+    """Read, curate and split the files of a recipe, and make their graphs.
+
+    Args:
+        recipe: its ``data`` and ``model.atomic_energies`` count.
+        folder: new folder for the result, to be named as ``data.path`` of later runs; None keeps
+            everything in memory.
+
+    Raises:
+        ConfigError: if no data set is named.
+        DataError: if a file, a label or the whole set is unusable, or the folder exists.
+    """
+    config = recipe.data
+    if not config.path:
+        raise ConfigError("no data set is given; name its file: --set data.path=FILE")
+    for path in _paths(config):
+        if not Path(path).is_file():
+            raise DataError(f"there is no data file {path}")
+    fractions = (config.split.train, config.split.validation, config.split.test)
+    rule = SplitRule(config.split.from_file, fractions, config.split.seed, config.split.by)
+    return prepare(
+        config.path,
+        config.cutoff,
+        validation=config.validation or (),
+        test=config.test or (),
+        split=rule,
+        curate=None if config.curate is None else _filters(config.curate),
+        atomic_energies=recipe.network.atomic_energies,
+        folder=folder,
+    )
+
+
+def _open(folder: str, cutoff: float) -> PreparedData:
+    data = open_prepared(folder)
+    if data.settings["cutoff"] != cutoff:
+        raise ConfigError(
+            f"{folder} was prepared with a cutoff of {data.settings['cutoff']} Å, the recipe has "
+            f"{cutoff} Å; prepare the data again or change data.cutoff"
+        )
     return data
 
 
-def read_parts(config: DataConfig) -> tuple[Split, tuple[str, ...]]:
-    """Curated structures for training, validation and test, and what was counted on the way."""
-    if not config.path:
-        raise ConfigError("no data set is given; name its file: --set data.path=FILE")
-    notes: list[str] = []
-    if config.split.from_file:
-        marks = ("train", "validation", "test")
-        parts = [_read(config.path, config.curate, notes, mark) for mark in marks]
-        return Split(*parts), tuple(notes)
-    everything = _read(config.path, config.curate, notes)
-    validation, test = config.validation, config.test
-    if validation is None and test is None:
-        fractions = (config.split.train, config.split.validation, config.split.test)
-        return split(everything, fractions, config.split.seed, config.split.by), tuple(notes)
-    others = [_read(path, config.curate, notes) if path else [] for path in (validation, test)]
-    if not others[0]:
-        part = config.split.validation / (config.split.train + config.split.validation)
-        pair = split(everything, (1.0 - part, part), config.split.seed, config.split.by)
-        everything, others[0] = pair.train, pair.validation
-    return Split(everything, *others), tuple(notes)
+def _paths(config: DataConfig) -> list[str]:
+    groups = (config.path, config.validation or [], config.test or [])
+    return [p for group in groups for p in ([group] if isinstance(group, str) else group)]
 
 
-def _read(
-    paths: str | Sequence[str],
-    config: CurationConfig | None,
-    notes: list[str],
-    mark: str | None = None,
-) -> list[Structure]:
-    structures: list[Structure] = []
-    for path in [paths] if isinstance(paths, str) else paths:
-        if not Path(path).is_file():
-            raise DataError(f"there is no file {path}")
-        structures += read(path, split=mark)
-    name = f"{paths} ({mark})" if mark else f"{paths}"
-    if config is None:
-        notes.append(f"{name}: {len(structures)} structures, not curated")
-        return structures
-    structures, report = curate(
-        structures,
-        neutral_only=config.neutral_only,
-        max_force=config.max_force,
-        max_net_force=config.max_net_force,
-        hydrogen_bonds=config.one_bond_per_hydrogen,
-        elements=None if config.elements is None else [SYMBOLS[name] for name in config.elements],
-    )
-    notes.append(f"{name}: {report}")
-    return structures
+def _filters(config: CurationConfig) -> dict[str, Any]:
+    names = config.elements
+    return {
+        "elements": None if names is None else [SYMBOLS[name] for name in names],
+        "neutral_only": config.neutral_only,
+        "hydrogen_bonds": config.one_bond_per_hydrogen,
+        "max_force": config.max_force,
+        "max_net_force": config.max_net_force,
+    }
 
 
 def batches(

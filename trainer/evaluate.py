@@ -130,8 +130,7 @@ def evaluate(
     )
     budget = BatchBudget.from_card(batch_size, store=store)
     step = make_eval_step(potential.network.apply, potential.scaling_mean, potential.scaling_stdev)
-    subsets = [structure.subset for structure in structures]
-    return evaluate_in_detail(step, potential.params, store, budget, subsets)
+    return evaluate_in_detail(step, potential.params, store, budget, store.subsets)
 
 
 def write_json(evaluation: Evaluation, path: Path) -> None:

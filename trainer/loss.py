@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlip_md.graph import sum_per_graph
+from mlip_md.graph import Array, sum_per_graph
 from mlip_md.potential import Prediction
 from mlip_md.trainer.config import LossConfig, WeightStep
 from mlip_md.trainer.data.batching import Batch
@@ -35,9 +35,9 @@ LARGEST_FORCE_FACTOR = 0.1
 class LossWeights(NamedTuple):
     """Weights of the loss terms in one epoch: w_E, w_F (Å²), w_S (Å⁶) on squared errors in eV."""
 
-    energy: np.ndarray
-    forces: np.ndarray
-    stress: np.ndarray
+    energy: np.float32
+    forces: np.float32
+    stress: np.float32
 
 
 def weight_at(schedule: list[WeightStep], epoch: int) -> float:
@@ -61,7 +61,7 @@ def stage_at(loss: LossConfig, epoch: int) -> int:
     return 1 + sum(a != b for a, b in itertools.pairwise(values))
 
 
-def force_deltas(reference: jax.Array, delta: float) -> jax.Array:
+def force_deltas(reference: Array, delta: float) -> jax.Array:
     """Huber δ per atom (n_nodes, 1) from reference forces (n_nodes, 3) eV/Å."""
     norms = jnp.linalg.norm(reference, axis=-1, keepdims=True)
     factors = jnp.full_like(norms, LARGEST_FORCE_FACTOR)
@@ -71,7 +71,7 @@ def force_deltas(reference: jax.Array, delta: float) -> jax.Array:
     return delta * factors
 
 
-def huber(error: jax.Array, delta: jax.Array | float) -> jax.Array:
+def huber(error: Array, delta: Array | float) -> jax.Array:
     """½e² for |e| <= δ, δ(|e| - ½δ) beyond; element by element."""
     size = jnp.abs(error)
     quadratic = jnp.minimum(size, delta)
@@ -97,7 +97,7 @@ def structure_losses(
     stress_error = prediction.stress - batch.stress
     stress_terms = stress_error**2 if loss.kind == "mse" else huber(stress_error, loss.delta)
     stress_loss = jnp.mean(stress_terms, axis=(1, 2))
-    return energy_terms, force_loss, jnp.where(batch.stress_mask, stress_loss, 0.0)
+    return energy_terms, force_loss, jnp.where(jnp.asarray(batch.stress_mask), stress_loss, 0.0)
 
 
 def batch_loss(
@@ -117,7 +117,7 @@ def batch_loss(
         structure_weights: (n_graphs,) factors ω_g on the structures' losses; None is 1.
     """
     terms = structure_losses(loss, prediction, batch)
-    total = sum(w * term for w, term in zip(weights, terms, strict=True))
+    total = weights.energy * terms[0] + weights.forces * terms[1] + weights.stress * terms[2]
     if structure_weights is not None:
         total = total * structure_weights
     mask = jnp.asarray(batch.graph.graph_mask)

@@ -34,13 +34,14 @@ def write_report(folder: Path, step: EvalStep, data: TrainingData) -> Evaluation
         The evaluation of the run's model.
     """
     part = "test" if data.test is not None else "validation"
+    store = data.parts()[part]
     potential = model_file.load(folder / "model.safetensors")
     evaluation = evaluate_in_detail(
         step,
         potential.params,
-        data.parts()[part],
+        store,
         data.budget,
-        data.subsets[part],
+        store.subsets,
         on_oversize=data.on_oversize,
     )
     report = folder / "report"

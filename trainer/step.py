@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from mlip_md.potential import Apply, Prediction, predict
+from mlip_md.potential import Prediction, predict
 from mlip_md.trainer.config import Recipe
 from mlip_md.trainer.data.batching import Batch
 from mlip_md.trainer.loss import LossWeights, batch_loss
@@ -18,6 +19,8 @@ from mlip_md.trainer.metrics import Sums, error_sums
 from mlip_md.trainer.optimizer import debiased_ema, make_optimizer, update_ema
 
 Params = Any
+Apply = Callable[..., Any]
+"""``network.apply``: (params, graph) to node energies (n_nodes,)."""
 
 
 @struct.dataclass
@@ -88,7 +91,8 @@ def make_train_step(apply: Apply, recipe: Recipe) -> TrainStep:
         params = optax.apply_updates(state.params, updates)
         complete = state.micro_step + 1 == every
         averaged = update_ema(state.ema, params, decay)
-        return state.replace(
+        return dataclasses.replace(
+            state,
             params=params,
             opt_state=opt_state,
             ema=_select(complete, averaged, state.ema),
@@ -101,7 +105,9 @@ def make_train_step(apply: Apply, recipe: Recipe) -> TrainStep:
         loss, gradient = jax.value_and_grad(loss_of)(state.params, batch, weights)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        refused = state.replace(bad_steps=state.bad_steps + 1, bad_in_row=state.bad_in_row + 1)
+        refused = dataclasses.replace(
+            state, bad_steps=state.bad_steps + 1, bad_in_row=state.bad_in_row + 1
+        )
         state = _select(finite, good_step(state, gradient), refused)
         return state, StepLog(loss, norm, state.bad_in_row, jnp.sum(batch.graph.graph_mask))
 
