@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 import pytest
-from test_model_file import make_potential
+from model_files import make_potential
 
 import mlip_md
 from mlip_md import bundled, cli, errors

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from model_files import refused
 
 from mlip_md import instadeep, model_file
 from mlip_md.errors import ModelFileError
@@ -159,10 +160,10 @@ def test_a_leading_device_axis_is_dropped(potentials, tmp_path, devices):
     assert_same(load_zip(file), potentials["mace"])
     first = next(iter(arrays))
     write_zip(file, hyperparameters, arrays | {first: arrays[first][0]})
-    with pytest.raises(ModelFileError, match="shape"):
+    with refused("shape"):
         load_zip(file)
     write_zip(file, hyperparameters, arrays | {first: np.stack([arrays[first][0]] * 9)})
-    with pytest.raises(ModelFileError, match="device axes"):
+    with refused("device axes"):
         load_zip(file)
 
 
@@ -255,9 +256,8 @@ def test_wrong_content_is_refused_by_name(potentials, tmp_path, change, message)
     hyperparameters, arrays = parts_of(potentials["mace"])
     change(hyperparameters, arrays)
     file = write_zip(tmp_path / "wrong.zip", hyperparameters, arrays)
-    with pytest.raises(ModelFileError, match=message) as caught:
+    with refused(message):
         load_zip(file)
-    assert str(caught.value).startswith(str(file))
 
 
 def test_nothing_is_unpickled(potentials, tmp_path):
@@ -269,12 +269,12 @@ def test_nothing_is_unpickled(potentials, tmp_path):
     objects = np.empty(1, object)
     objects[0] = Trap()
     file = write_zip(tmp_path / "m.zip", hyperparameters, arrays | {next(iter(arrays)): objects})
-    with pytest.raises(ModelFileError, match="dtype object"):
+    with refused("dtype object"):
         load_zip(file)
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("hyperparams.json", json.dumps(hyperparameters))
         archive.writestr("params.npz", pickle.dumps(Trap()))
-    with pytest.raises(ModelFileError, match="damaged"):
+    with refused("damaged"):
         load_zip(file)
     assert not (tmp_path / "executed").exists()
 
@@ -293,17 +293,17 @@ def test_zips_of_something_else_are_refused(tmp_path):
         with zipfile.ZipFile(file, "w") as archive:
             for member in members:
                 archive.writestr(member, "{}")
-        with pytest.raises(ModelFileError, match="no model of InstaDeep's mlip"):
+        with refused("no model of InstaDeep's mlip"):
             load_zip(file)
     file.write_bytes(b"no zip at all")
-    with pytest.raises(ModelFileError, match="damaged or foreign"):
+    with refused("damaged or foreign"):
         load_zip(file)
     file.write_bytes(b"")
-    with pytest.raises(ModelFileError, match="empty"):
+    with refused("empty"):
         load_zip(file)
-    with pytest.raises(ModelFileError, match="No such file"):
+    with refused("No such file"):
         load_zip(tmp_path / "none.zip")
-    with pytest.raises(ModelFileError, match="folder"):
+    with refused("folder"):
         load_zip(tmp_path)
 
 
@@ -317,17 +317,17 @@ def test_bombs_are_refused_before_they_are_read(potentials, tmp_path, monkeypatc
             archive.writestr("params.npz", weights)
 
     deflated(b"", " " * (instadeep.MAX_HYPERPARAMETERS_BYTES + 1))
-    with pytest.raises(ModelFileError, match=r"hyperparams\.json has"):
+    with refused(r"hyperparams\.json has"):
         load_zip(file)
     monkeypatch.setattr(instadeep, "MAX_PARAMETERS_BYTES", 2**20)
     inner = io.BytesIO()
     np.savez_compressed(inner, **{f"a{i}": np.zeros(2**17) for i in range(4)})
     assert len(inner.getvalue()) < 2**20
     deflated(inner.getvalue(), json.dumps(hyperparameters))
-    with pytest.raises(ModelFileError, match="announces 4 arrays"):
+    with refused("announces 4 arrays"):
         load_zip(file)
     deflated(bytes(2**20 + 1), json.dumps(hyperparameters))
-    with pytest.raises(ModelFileError, match=r"params\.npz has"):
+    with refused(r"params\.npz has"):
         load_zip(file)
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(
@@ -337,7 +337,7 @@ def test_bombs_are_refused_before_they_are_read(potentials, tmp_path, monkeypatc
     with zipfile.ZipFile(inner, "w") as archive:
         archive.writestr(f"{next(iter(arrays))}.npy", header.getvalue())
     deflated(inner.getvalue(), json.dumps(hyperparameters))
-    with pytest.raises(ModelFileError, match="not of the size"):
+    with refused("not of the size"):
         load_zip(file)
 
 
@@ -366,7 +366,7 @@ def test_written_zips_come_back(potentials, architecture, tmp_path):
     first = file.read_bytes()
     save_zip(load_zip(file), file)
     assert file.read_bytes() == first
-    with pytest.raises(ModelFileError, match=r"\.zip"):
+    with refused(r"\.zip"):
         save_zip(potentials[architecture], tmp_path / "m.npz")
 
 

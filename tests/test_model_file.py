@@ -10,40 +10,13 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from model_files import make_potential, refused
 
 import mlip_md
 from mlip_md import bundled, model_file
 from mlip_md.errors import ModelFileError
 from mlip_md.model_file import flatten, load, open_potential, save, unflatten
-from mlip_md.networks.config import MACEConfig, NequIPConfig
 from mlip_md.potential import Potential
-
-CONFIGS = {
-    "mace": MACEConfig(num_channels=4, l_max=1, node_symmetry=1, readout_irreps=("4x0e", "0e")),
-    "nequip": NequIPConfig(
-        num_layers=2, node_irreps="4x0e + 4x1o", l_max=1, radial_net_n_hidden=8, num_bessel=4
-    ),
-}
-
-
-def make_potential(architecture: str) -> Potential:
-    """A tiny potential whose weights are random but of the network's shapes."""
-    shell = Potential(
-        config=CONFIGS[architecture],
-        params={},
-        elements=(1, 6, 8),
-        atomic_energies=np.array([-13.587222780835477, -1029.4889999142, 0.1 + 0.2]),
-        cutoff=4.1,
-        avg_num_neighbors=7.3,
-        avg_r_min=0.97,
-        scaling_mean=0.25,
-        scaling_stdev=1.75,
-        info={"name": "tiny", "note": 'Å, "quotes", \\ and µ', "data": {"structures": 12}},
-    )
-    rng = np.random.default_rng(0)
-    shapes = model_file.expected_shapes(shell)
-    leaves = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    return dataclasses.replace(shell, params=unflatten(leaves))
 
 
 @pytest.fixture(scope="module", params=["mace", "nequip"])
@@ -100,7 +73,6 @@ def test_what_was_saved_comes_back_bit_for_bit(potential, tmp_path):
         assert new.dtype == np.float32
         np.testing.assert_array_equal(old, new)
     assert loaded.sha256 == potential.sha256
-    loaded.network.apply(loaded.params, model_file._two_atoms(4.1))
 
 
 def test_explicit_atomic_energies_in_the_hyperparameters_survive(mace, tmp_path):
@@ -137,76 +109,96 @@ def test_every_flipped_byte_is_found(saved, content):
         damaged = bytearray(content)
         damaged[position] ^= 1 << int(rng.integers(8))
         saved.write_bytes(damaged)
-        with pytest.raises(ModelFileError, match=r"tiny\.safetensors"):
+        with pytest.raises(ModelFileError, match=r"tiny\.safetensors: "):
             load(saved)
 
 
 def test_a_case_change_inside_an_escape_is_found(saved, content):
     assert content.count(b"u00c5") == 1  # Å in the info
     saved.write_bytes(content.replace(b"u00c5", b"u00C5"))
-    with pytest.raises(ModelFileError, match="checksum"):
+    with refused("checksum"):
+        load(saved)
+
+
+def test_exchanged_tensors_are_found(saved, content):
+    size = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + size])
+    first, second = [name for name, v in header.items() if v.get("shape") == [64, 64]][:2]
+    assert first != second
+    header[first], header[second] = header[second], header[first]
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+    saved.write_bytes(struct.pack("<Q", len(raw)) + raw + content[8 + size :])
+    assert set(safetensors.numpy.load_file(saved)) > {first, second}
+    with refused("checksum"):
+        load(saved)
+
+
+def test_a_renamed_tensor_is_found(saved, content):
+    name = b"LinearNodeEmbeddingBlock_0#embeddings"
+    saved.write_bytes(content.replace(name, name.replace(b"_0", b"_1")))
+    with refused("checksum"):
         load(saved)
 
 
 @pytest.mark.parametrize("kept", [1, 7, 8, 9, 100, 1500, -1000, -4, -1])
 def test_a_truncated_file_is_refused(saved, kept):
     saved.write_bytes(saved.read_bytes()[:kept])
-    with pytest.raises(ModelFileError, match=r"truncated|no safetensors file"):
+    with refused(r"truncated|no safetensors file"):
         load(saved)
 
 
 def test_a_longer_file_is_refused(saved):
     saved.write_bytes(saved.read_bytes() + b"\0")
-    with pytest.raises(ModelFileError, match="longer"):
+    with refused("longer"):
         load(saved)
 
 
 def test_missing_empty_and_folder_are_told_apart(tmp_path):
-    with pytest.raises(ModelFileError, match="No such file"):
+    with refused("No such file"):
         load(tmp_path / "none.safetensors")
     (tmp_path / "empty.safetensors").touch()
-    with pytest.raises(ModelFileError, match="empty"):
+    with refused("empty"):
         load(tmp_path / "empty.safetensors")
-    with pytest.raises(ModelFileError, match="folder"):
+    with refused("folder"):
         load(tmp_path)
 
 
 def test_foreign_files_are_refused(tmp_path):
     file = tmp_path / "m.safetensors"
     safetensors.numpy.save_file({"w": np.zeros(3, np.float32)}, file)
-    with pytest.raises(ModelFileError, match="not written by mlip-md"):
+    with refused("not written by mlip-md"):
         load(file)
     safetensors.numpy.save_file({"w": np.zeros(3, np.float32)}, file, {"format": "pt"})
-    with pytest.raises(ModelFileError, match="not written by mlip-md"):
+    with refused("not written by mlip-md"):
         load(file)
     file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00")
-    with pytest.raises(ModelFileError, match="no safetensors"):
+    with refused("no safetensors"):
         load(file)
     deep = b'{"a":' * 200_000
     file.write_bytes(struct.pack("<Q", len(deep)) + deep)
-    with pytest.raises(ModelFileError, match="header"):
+    with refused("header"):
         load(file)
 
 
 def test_a_header_that_announces_gigabytes_reads_none_of_them(tmp_path):
     file = tmp_path / "m.safetensors"
     file.write_bytes(struct.pack("<Q", 2**40) + b"{" + b" " * 100)
-    with pytest.raises(ModelFileError, match="no safetensors"):
+    with refused("no safetensors"):
         load(file)
     header = b'{"w":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}}'
     file.write_bytes(struct.pack("<Q", len(header)) + header)
-    with pytest.raises(ModelFileError, match="truncated"):
+    with refused("truncated"):
         load(file)
     with open(file, "wb") as sparse:
         os.truncate(sparse.fileno(), model_file.MAX_FILE_BYTES + 1)
-    with pytest.raises(ModelFileError, match="at most"):
+    with refused("at most"):
         load(file)
 
 
 @pytest.mark.parametrize("version", [2, 0, "1", True, 1.0, None])
 def test_an_unknown_version_says_what_can_be_read(saved, version):
     rewrite(saved, lambda d: d.update(format_version=version))
-    with pytest.raises(ModelFileError, match=r"reads 1\. Upgrade mlip-md"):
+    with refused(r"reads 1\. Upgrade mlip-md"):
         load(saved)
 
 
@@ -243,7 +235,7 @@ FIRST = "params#MaceBlock_0#LinearNodeEmbeddingBlock_0#embeddings"
 )
 def test_tensors_must_be_exactly_those_of_the_network(saved, change, message):
     rewrite(saved, change_tensors=change)
-    with pytest.raises(ModelFileError, match=message):
+    with refused(message):
         load(saved)
 
 
@@ -253,7 +245,7 @@ def test_other_tensor_types_are_refused(saved):
     with safetensors.safe_open(saved, "numpy") as opened:
         metadata = opened.metadata()
     safetensors.numpy.save_file(tensors, saved, metadata)
-    with pytest.raises(ModelFileError, match="F64"):
+    with refused("F64"):
         load(saved)
 
 
@@ -292,7 +284,7 @@ def set_hyperparameter(**values):
 )
 def test_a_wrong_description_is_refused_by_name(saved, change, message):
     rewrite(saved, change)
-    with pytest.raises(ModelFileError, match=message):
+    with refused(message):
         load(saved)
 
 
@@ -310,14 +302,14 @@ def test_a_wrong_description_is_refused_by_name(saved, change, message):
     ],
 )
 def test_an_unsound_potential_is_not_written(mace, tmp_path, changes, message):
-    with pytest.raises(ModelFileError, match=message):
+    with refused(message):
         save(dataclasses.replace(mace, **changes), tmp_path / "m.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_weights_that_overflow_float32_are_not_written(mace, tmp_path):
     leaves = flatten(mace.params) | {FIRST: np.full((3, 4), 1e300)}
-    with pytest.raises(ModelFileError, match="infinite"):
+    with refused("infinite"):
         save(dataclasses.replace(mace, params=unflatten(leaves)), tmp_path / "m.safetensors")
 
 
@@ -338,7 +330,7 @@ def test_saving_replaces_whole_files_only(mace, saved, monkeypatch):
 
 
 def test_saving_asks_for_the_right_ending_and_an_existing_folder(mace, tmp_path):
-    with pytest.raises(ModelFileError, match=r"\.safetensors"):
+    with refused(r"\.safetensors"):
         save(mace, tmp_path / "m.zip")
     with pytest.raises(FileNotFoundError, match="no such folder"):
         save(mace, tmp_path / "none" / "m.safetensors")
@@ -348,7 +340,7 @@ def test_open_by_path_run_folder_and_name(saved, mace, tmp_path, monkeypatch):
     assert open_potential(str(saved)).sha256 == mace.sha256
     run = tmp_path / "run"
     run.mkdir()
-    with pytest.raises(ModelFileError, match=r"no model\.safetensors"):
+    with refused(r"no model\.safetensors"):
         open_potential(run)
     save(mace, run / "model.safetensors")
     assert mlip_md.load(str(run)).sha256 == mace.sha256
@@ -358,15 +350,15 @@ def test_open_by_path_run_folder_and_name(saved, mace, tmp_path, monkeypatch):
     assert bundled.card("tiny") is None
     (tmp_path / "tiny.md").write_text("# Tiny")
     assert bundled.card("tiny") == "# Tiny"
-    with pytest.raises(ModelFileError, match=r"no model 'tinny'.*\(tiny\)"):
+    with refused(r"no model 'tinny'.*\(tiny\)"):
         mlip_md.load("tinny")
-    with pytest.raises(ModelFileError, match="bundled are: tiny"):
+    with refused("bundled are: tiny"):
         bundled.path("tinny")
 
 
 def test_pickled_formats_are_never_opened(tmp_path):
     (tmp_path / "m.pt").write_bytes(b"\x80\x04N.")
-    with pytest.raises(ModelFileError, match="foreign code"):
+    with refused("foreign code"):
         open_potential(tmp_path / "m.pt")
 
 
