@@ -288,26 +288,45 @@ def test_far_from_the_origin_nothing_is_lost(structures):
     np.testing.assert_allclose(far.positions, near.positions, atol=1e-6)
 
 
-def test_save_and_open(store, budget, tmp_path):
-    store.save(tmp_path / "graphs")
-    opened = open_store(tmp_path / "graphs", verify=True)
-    assert (opened.elements, opened.cutoff, len(opened)) == (store.elements, CUTOFF, len(store))
+def test_store_in_a_folder(structures, store, budget, tmp_path, monkeypatch):
+    monkeypatch.setattr("mlip_md.trainer.data.store.CHUNK", 7)  # many blocks, some without cells
+    folder = tmp_path / "graphs"
+    made = GraphStore.from_structures(iter(structures), CUTOFF, folder=folder, atomic_energies=E0)
+    opened = open_store(folder, verify=True).with_atomic_energies(E0)
     assert isinstance(opened.positions, np.memmap)
     plan = plan_epoch(store, budget, 0, 0)
-    assert [p.tolist() for p in plan_epoch(opened, budget, 0, 0)] == [p.tolist() for p in plan]
-    ours, theirs = make_batch(store, plan[0], budget), make_batch(opened, plan[0], budget)
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    for other in (made, opened):
+        assert (other.elements, other.cutoff, other.names) == (store.elements, CUTOFF, store.names)
+        assert [p.tolist() for p in plan_epoch(other, budget, 0, 0)] == [p.tolist() for p in plan]
+        for indices in plan:
+            batches = (make_batch(s, indices, budget) for s in (store, other))
+            jax.tree.map(np.testing.assert_array_equal, *batches)
+    assert sorted(p.suffix for p in folder.iterdir() if p.suffix == ".block") == []
     with pytest.raises(DataError, match="exists already"):
-        store.save(tmp_path / "graphs")
-    forces = tmp_path / "graphs" / "forces.bin"
+        GraphStore.from_structures(structures, CUTOFF, folder=folder)
+    forces = folder / "forces.bin"
     content = bytearray(forces.read_bytes())
     content[-3] ^= 1
     forces.write_bytes(content)
     with pytest.raises(DataError, match=r"forces\.bin is damaged"):
-        open_store(tmp_path / "graphs", verify=True)
+        open_store(folder, verify=True)
     forces.unlink()
     with pytest.raises(DataError, match="not a readable graph store"):
-        open_store(tmp_path / "graphs")
+        open_store(folder)
+
+
+def test_subset(store, budget):
+    rows = np.array([97, 5, 30])
+    subset = store.subset(rows)
+    assert subset.names == tuple(store.names[k] for k in rows)
+    np.testing.assert_array_equal(subset.interaction_energy, store.interaction_energy[rows])
+    ours = make_batch(subset, np.array([2, 0]), budget)
+    theirs = make_batch(store, np.array([30, 97]), budget)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert subset.positions is store.positions
+    offsets = np.concatenate([[0], np.cumsum(store.num_atoms)])
+    expected = [store.degrees()[offsets[k] : offsets[k + 1]] for k in rows]
+    np.testing.assert_array_equal(subset.degrees(), np.concatenate(expected))
 
 
 def test_assembly_is_fast(store):

@@ -15,7 +15,6 @@ from mlip_md.trainer.data import (
     Structure,
     compute_statistics,
     fit_atomic_energies,
-    prepare_graphs,
     read,
 )
 
@@ -135,14 +134,15 @@ def test_no_neighbors_at_all():
         compute_statistics([labeled("H2O")])
 
 
-def test_all_parts_share_elements_and_energies():
-    train = [labeled(n) for n in ("H2O", "CH4", "CO2", "CH3OH")]
-    statistics, store, (validation, test) = prepare_graphs(train, [[labeled("H2O", 0.25)], []], 5.0)
-    assert test is None
-    assert validation.elements == store.elements == statistics.elements
-    np.testing.assert_allclose(validation.interaction_energy, [0.25], atol=1e-6)
+def test_elements_of_another_store():
+    store = GraphStore.from_structures([labeled("H2O", 0.25)], 5.0).with_elements([8, 6, 1])
+    assert store.elements == (1, 6, 8)
+    np.testing.assert_array_equal(store.compositions, [[2, 0, 1]])
+    np.testing.assert_allclose(store.with_atomic_energies(E0).interaction_energy, [0.25], atol=1e-6)
     with pytest.raises(DataError, match="CO2: C is not among the elements H, O"):
-        prepare_graphs([labeled("H2O"), labeled("H2O")], [[labeled("CO2")]], 5.0)
+        GraphStore.from_structures([labeled("CO2")], 5.0, elements=[1, 8])
+    with pytest.raises(DataError, match="CO2: C is not among the elements H, O"):
+        GraphStore.from_structures([labeled("CO2")], 5.0).with_elements([1, 8])
 
 
 def test_water_clusters_leave_energies_open(reference_data, caplog):

@@ -21,7 +21,6 @@ from mlip_md.trainer.data.split import split as split
 from mlip_md.trainer.data.statistics import Statistics as Statistics
 from mlip_md.trainer.data.statistics import compute_statistics as compute_statistics
 from mlip_md.trainer.data.statistics import fit_atomic_energies as fit_atomic_energies
-from mlip_md.trainer.data.statistics import prepare_graphs as prepare_graphs
 from mlip_md.trainer.data.store import GraphStore as GraphStore
 from mlip_md.trainer.data.store import open_store as open_store
 from mlip_md.trainer.data.structures import Structure as Structure

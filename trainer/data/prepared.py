@@ -79,7 +79,7 @@ def prepare(
     """Read, curate and split files, and make the graphs of all parts.
 
     Files are read piece by piece; with a folder, memory does not grow with their size but for
-    about 0.5 kB per structure.
+    about 1 kB per structure.
 
     Args:
         paths: file or files to train on, and to split where no other files are given.

@@ -140,47 +140,6 @@ def _forces_rms(store: GraphStore) -> float:
     return float(np.sqrt(squares / (3 * store.num_atoms.sum())))
 
 
-def prepare_graphs(
-    train: Iterable[Structure],
-    others: Sequence[Iterable[Structure]],
-    cutoff: float,
-    *,
-    atomic_energies: AtomicEnergies = "average",
-    on_rank_deficient: str = "warn",
-) -> tuple[Statistics, GraphStore, list[GraphStore | None]]:
-    """Make the graphs of all parts of a data set, with elements and E0 of the training part.
-
-    Args:
-        train: structures to train on.
-        others: further parts (validation, test); an empty one gives None.
-        cutoff: Å.
-        atomic_energies: as for ``compute_statistics``.
-        on_rank_deficient: as for ``compute_statistics``.
-
-    Returns:
-        Statistics of the training part, its store, and the other stores; all have energy labels.
-
-    Raises:
-        DataError: as ``compute_statistics``, and if another part has an element of its own.
-    """
-    store = GraphStore.from_structures(train, cutoff)
-    statistics = compute_statistics(
-        store, atomic_energies=atomic_energies, on_rank_deficient=on_rank_deficient
-    )
-    energies = statistics.atomic_energies
-    other_stores = []
-    for part in others:
-        structures = list(part)
-        other_stores.append(
-            GraphStore.from_structures(
-                structures, cutoff, elements=store.elements, atomic_energies=energies
-            )
-            if structures
-            else None
-        )
-    return statistics, store.with_atomic_energies(energies), other_stores
-
-
 def fit_atomic_energies(
     compositions: np.ndarray,
     energies: np.ndarray,

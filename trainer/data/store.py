@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -230,30 +231,12 @@ class GraphStore:
             parts.append(np.bincount(self.receivers[edges] + before, minlength=len(atoms)))
         return np.concatenate(parts)
 
-    def save(self, folder: str | Path) -> None:
-        """Write the store into a new folder, all or nothing; ``open_store`` opens it again.
-
-        Of a subset only its own structures are written.
-
-        Raises:
-            DataError: if the folder exists.
-        """
-        with new_folder(Path(folder)) as partial:
-            spool = _Spool(partial)
-            for part, atoms, edges in self.chunks():
-                spool.add(_taken(self, part, atoms, edges), self._origins(part))
-            spool.write(self.elements, self.cutoff, self.atomic_energies)
-
-    def _origins(self, part: slice) -> list[tuple[str, str, str]]:
-        fields = (self.names[part], self.subsets[part], self.groups[part])
-        return list(zip(*fields, strict=True))
-
 
 def open_store(folder: str | Path, verify: bool = False) -> GraphStore:
-    """Open a saved store; its arrays are mapped from disk as they are needed.
+    """Open a store made in a folder; its arrays are mapped from disk as they are needed.
 
     Args:
-        folder: what ``GraphStore.save`` or ``GraphStore.from_structures`` wrote.
+        folder: what ``GraphStore.from_structures`` wrote.
         verify: read everything once and compare checksums.
 
     Raises:
@@ -275,10 +258,8 @@ def open_store(folder: str | Path, verify: bool = False) -> GraphStore:
                     )
         arrays = {name: _mapped(folder, name, spec) for name, spec in index["arrays"].items()}
         with open(folder / "structures.jsonl") as stream:
-            origins = [json.loads(line) for line in stream]
-        store = _store(arrays, origins, tuple(index["elements"]), float(index["cutoff"]))
-        energies = index["atomic_energies"]
-        return store if energies is None else store.with_atomic_energies(np.array(energies))
+            origins = [_origin(*json.loads(line)) for line in stream]
+        return _store(arrays, origins, tuple(index["elements"]), float(index["cutoff"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, DataError):
             raise
@@ -352,27 +333,6 @@ def _graph(structure: Structure, cutoff: float, elements: tuple[int, ...] | None
     }
 
 
-def _taken(store: GraphStore, part: slice, atoms: np.ndarray, edges: np.ndarray) -> Arrays:
-    """Arrays of some structures of a store."""
-    block = {
-        name: getattr(store, name)[atoms] for name in ("positions", "atomic_numbers", "forces")
-    }
-    block |= {name: getattr(store, name)[edges] for name in ("senders", "receivers")}
-    block["shifts"] = np.zeros((len(edges), 3), np.int8)
-    if store.shifts is not None:
-        block["shifts"] = store.shifts[edges]
-    rows = ("num_atoms", "num_edges", "energy", "min_distance", "num_connected")
-    block |= {name: getattr(store, name)[part] for name in rows}
-    empty = {"cell": (3, 3), "stress": (3, 3), "stress_mask": ()}
-    for name, shape in empty.items():
-        value = getattr(store, name)
-        kind = bool if name == "stress_mask" else np.float32
-        block[name] = (
-            np.zeros((len(block["energy"]), *shape), kind) if value is None else value[part]
-        )
-    return block
-
-
 class _Spool:
     """Collects arrays block by block, in memory or in files, and makes a store of them."""
 
@@ -419,12 +379,7 @@ class _Spool:
         kinds = elements or tuple(np.unique(arrays["atomic_numbers"]).tolist())
         return _store(arrays, self.origins, kinds, cutoff)
 
-    def write(
-        self,
-        elements: tuple[int, ...] | None,
-        cutoff: float,
-        atomic_energies: np.ndarray | None = None,
-    ) -> None:
+    def write(self, elements: tuple[int, ...] | None, cutoff: float) -> None:
         """Write everything to the folder."""
         assert self.folder is not None  # whoever writes has given one
         folder = self.folder
@@ -450,7 +405,6 @@ class _Spool:
             "units": {"length": "Å", "energy": "eV"},
             "elements": elements or sorted(present),
             "cutoff": cutoff,
-            "atomic_energies": None if atomic_energies is None else atomic_energies.tolist(),
             "arrays": specs,
             "sha256": {name: _sha256(folder / name) for name in files},
         }
@@ -487,6 +441,10 @@ def _mapped(folder: Path, name: str, spec: Mapping[str, Any]) -> np.ndarray:
             f"{path} has {path.stat().st_size} bytes, not {expected}; prepare the data again"
         )
     return np.memmap(path, dtype=spec["dtype"], mode="r", shape=shape)
+
+
+def _origin(name: str, subset: str, group: str) -> tuple[str, str, str]:
+    return name, sys.intern(subset), sys.intern(group)  # shared by many structures
 
 
 def _sha256(path: Path) -> str:
