@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -24,7 +25,7 @@ from mlip_md.trainer.generate import make_dataset as module
 from mlip_md.trainer.generate.chemistry import build, canonical, is_supported, size
 from mlip_md.trainer.generate.make_dataset import make_dataset
 
-TINY = {"scale": 0.003, "max_atoms": 9, "subsets": ["Small organics", "Dimers", "Ions"]}
+TINY: dict[str, Any] = {"scale": 0.003, "max_atoms": 9, "subsets": ["Small organics", "Dimers", "Ions"]}
 
 
 @pytest.fixture(scope="module", autouse=True)
