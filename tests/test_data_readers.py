@@ -168,6 +168,10 @@ def test_split_marks(tmp_path):
     assert [s.mark for s in read(tmp_path / "a.h5")] == ["train", "train", "validation"]
     with pytest.raises(DataError, match="split = 'valid' is not known"):
         read(tmp_path / "a.h5", split="valid")
+    for bad in ("valid", ["train", "test"]):
+        write_spice(tmp_path / "b.h5", {"a": (spice_fields(), {"split": bad})})
+        with pytest.raises(DataError, match=r"b\.h5:a: its split mark is"):
+            read(tmp_path / "b.h5", split="train")
     write_spice(tmp_path / "b.h5", {"a": (spice_fields(), {})})
     with pytest.raises(DataError, match=r"b\.h5:a: no split is marked"):
         read(tmp_path / "b.h5", split="train")

@@ -289,10 +289,13 @@ def _mark(value: Any, wanted: str | None, name: str) -> str:
             f"{name}: no split is marked here, but {wanted!r} was asked for; leave split out and "
             "let the trainer split by fractions"
         )
-    mark = _text(value)
-    if mark not in SPLITS:
-        raise DataError(f"{name}: split mark {mark!r} is not one of {', '.join(SPLITS)}")
-    return mark
+    marks = {_text(mark) for mark in np.ravel(value)}
+    if len(marks) != 1 or not marks <= set(SPLITS):
+        raise DataError(
+            f"{name}: its split mark is {', '.join(sorted(marks))}; it must be one of "
+            f"{', '.join(SPLITS)} for all conformers of a molecule"
+        )
+    return marks.pop()
 
 
 def _optional(group: h5py.Group, *names: str) -> Any:
@@ -348,7 +351,7 @@ def _spice_group(group: h5py.Group, mark: str, name: str) -> Iterator[Fields | D
     common = {
         "atomic_numbers": numbers[()].astype(np.int64),
         "charge": _charge(group, smiles, name),
-        "group": _molecule_key(smiles, name.rsplit(":", 1)[-1]),
+        "group": _molecule_key(smiles, group.name[1:]),
         "subset": _text(group["subset"][()]) if "subset" in group else "",
         "mark": mark,
     }

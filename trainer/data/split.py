@@ -80,7 +80,7 @@ def _assign(group: np.ndarray, shares: np.ndarray, seed: int, by: str) -> np.nda
     sizes = np.bincount(group)
     filled = np.flatnonzero(shares > 0)
     if len(sizes) < len(filled):
-        hint = "; split by 'structure' if all are conformers of one molecule" * (by == "group")
+        hint = "; split by 'structure' (data.split.by) to part conformers" * (by == "group")
         raise DataError(
             f"{len(sizes)} {by}s cannot fill {len(filled)} parts ("
             f"{', '.join(PARTS[p] for p in filled)}){hint}"
