@@ -9,8 +9,9 @@ import numpy as np
 def brute_force(positions, cell, pbc, cutoff):
     """Rows (i, j, S0, S1, S2) of all pairs and their distances, in ASE's convention.
 
-    The images are enumerated around each pair's own difference vector: along axis k the shift S
-    satisfies |fraction + S| <= cutoff * |dual vector k|, whose range is walked in full.
+    The images are enumerated around each pair's own difference vector, whose fractions are
+    rounded to within 1/2: along axis k a pair needs |fraction + S| < reach = cutoff * |dual k|, so
+    |S| < reach + 1/2, and all |S| <= reach + 1 are walked.
     """
     positions = np.asarray(positions, float).reshape(-1, 3)
     n = len(positions)
@@ -24,7 +25,7 @@ def brute_force(positions, cell, pbc, cutoff):
     difference = positions[None] - positions[:, None]
     fraction = difference @ dual.T
     middle = -np.rint(fraction)
-    steps = [range(-int(np.ceil(r)) - 1, int(np.ceil(r)) + 2) for r in reach]
+    steps = [range(-int(r + 1), int(r + 1) + 1) for r in reach]
     rows, lengths = [], []
     for step in itertools.product(*steps):
         shift = middle + np.array(step, float)

@@ -13,7 +13,7 @@ from mlip_md.potential import Potential
 
 
 class PairNetwork(nn.Module):
-    """ε_i = Σ_j a_i a_j φ(r_ij) - sqrt(1 + Σ_j b_j ρ(r_ij)), all vanishing smoothly at the cutoff."""
+    """ε_i = Σ_j a_i a_j φ(r_ij) - sqrt(1 + Σ_j b_j ρ(r_ij)), smooth at the cutoff."""
 
     num_species: int
     cutoff: float

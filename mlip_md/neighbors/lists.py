@@ -45,8 +45,9 @@ _COARSE = 1024  # above, capacities are multiples of 128 instead of 8
 def _ladder() -> list[int]:
     rungs = [8]
     while rungs[-1] <= MOST_EDGES:
-        unit = 8 if rungs[-1] < _COARSE else 128
-        rungs.append(max(-(-rungs[-1] * 5 // (4 * unit)) * unit, rungs[-1] + unit))
+        target = max(rungs[-1] * 5 // 4, rungs[-1] + 8)
+        unit = 8 if target <= _COARSE else 128
+        rungs.append(-(-target // unit) * unit)
     return rungs
 
 
@@ -205,11 +206,11 @@ def allocate(
     checked_cell, periodic = check_cell(cell, pbc)
     images = plan_images(spec.cutoff, checked_cell, periodic)
     backend = choose_backend(spec.backend, jax.default_backend(), len(checked), images)
+    if backend == "dense":
+        check_dense_size(len(checked), images)
     count = len(host_edges(checked, checked_cell, periodic, spec.cutoff).senders)
     capacity = ladder(int(np.ceil(spec.capacity_margin * count)))
     axes = (bool(periodic[0]), bool(periodic[1]), bool(periodic[2]))
-    if backend == "dense":
-        check_dense_size(len(checked), images)
     neighbors = _empty(spec, axes, backend, images, capacity)
     neighbors = update(neighbors, positions, checked_cell)
     while bool(neighbors.status.overflow):  # in float32 pairs at the cutoff can count otherwise

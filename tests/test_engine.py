@@ -1,0 +1,541 @@
+"""The engine: independent of where a structure lies, how it is padded, batched or threaded."""
+
+import copy
+import logging
+import pickle
+import threading
+
+import jax
+import numpy as np
+import pytest
+from pair_potential import PairNetwork, pair_potential
+
+from mlip_md import engine as engine_module
+from mlip_md.engine import Engine, find_device
+from mlip_md.errors import (
+    ConfigError,
+    MLIPError,
+    NonFiniteError,
+    StructureError,
+    UnsupportedElementError,
+)
+from mlip_md.neighbors import neighbor_list
+
+TOLERANCE = {"float32": 2e-5, "float64": 1e-11}
+
+
+def crystal(n_side=2, spacing=2.9, seed=0):
+    """A jittered cubic lattice of H, C and O: positions, numbers, cell, pbc."""
+    rng = np.random.default_rng(seed)
+    sites = np.stack(np.meshgrid(*[np.arange(n_side)] * 3, indexing="ij"), -1).reshape(-1, 3)
+    positions = (sites + 0.5) * spacing + rng.normal(scale=0.15, size=sites.shape)
+    numbers = rng.choice([1, 6, 8], len(sites))
+    return positions, numbers, np.eye(3) * n_side * spacing, True
+
+
+def molecule(n=9, seed=1):
+    positions, numbers, _, _ = crystal(3, 1.6, seed)
+    return positions[:n], numbers[:n], None, False
+
+
+def triclinic():
+    positions, numbers, cell, _ = crystal()
+    deformation = np.array([[1.0, 0, 0], [0.3, 1.0, 0], [-0.25, 0.2, 1.1]])
+    return positions @ deformation, numbers, cell @ deformation, True
+
+
+def slab():
+    positions, numbers, cell, _ = crystal()
+    return positions, numbers, cell * [[1], [1], [0]], [True, True, False]
+
+
+STRUCTURES = {"molecule": molecule, "crystal": crystal, "triclinic": triclinic, "slab": slab}
+
+
+@pytest.fixture(scope="module", params=["float32", "float64"])
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def potential():
+    return pair_potential()
+
+
+@pytest.fixture(scope="module")
+def engine(potential, dtype):
+    return Engine(potential, dtype)
+
+
+@pytest.fixture(scope="module")
+def double(potential):
+    return Engine(potential, "float64")
+
+
+def assert_same(a, b, tolerance, forces_order=slice(None)):
+    scale = max(1.0, np.abs(b.forces).max())
+    assert a.interaction_energy == pytest.approx(
+        b.interaction_energy, abs=tolerance * len(b.forces)
+    )
+    assert a.energy == pytest.approx(b.energy, abs=tolerance * len(b.forces))
+    assert np.abs(a.forces - b.forces[forces_order]).max() < tolerance * scale
+    assert np.abs(a.energies - b.energies[forces_order]).max() < tolerance * scale
+    assert (a.stress is None) == (b.stress is None)
+    if a.stress is not None:
+        assert np.abs(a.stress - b.stress).max() < tolerance
+
+
+def reference(potential, positions, numbers, cell, pbc):
+    """Energies per atom by a loop over edges in NumPy, without anything of the engine."""
+    i, j, S = neighbor_list(positions, cell, pbc, potential.cutoff)
+    box = np.zeros((3, 3)) if cell is None else np.asarray(cell)
+    lengths = np.linalg.norm(positions[j] + S @ box - positions[i], axis=1)
+    weights = {k: v.astype(float) for k, v in potential.params["params"].items()}
+    species = potential.species(numbers)
+    envelope = (1 - (lengths / potential.cutoff) ** 2) ** 3
+    a, b = weights["amplitude"][species], weights["density"][species]
+    pair = np.bincount(j, 4 * a[i] * a[j] * np.exp(-0.7 * lengths) * envelope, len(species))
+    density = np.bincount(j, b[i] * np.exp(-0.4 * lengths) * envelope, len(species))
+    return pair - np.sqrt(1 + density) + np.asarray(potential.atomic_energies)[species]
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_energies_forces_and_stress_are_right(engine, potential, dtype, name):
+    structure = STRUCTURES[name]()
+    result = engine.evaluate(*structure)
+    expected = reference(potential, *structure)
+    tolerance = TOLERANCE[dtype]
+    assert np.abs(result.energies - expected).max() < tolerance
+    assert result.energy == pytest.approx(expected.sum(), abs=tolerance * len(expected))
+    assert result.energy == pytest.approx(result.energies.sum(), abs=1e-8)
+    assert isinstance(result.energy, float)
+    assert result.forces.dtype == result.energies.dtype == np.float64
+    assert np.abs(result.forces).max() > 0.3, "a potential without forces tests nothing"
+    if dtype == "float64":
+        check_derivatives(potential, structure, result)
+
+
+def check_derivatives(potential, structure, result):
+    """Forces and stress against central differences of the NumPy energies."""
+    positions, numbers, cell, pbc = structure
+    step = 1e-5
+    for atom, axis in [(0, 0), (3, 1), (7, 2)]:
+        moved = np.zeros_like(positions)
+        moved[atom, axis] = step
+        up = reference(potential, positions + moved, numbers, cell, pbc).sum()
+        down = reference(potential, positions - moved, numbers, cell, pbc).sum()
+        assert result.forces[atom, axis] == pytest.approx(-(up - down) / (2 * step), abs=2e-6)
+    if result.stress is None:
+        return
+    for a, b in [(0, 0), (1, 1), (0, 1), (1, 2)]:
+        strain = np.zeros((3, 3))
+        strain[a, b] += step / 2
+        strain[b, a] += step / 2
+        energies = [
+            reference(potential, positions @ F, numbers, cell @ F, pbc).sum()
+            for F in (np.eye(3) + strain, np.eye(3) - strain)
+        ]
+        slope = (energies[0] - energies[1]) / (2 * step) / abs(np.linalg.det(cell))
+        assert result.stress[a, b] == pytest.approx(slope, abs=1e-7)
+
+
+def test_stress_needs_a_volume(engine):
+    positions, numbers, cell, _ = crystal()
+    assert engine.evaluate(*molecule()).stress is None
+    assert engine.evaluate(*slab()).stress is None
+    for pbc in (False, [True, True, False], True):
+        stress = engine.evaluate(positions, numbers, cell, pbc).stress
+        assert stress.shape == (3, 3)
+        assert np.allclose(stress, stress.T, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_it_does_not_matter_where_the_structure_lies(engine, dtype, name):
+    positions, numbers, cell, pbc = STRUCTURES[name]()
+    home = engine.evaluate(positions, numbers, cell, pbc)
+    # Atoms on a face may be wrapped to the other side: equal up to the last digits of float32.
+    tolerance = {"float32": 1e-5, "float64": 1e-10}[dtype]
+    for offset in ([1000.0, -1000.0, 1000.0], [1e5, 3e4, -2e5]):
+        far = engine.evaluate(positions + offset, numbers, cell, pbc)
+        assert_same(far, home, max(tolerance, 1e-15 * np.abs(offset).max() * 10))
+    if cell is not None:
+        hops = np.random.default_rng(4).integers(-50, 51, positions.shape) * np.array(pbc)
+        assert_same(engine.evaluate(positions + hops @ cell, numbers, cell, pbc), home, tolerance)
+
+
+def test_permutation_and_rotation(engine, dtype):
+    positions, numbers, cell, pbc = triclinic()
+    home = engine.evaluate(positions, numbers, cell, pbc)
+    order = np.random.default_rng(0).permutation(len(numbers))
+    permuted = engine.evaluate(positions[order], numbers[order], cell, pbc)
+    assert_same(permuted, home, TOLERANCE[dtype], order)
+    turn = np.linalg.qr(np.random.default_rng(1).normal(size=(3, 3)))[0]  # may be left-handed
+    turned = engine.evaluate(positions @ turn, numbers, cell @ turn, pbc)
+    assert turned.energy == pytest.approx(home.energy, abs=TOLERANCE[dtype] * 10)
+    assert np.allclose(turned.forces, home.forces @ turn, atol=TOLERANCE[dtype] * 5)
+    assert np.allclose(turned.stress, turn.T @ home.stress @ turn, atol=TOLERANCE[dtype])
+
+
+def test_a_supercell_is_the_same_crystal(engine, dtype):
+    positions, numbers, cell, pbc = triclinic()
+    home = engine.evaluate(positions, numbers, cell, pbc)
+    images = [a * cell[0] + c * cell[2] for a in (0, 1) for c in (0, 1)]
+    many = engine.evaluate(
+        np.concatenate([positions + image for image in images]),
+        np.tile(numbers, 4),
+        cell * [[2], [1], [2]],
+        pbc,
+    )
+    assert many.energy / 4 == pytest.approx(home.energy, abs=TOLERANCE[dtype] * 10)
+    assert np.allclose(many.forces, np.tile(home.forces, (4, 1)), atol=TOLERANCE[dtype] * 2)
+    assert np.allclose(many.stress, home.stress, atol=TOLERANCE[dtype])
+
+
+# Padding and compilations
+
+
+def test_padding_changes_nothing(potential, dtype, engine, monkeypatch):
+    """Capacities of need, need + 1 and four times need give the same numbers."""
+    structure = crystal()
+    home = engine.evaluate(*structure)
+    prepared = engine._with_edges(engine_module._check(potential, *structure))
+    nodes, edges, _ = engine_module._totals([prepared])
+    for more_nodes, capacity in [(1, edges), (2, edges + 1), (3 * nodes, 4 * edges)]:
+        sizes = engine_module.Sizes(nodes + more_nodes, capacity, 1)
+        monkeypatch.setattr(engine._runtime, "sizes", lambda *_, sizes=sizes: sizes)
+        assert_same(engine.evaluate(*structure), home, TOLERANCE[dtype] / 10)
+
+
+def test_few_compilations_for_a_growing_and_breathing_system():
+    """Every size from 1 to 60 atoms, then 30 densities of one: each rung is compiled once."""
+    engine = Engine(pair_potential(info={"test": "compilations"}))
+    assert engine.num_compilations == 0
+    positions, numbers, _, _ = crystal(4, 3.1)
+    for n in range(1, 61, 2):
+        engine.evaluate(positions[:n], numbers[:n])
+    grown = engine.num_compilations
+    assert grown <= 20
+    for n in range(60, 0, -3):
+        engine.evaluate(positions[:n] + 0.1, numbers[:n])
+    assert engine.num_compilations <= grown + 4
+    before = engine.num_compilations
+    for scale in np.linspace(1.0, 0.72, 15):  # about three times as many edges
+        engine.evaluate(positions * scale, numbers)
+    assert engine.num_compilations - before <= 6
+
+
+def test_growth_is_logged_once(caplog):
+    engine = Engine(pair_potential(info={"test": "log"}))
+    positions, numbers, _, _ = crystal(3, 3.1)
+    with caplog.at_level(logging.INFO, "mlip_md"):
+        engine.evaluate(positions, numbers)
+        assert not caplog.records
+        for _ in range(3):
+            engine.evaluate(positions * 0.75, numbers)
+    assert len(caplog.records) == 1
+    assert "edges grown from" in caplog.text
+
+
+def test_two_systems_in_turn(engine, dtype):
+    """Alternating systems neither mix nor compile again."""
+    first, second = crystal(), molecule()
+    a, b = engine.evaluate(*first), engine.evaluate(*second)
+    before = engine.num_compilations
+    for _ in range(3):
+        assert_same(engine.evaluate(*second), b, 1e-14)
+        assert_same(engine.evaluate(*first), a, 1e-14)
+    assert engine.num_compilations == before
+
+
+def test_repeated_calls_are_bitwise_equal(engine):
+    a, b = engine.evaluate(*triclinic()), engine.evaluate(*triclinic())
+    assert a.energy == b.energy
+    assert np.array_equal(a.forces, b.forces)
+    assert np.array_equal(a.stress, b.stress)
+
+
+# Batches
+
+
+def test_a_batch_equals_one_by_one(engine, dtype, monkeypatch):
+    positions, numbers, cell, _ = crystal(3)
+    structures = [
+        molecule(1),
+        crystal(),
+        molecule(3),
+        slab(),
+        (positions, numbers, cell, True),
+        triclinic(),
+        molecule(9, seed=5),
+    ]
+    singles = [engine.evaluate(*structure) for structure in structures]
+    for limits in [(4096, 32768), (30, 2000)]:
+        monkeypatch.setattr(engine_module, "CPU_BATCH", limits)
+        batch = engine.evaluate_batch(structures)
+        assert len(batch) == len(structures)
+        for together, alone in zip(batch, singles, strict=True):
+            assert_same(together, alone, TOLERANCE[dtype] / 10)
+    assert engine.evaluate_batch([]) == []
+
+
+def test_a_batch_in_parts_is_compiled_once(monkeypatch):
+    engine = Engine(pair_potential(info={"test": "batch"}))
+    monkeypatch.setattr(engine_module, "CPU_BATCH", (40, 10_000))
+    structures = [molecule(n) for n in (9, 8, 9, 7, 9, 9, 5, 9, 9, 6, 2)]
+    assert len(engine.evaluate_batch(structures)) == 11
+    assert engine.num_compilations == 1
+
+
+def test_a_batch_names_the_bad_structure(engine):
+    positions, numbers, cell, pbc = crystal()
+    spoiled = positions.copy()
+    spoiled[2] = np.nan
+    with pytest.raises(StructureError, match=r"structure 1: .*first atom 2"):
+        engine.evaluate_batch([molecule(), (spoiled, numbers, cell, pbc)])
+
+
+# Precision
+
+
+def test_float32_agrees_with_float64(potential, double):
+    single = Engine(potential, "float32")
+    for make in STRUCTURES.values():
+        assert_same(single.evaluate(*make()), double.evaluate(*make()), 2e-6)
+
+
+def test_float64_leaves_the_process_alone(double):
+    double.evaluate(*molecule())
+    assert not jax.config.jax_enable_x64
+    assert jax.numpy.ones(1).dtype == np.float32
+
+
+def test_float32_stays_float32_in_a_float64_process(potential):
+    single = Engine(potential, "float32")
+    expected = single.evaluate(*crystal())
+    before = single.num_compilations
+    with jax.enable_x64(True):
+        inside = single.evaluate(*crystal())
+    assert single.num_compilations == before
+    assert inside.energy == expected.energy
+
+
+def test_totals_of_ten_thousand_atoms_keep_their_digits(potential, double):
+    """10,000 atoms at DFT totals (some 10^7 eV): energies to 1e-6 eV/atom in float32 mode."""
+    positions, numbers, _, _ = crystal(22, 2.9)
+    positions, numbers = positions[:10_000], numbers[:10_000]
+    single = Engine(potential, "float32").evaluate(positions, numbers)
+    exact = double.evaluate(positions, numbers)
+    assert abs(exact.energy) > 5e6
+    assert abs(single.energy - exact.energy) / 10_000 < 1e-6
+    assert np.abs(single.energies - exact.energies).max() < 1e-5
+    expected = reference(potential, positions, numbers, None, False).sum()
+    assert abs(exact.energy - expected) < 1e-6
+
+
+def test_an_isolated_atom_has_its_reference_energy(engine, potential):
+    energy_of_nothing = -1.0  # the double's embedding of no neighbours
+    for number, reference_energy in zip(potential.elements, potential.atomic_energies, strict=True):
+        result = engine.evaluate([[5.0, 5.0, 5.0]], [number])
+        assert result.energy == reference_energy + energy_of_nothing
+        assert np.array_equal(result.forces, np.zeros((1, 3)))
+
+
+# Search on the device
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_searching_on_the_device_gives_the_same(dtype, engine, name):
+    searching = Engine(pair_potential(), dtype, backend="dense")
+    structure = STRUCTURES[name]()
+    assert_same(searching.evaluate(*structure), engine.evaluate(*structure), TOLERANCE[dtype])
+
+
+def test_searching_survives_overflow(caplog, double):
+    """Edges treble and images appear between two calls: the second call is right all the same."""
+    engine = Engine(pair_potential(), "float64", backend="dense")
+    positions, numbers, cell, pbc = crystal(3, 4.2)
+    engine.evaluate(positions, numbers, cell, pbc)
+    with caplog.at_level(logging.INFO, "mlip_md"):
+        for scale in (0.9, 0.62):
+            now = positions * scale, numbers, cell * scale, pbc
+            assert_same(engine.evaluate(*now), double.evaluate(*now), 1e-10)
+    # The same cell, crowded: capacity was chosen for few edges and has to grow within the call.
+    crowded = molecule(27)[0]
+    gas = crowded * 3.0
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "mlip_md"):
+        for where in (gas, crowded):
+            here = engine.evaluate(where, numbers)
+            assert_same(here, double.evaluate(where, numbers), 1e-10)
+    assert "grown from" in caplog.text
+
+
+def test_an_incomplete_search_gives_no_numbers(potential):
+    engine = Engine(potential, backend="dense")
+    structure = engine_module._check(potential, *crystal())
+    search = engine_module.Search(potential.cutoff, (True, True, True), (1, 1, 1))
+    need = len(engine._with_edges(structure).edges.senders)
+    for capacity, images, whole in [(need, 1, True), (need - 1, 1, False), (need, 0, False)]:
+        sizes = engine_module.Sizes(16, capacity, 1)
+        tried = search._replace(images=(images,) * 3)
+        packed = engine_module._pack([structure], sizes, np.dtype("float32"))
+        output = engine._runtime.run(*packed, sizes, tried)
+        assert np.isfinite(output.values).all() == whole
+        assert bool(engine_module._complete(output, sizes, tried)) == whole
+
+
+def test_coincident_atoms_are_found_on_the_device_too(potential):
+    positions, numbers, cell, pbc = crystal()
+    positions[5] = positions[2] + 0.01
+    with pytest.raises(StructureError, match=r"atoms .*[25].* apart"):
+        Engine(potential, backend="dense").evaluate(positions, numbers, cell, pbc)
+
+
+# Sharing, threads, copies
+
+
+def test_engines_share_weights_and_compilations(potential):
+    one, other = Engine(potential), Engine(pair_potential())
+    assert one._runtime is other._runtime
+    assert Engine(potential, "float64")._runtime is not one._runtime
+    assert Engine(pair_potential(cutoff=4.0))._runtime is not one._runtime
+    one.evaluate(*crystal())
+    before = one.num_compilations
+    other.evaluate(*crystal())
+    assert other.num_compilations == before
+
+
+def test_threads(potential, dtype):
+    """Several threads on new shapes: no double compilation, no mixed results."""
+    engine = Engine(pair_potential(info={"test": "threads", "dtype": dtype}), dtype)
+    structures = [crystal(), molecule(), slab(), molecule(27, seed=3)]
+    expected = [Engine(potential, dtype).evaluate(*s) for s in structures]
+    failures = []
+
+    def work(offset):
+        try:
+            for k in range(8):
+                index = (k + offset) % len(structures)
+                assert_same(engine.evaluate(*structures[index]), expected[index], 1e-6)
+        except BaseException as error:  # reported in the main thread
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(offset,)) for offset in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert engine.num_compilations <= len(structures)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))])
+def test_copies(duplicate, engine, dtype):
+    expected = engine.evaluate(*crystal())
+    before = engine.num_compilations
+    again = duplicate(engine)
+    assert again.dtype == dtype
+    assert again.spec == engine.spec
+    assert again._runtime is engine._runtime
+    assert again.evaluate(*crystal()).energy == expected.energy
+    assert again.num_compilations == before
+
+
+def test_runtimes_are_freed():
+    import gc
+
+    key = Engine(pair_potential(info={"test": "freed"})).potential.sha256
+    gc.collect()
+    assert not any(entry[0] == key for entry in list(engine_module._runtimes))
+
+
+# Errors
+
+
+def test_devices():
+    cpu = jax.local_devices(backend="cpu")[0]
+    assert find_device("cpu") == find_device("cpu:0") == find_device(cpu) == cpu
+    assert find_device(None) == jax.numpy.zeros(1).devices().pop()
+    for wrong in ("cpu:99", "cpu:-1", "cpu:x", "quantum", "quantum:1"):
+        with pytest.raises(ConfigError, match=f"no device '{wrong}'.*JAX sees cpu:0"):
+            find_device(wrong)
+
+
+def test_options_are_checked(potential):
+    with pytest.raises(ConfigError, match="float16"):
+        Engine(potential, "float16")
+    for wrong in ({"skin": -1.0}, {"backend": "magic"}, {"capacity_margin": 0.0}):
+        with pytest.raises(ConfigError):
+            Engine(potential, **wrong)
+
+
+def test_bad_structures_are_refused(engine):
+    positions, numbers, cell, pbc = crystal()
+    with pytest.raises(StructureError, match="no atoms"):
+        engine.evaluate(np.zeros((0, 3)), [], cell, pbc)
+    with pytest.raises(StructureError, match="8 positions but atomic numbers of shape"):
+        engine.evaluate(positions, numbers[:-1], cell, pbc)
+    with pytest.raises(UnsupportedElementError, match=r"does not know Si; .*H, C, O"):
+        engine.evaluate(positions, np.where(numbers == 6, 14, numbers), cell, pbc)
+    for bad in (np.nan, np.inf):
+        spoiled = positions.copy()
+        spoiled[4, 2] = bad
+        with pytest.raises(StructureError, match="first atom 4"):
+            engine.evaluate(spoiled, numbers, cell, pbc)
+    with pytest.raises(StructureError, match="linearly dependent"):
+        engine.evaluate(positions, numbers, np.zeros((3, 3)), pbc)
+
+
+def test_coincident_atoms_are_named(engine):
+    positions, numbers, cell, pbc = crystal()
+    numbers[[2, 5]] = 8, 1
+    positions[5] = positions[2] + [0.01, 0, 0] + 3 * cell[1]
+    with pytest.raises(StructureError, match=r"(5 \(H\).*2 \(O\)|2 \(O\).*5 \(H\)).*0.01 Å apart"):
+        engine.evaluate(positions, numbers, cell, pbc)
+    with pytest.raises(StructureError, match="image"):
+        engine.evaluate(positions[:1], numbers[:1], np.diag([0.04, 9.0, 9.0]), pbc)
+    positions[5] = positions[2] + [0.06, 0, 0]
+    engine.evaluate(positions, numbers, cell, pbc)
+
+
+def test_non_finite_results_name_their_atoms(engine, monkeypatch):
+    """A network that fails at one atom: the error says which, and only that structure fails."""
+    run = engine._runtime.run
+
+    def spoil(rows):
+        def spoiled(*arguments):
+            output = run(*arguments)
+            values = np.array(output.values)
+            values[rows] = np.nan
+            return output._replace(values=values)
+
+        monkeypatch.setattr(engine._runtime, "run", spoiled)
+
+    positions, numbers, cell, pbc = crystal()
+    numbers[3] = 6
+    spoil([3])
+    with pytest.raises(NonFiniteError, match=r"atoms 3 \(C\) that are not finite; the shortest"):
+        engine.evaluate(positions, numbers, cell, pbc)
+    spoil([-1])
+    with pytest.raises(NonFiniteError, match="stress"):
+        engine.evaluate(positions, numbers, cell, pbc)
+
+
+def test_a_diverging_network_is_caught(potential):
+    class Diverging(type(potential)):
+        @property
+        def network(self):
+            return PairNetwork(len(self.elements), self.cutoff)
+
+    weights = {"params": {k: v * np.float32(1e25) for k, v in potential.params["params"].items()}}
+    diverging = Diverging(
+        potential.config, weights, potential.elements, potential.atomic_energies, 5.0, 20.0
+    )
+    with pytest.raises(NonFiniteError, match="not finite"):
+        Engine(diverging).evaluate(*crystal())
+
+
+def test_every_error_is_ours(engine):
+    for arguments in [([[0, 0, 0]], [6], np.eye(3), [1, 1]), ([[0, 0]], [6]), ([[0, 0, 0]], [[6]])]:
+        with pytest.raises(MLIPError):
+            engine.evaluate(*arguments)

@@ -1,0 +1,400 @@
+"""Neighbour lists against brute force: every cell, periodicity, position and capacity."""
+
+import itertools
+import logging
+
+import jax
+import numpy as np
+import pytest
+from neighbor_truth import brute_force, compare
+
+from mlip_md.errors import CapacityError, ConfigError, StructureError
+from mlip_md.neighbors import NeighborSpec, allocate, grow, ladder, neighbor_list, update
+from mlip_md.neighbors.dense import dense_edges_jit
+from mlip_md.neighbors.geometry import complete_cell, wrap
+from mlip_md.neighbors.lists import plan_images
+
+CUTOFF = 4.0
+
+
+def lattice(a, b, c, alpha, beta, gamma):
+    """Cell from lengths and angles (degrees), a along x and b in the xy plane."""
+    cos = np.cos(np.radians([alpha, beta, gamma]))
+    y = (cos[0] - cos[1] * cos[2]) / np.sin(np.radians(gamma))
+    third = [cos[1], y, np.sqrt(1 - cos[1] ** 2 - y**2)]
+    rows = [[1, 0, 0], [cos[2], np.sin(np.radians(gamma)), 0], third]
+    return np.array(rows) * np.array([a, b, c])[:, None]
+
+
+def rotation(seed):
+    q, r = np.linalg.qr(np.random.default_rng(seed).normal(size=(3, 3)))
+    q = q * np.sign(np.diag(r))
+    return q * np.sign(np.linalg.det(q))
+
+
+def random_in(cell, n, seed=0):
+    return np.random.default_rng(seed).random((n, 3)) @ cell
+
+
+def _cases():
+    rng = np.random.default_rng(1)
+    cube = np.eye(3) * 7.0
+    skew = lattice(7, 8, 9, 70, 80, 65)
+    open_xyz = [False, False, False]
+    slab, wire = [True, True, False], [False, True, False]
+    far_z = random_in(cube, 20) * [1, 1, 5] - [0, 0, 12]
+    fcc = np.array([[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]])
+    faces = np.array([[0, 0, 0], [1, 0.5, 1], [-1e-17, 0.3, 0.2], [0.5, 1 - 1e-16, 0.999999999]])
+    no_z = cube * [[1], [1], [0]]
+    flat = random_in(cube, 12) * [1, 1, 0]
+    yield "half-cutoff box", random_in(np.eye(3) * 2, 12), np.eye(3) * 2, True
+    yield "26 images of one atom", np.zeros((1, 3)), np.eye(3) * 2.5, True
+    yield "aspect 1:20", random_in(np.diag([2, 2, 40]), 12), np.diag([2.0, 2.0, 40.0]), True
+    yield "triclinic", random_in(skew, 20), skew, True
+    sharp = lattice(7, 7, 7, 30, 40, 35)
+    yield "sharp angles", random_in(sharp, 12), sharp, True
+    rhombic = lattice(8, 8, 8, 60, 60, 60)
+    yield "rhombic dodecahedron", random_in(rhombic, 15), rhombic, True
+    truncated = lattice(8, 8, 8, 70.5288, 109.4712, 70.5288)
+    yield "truncated octahedron", random_in(truncated, 15), truncated, True
+    sheared = np.array([[6.0, 0, 0], [18.0, 6.0, 0], [-12.0, 18.0, 6.0]])
+    yield "not reduced", random_in(np.eye(3) * 6, 12), sheared, True
+    yield "left-handed", random_in(skew, 15), skew[[1, 0, 2]], True
+    yield "negative diagonal", random_in(cube, 15), -cube, True
+    yield "rotated", random_in(skew, 15) @ rotation(2), skew @ rotation(2), True
+    yield "boxes away", random_in(skew, 15) + rng.integers(-5, 6, (15, 3)) @ skew, skew, True
+    yield (
+        "1000 boxes away",
+        random_in(cube, 6) + rng.integers(-1000, 1001, (6, 3)) @ cube,
+        cube,
+        True,
+    )
+    yield "slab, atoms beyond z", far_z, cube, slab
+    yield "slab without z vector", far_z, no_z, slab
+    leaning = np.array([[7.0, 0, 0], [0, 7, 0], [3, 1, 0]])
+    yield "slab, z vector in the plane", far_z, leaning, slab
+    yield "wire", random_in(cube, 20) * 2, cube, wire
+    yield "triclinic, open b", random_in(skew, 20) * 2, skew, [True, False, True]
+    yield "open with a dummy cell", random_in(cube, 20), np.eye(3), open_xyz
+    yield "open with a singular cell", random_in(cube, 20), np.ones((3, 3)), open_xyz
+    yield "no cell", random_in(cube, 20), None, False
+    yield "planar molecule", flat, None, False
+    yield "linear molecule", flat * [1, 0, 0], None, False
+    yield "one atom", np.array([[1e3, 2, 3]]), None, False
+    yield "two atoms 100 Å apart", np.array([[0, 0, 0], [100.0, 0, 0]]), None, False
+    yield "no atoms", np.zeros((0, 3)), cube, True
+    yield "no atoms, no cell", np.zeros((0, 3)), None, False
+    yield "on the faces", faces @ cube, cube, True
+    yield "perfect fcc", fcc * 4.05, np.eye(3) * 4.05, True
+    yield "coincident atoms", np.array([[1, 1, 1], [1, 1, 1], [8.0, 1, 1]]), cube, True
+    yield "all in one corner", random_in(np.eye(3), 30), np.eye(3) * 100, True
+    yield "fcc shells near the cutoff", fcc * 4 * np.sqrt(2), np.eye(3) * 4 * np.sqrt(2), True
+
+
+CASES = {name: case for name, *case in _cases()}
+
+
+def edges_of(neighbors):
+    """(i, j, S) of a padded list, after checking its invariants."""
+    mask = np.asarray(neighbors.edge_mask)
+    senders, receivers = np.asarray(neighbors.senders), np.asarray(neighbors.receivers)
+    assert not bool(neighbors.status.overflow)
+    assert mask.sum() == int(neighbors.n_edges) == int(neighbors.status.required_edges)
+    assert not mask[int(neighbors.n_edges) :].any()
+    assert (np.diff(receivers) >= 0).all()
+    assert (np.asarray(neighbors.shifts)[~mask] == 0).all()
+    return senders[mask], receivers[mask], np.asarray(neighbors.shifts)[mask]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_host_list_is_exact(name):
+    positions, cell, pbc = CASES[name]
+    i, j, S = neighbor_list(positions, cell, pbc, CUTOFF)
+    assert compare((i, j, S), positions, cell, pbc, CUTOFF) == (0, 0, 0)
+    assert (np.diff(j) >= 0).all()
+    assert i.dtype == j.dtype == S.dtype == np.int32
+    assert i.shape == j.shape == S.shape[:1]
+    assert S.shape[1:] == (3,)
+
+
+@pytest.mark.parametrize("x64", [False, True], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", CASES)
+def test_dense_list_is_exact(name, x64):
+    """All cases in one shape (padded atoms, two images to either side), so few are compiled."""
+    positions, cell, pbc = CASES[name]
+    periodic = np.broadcast_to(pbc, 3)
+    dtype = np.float64 if x64 else np.float32
+    padded = np.full((32, 3), 1.0, dtype)  # padding atoms sit where they would be neighbours
+    padded[: len(positions)] = positions
+    cell = np.asarray(np.zeros((3, 3)) if cell is None else cell, dtype)
+    planned = np.array(plan_images(CUTOFF, cell.astype(float), periodic))
+    images = tuple(np.maximum(planned, 2 * periodic).tolist())
+    with jax.enable_x64(x64):
+        found = dense_edges_jit(
+            padded,
+            cell,
+            len(positions),
+            cutoff=CUTOFF,
+            pbc=tuple(map(bool, periodic)),
+            images=images,
+            capacity=8192,
+        )
+    found = jax.device_get(found)
+    # What float32 cannot hold is not asked for: truth is of the cast positions, in a band.
+    positions = padded[: len(positions)].astype(float)
+    band = 1e-9 if x64 else max(1e-5, 4e-7 * np.abs(positions).max(initial=10.0))
+    mask, truth_cell = found.edge_mask, cell.astype(float)
+    edges = found.senders[mask], found.receivers[mask], found.shifts[mask]
+    assert mask.sum() == found.required_edges
+    assert (np.diff(found.receivers) >= 0).all()
+    assert (found.senders[~mask] == 31).all()
+    assert compare(edges, positions, truth_cell, pbc, CUTOFF, band) == (0, 0, 0)
+    # The images said to be required are those that the edges come from, and the plan has them.
+    i, j, S = edges
+    assert (found.required_images <= images).all()
+    fractions = (positions[j] - positions[i]) @ np.linalg.pinv(truth_cell[periodic])
+    steps = np.abs(S[:, periodic] + np.rint(fractions))
+    assert (steps <= found.required_images[periodic]).all()
+    assert (planned >= found.required_images).all()
+    assert not found.required_images[~periodic].any()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["half-cutoff box", "triclinic", "slab without z vector", "no cell", "one atom", "no atoms"],
+)
+def test_allocated_dense_list_is_exact(name):
+    positions, cell, pbc = CASES[name]
+    neighbors = allocate(NeighborSpec(CUTOFF, backend="dense"), positions, cell, pbc)
+    assert neighbors.backend == "dense"
+    assert compare(edges_of(neighbors), positions, cell, pbc, CUTOFF, 1e-4) == (0, 0, 0)
+
+
+def test_truth_itself():
+    """Brute force knows a face-centered cubic crystal's shells: 12 and 6 neighbours."""
+    positions, cell, pbc = CASES["perfect fcc"]
+    lengths = brute_force(positions, cell, pbc, 4.05 * 1.1)[1]
+    assert len(lengths) == 4 * (12 + 6)
+    assert np.allclose(np.sort(lengths)[:48], 4.05 / np.sqrt(2))
+
+
+def test_pairs_at_the_cutoff():
+    """r < cutoff: a pair a hair inside is listed, at the cutoff and beyond it is not."""
+    for factor, count in [(1 - 1e-7, 2), (1.0, 0), (1 + 1e-7, 0)]:
+        positions = np.array([[0, 0, 0], [CUTOFF * factor, 0, 0]])
+        assert len(neighbor_list(positions, None, False, CUTOFF)[0]) == count
+
+
+def test_shifts_reproduce_vectors_wherever_atoms_are():
+    """Moving atoms by lattice vectors changes shifts, never vectors or the pairs."""
+    positions, cell, pbc = CASES["triclinic"]
+    moves = np.random.default_rng(3).integers(-5, 6, positions.shape)
+    spec = NeighborSpec(CUTOFF, backend="dense")
+
+    def vectors(where, find):
+        i, j, S = find(where)
+        D = where[j] + S @ cell - where[i]
+        assert np.linalg.norm(D, axis=1).max() < CUTOFF * (1 + 1e-6)
+        return np.array(sorted(zip(i, j, *np.round(D, 6).T, strict=True)))
+
+    with jax.enable_x64(True):
+        for find in (
+            lambda where: neighbor_list(where, cell, pbc, CUTOFF),
+            lambda where: edges_of(allocate(spec, where, cell, pbc)),
+        ):
+            home, moved = vectors(positions, find), vectors(positions + moves @ cell, find)
+            assert np.allclose(home, moved, atol=2e-6)
+
+
+def test_same_lattice_in_another_basis():
+    """A reduced and a sheared basis of one lattice give the same distances."""
+    positions = random_in(np.eye(3) * 6, 12)
+    sheared = CASES["not reduced"][1]
+    lengths = []
+    for cell in (np.eye(3) * 6, sheared):
+        i, j, S = neighbor_list(positions, cell, True, CUTOFF)
+        lengths.append(np.sort(np.linalg.norm(positions[j] + S @ cell - positions[i], axis=1)))
+    assert np.allclose(*lengths)
+
+
+def test_twelve_hundred_atoms():
+    """Above the size where vesin starts threads nothing goes missing."""
+    cell = np.eye(3) * 24.0
+    positions, wire = random_in(cell, 1200), [False, False, True]
+    found = neighbor_list(positions, cell, wire, CUTOFF)
+    assert compare(found, positions, cell, wire, CUTOFF) == (0, 0, 0)
+
+
+def test_seventy_thousand_atoms_stay_sorted():
+    positions = random_in(np.eye(3) * 200.0, 70_000)  # more than 16 bits can number
+    i, j, _ = neighbor_list(positions, None, False, 2.0)
+    assert (np.diff(j) >= 0).all()
+    assert j.max() > 2**16
+    assert (np.linalg.norm(positions[i] - positions[j], axis=1) < 2.0).all()
+    assert set(zip(i, j, strict=True)) == set(zip(j, i, strict=True))
+
+
+# Capacities
+
+
+def crowd(n=30, side=9.0, seed=5):
+    return random_in(np.eye(3) * side, n, seed), np.eye(3) * side
+
+
+@pytest.mark.parametrize("backend", ["vesin", "dense"])
+def test_one_edge_too_many_is_flagged_and_cured(backend, caplog):
+    positions, cell = crowd()
+    spec = NeighborSpec(CUTOFF, backend=backend, capacity_margin=1.0)
+    neighbors = allocate(spec, positions, cell, True)
+    need = int(neighbors.n_edges)
+
+    def resized(capacity):
+        return neighbors.replace(
+            senders=np.zeros(capacity, np.int32),
+            receivers=np.zeros(capacity, np.int32),
+            shifts=np.zeros((capacity, 3), np.int32),
+            edge_mask=np.zeros(capacity, bool),
+        )
+
+    exact = update(resized(need), positions, cell)
+    assert compare(edges_of(exact), positions, cell, True, CUTOFF, 1e-5) == (0, 0, 0)
+    short = update(resized(need - 1), positions, cell)
+    assert bool(short.status.overflow)
+    assert int(short.status.required_edges) == need
+    assert int(short.n_edges) == need - 1
+    with caplog.at_level(logging.INFO, "mlip_md"):
+        grown = grow(short, short.status)
+    assert len(caplog.records) == 1
+    assert str(need) in caplog.text
+    assert bool(grown.status.overflow), "a grown list is useless until it is updated"
+    cured = update(grown, positions, cell)
+    assert cured.capacity == ladder(need)
+    assert compare(edges_of(cured), positions, cell, True, CUTOFF, 1e-5) == (0, 0, 0)
+    assert grow(cured, cured.status) is cured
+
+
+def test_a_shrinking_box_asks_for_more_images():
+    """12 Å -> 4.2 Å with the atoms still or moving along: flagged in time, then right."""
+    positions, cell = crowd(12, 12.0)
+    spec = NeighborSpec(CUTOFF, backend="dense", capacity_margin=30.0)
+    neighbors = allocate(spec, positions, cell, True)
+    assert neighbors.images == (0, 0, 0)
+    growths = 0
+    for scale in np.linspace(1.0, 0.35, 14):
+        for where in (positions, positions * scale):
+            now = update(neighbors, where, cell * scale)
+            while bool(now.status.overflow):
+                growths += 1
+                now = update(grow(now, now.status), where, cell * scale)
+            neighbors = now
+            assert compare(edges_of(now), where, cell * scale, True, CUTOFF, 1e-5) == (0, 0, 0)
+    assert neighbors.images == (1, 1, 1)
+    assert growths == 1
+
+
+def test_the_first_plan_survives_a_barostat():
+    """Ten percent of compression, or shear at constant volume, need no growth of images."""
+    positions, cell = crowd(20, 9.0)
+    neighbors = allocate(
+        NeighborSpec(CUTOFF, backend="dense", capacity_margin=2.0), positions, cell, True
+    )
+    for deformation in (np.eye(3) * 0.91, np.eye(3) + 0.1 * np.eye(3, k=-1)):
+        now = update(neighbors, positions @ deformation, cell @ deformation)
+        assert not bool(now.status.overflow)
+        found = edges_of(now)
+        truth = positions @ deformation, cell @ deformation
+        assert compare(found, *truth, True, CUTOFF, 1e-5) == (0, 0, 0)
+
+
+def test_update_works_inside_jit():
+    positions, cell = crowd()
+    neighbors = allocate(NeighborSpec(CUTOFF, backend="dense"), positions, cell, True)
+    jitted = jax.jit(update)
+    moved = positions + 0.1
+    inside = jitted(neighbors, moved.astype(np.float32), cell.astype(np.float32))
+    assert compare(edges_of(inside), moved, cell, True, CUTOFF, 1e-5) == (0, 0, 0)
+    again = jitted(inside, positions.astype(np.float32), cell.astype(np.float32))
+    assert compare(edges_of(again), positions, cell, True, CUTOFF, 1e-5) == (0, 0, 0)
+    assert jitted._cache_size() == 1
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_the_device_reports_what_is_not_finite(bad):
+    positions, cell = crowd(10)
+    neighbors = allocate(NeighborSpec(CUTOFF, backend="dense"), positions, cell, True)
+    spoiled = positions.copy()
+    spoiled[3, 1] = bad
+    flat = cell * [[1], [1], [0]]
+    for where, box in ((spoiled, cell), (positions, cell + bad), (positions, flat)):
+        now = update(neighbors, where, box)
+        assert bool(now.status.overflow)
+        assert not bool(now.status.finite)
+        with pytest.raises(StructureError, match="not finite"):
+            grow(now, now.status)
+
+
+def test_ladder():
+    rungs = sorted({ladder(n) for n in range(1, 200_000, 7)})
+    assert all(rung % (8 if rung <= 1024 else 128) == 0 for rung in rungs)
+    assert all(1 < b / a <= 1.4 for a, b in itertools.pairwise(rungs[2:]))
+    assert all(ladder(n) >= n for n in (0, 1, 8, 9, 1024, 1025, 5_343_032, 2**31 - 1))
+    assert all(ladder(rung) == rung for rung in rungs)
+    assert len(rungs) < 50
+
+
+# Input that cannot be worked with
+
+
+@pytest.mark.parametrize("find", [neighbor_list, lambda *a: allocate(NeighborSpec(a[3]), *a[:3])])
+def test_bad_input_is_refused_with_its_numbers(find):
+    positions, cell = crowd(5)
+    spoiled = positions.copy()
+    spoiled[3, 1] = np.nan
+    with pytest.raises(StructureError, match=r"1 of 5 atoms are not finite, first atom 3 .*nan"):
+        find(spoiled, cell, True, CUTOFF)
+    for singular in (None, np.zeros((3, 3)), cell * [[1], [1], [0]], np.ones((3, 3))):
+        with pytest.raises(StructureError, match="periodic along a, b, c but"):
+            find(positions, singular, True, CUTOFF)
+    with pytest.raises(StructureError, match="periodic along b but"):
+        find(positions, cell * [[1], [0], [1]], [False, True, False], CUTOFF)
+    with pytest.raises(StructureError, match="not finite"):
+        find(positions, cell + np.inf, True, CUTOFF)
+    for cutoff in (0.0, -1.0, np.nan, np.inf):
+        with pytest.raises(StructureError, match=f"cutoff is {cutoff}"):
+            find(positions, cell, True, cutoff)
+    with pytest.raises(StructureError, match=r"\(5, 2\)"):
+        find(positions[:, :2], cell, True, CUTOFF)
+    with pytest.raises(StructureError, match="shape"):
+        find(positions, cell[0], True, CUTOFF)
+    with pytest.raises(StructureError, match="pbc"):
+        find(positions, cell, [True, True], CUTOFF)
+
+
+def test_a_cell_in_the_wrong_units_does_not_eat_the_memory():
+    positions, cell = crowd(30)
+    for tiny in (1e-3, 1e-6):
+        with pytest.raises(CapacityError, match="Å"):
+            neighbor_list(positions * tiny, cell * tiny, True, CUTOFF)
+
+
+def test_specifications_are_checked():
+    for wrong in ({"skin": -1.0}, {"backend": "cuda"}, {"capacity_margin": 0.5}):
+        with pytest.raises(ConfigError):
+            NeighborSpec(CUTOFF, **wrong)
+    with pytest.raises(CapacityError, match="too many to try"):
+        allocate(NeighborSpec(60.0, backend="dense"), *crowd(1500, 10.0), True)
+
+
+def test_wrapping_and_completing_cells():
+    positions, cell, _ = CASES["boxes away"]
+    for pbc in ([True, True, True], [True, False, True], [False, True, False], [False] * 3):
+        pbc = np.array(pbc)
+        wrapped, offsets = wrap(positions, cell, pbc)
+        assert np.allclose(wrapped + offsets @ cell, positions, atol=1e-12)
+        assert (offsets[:, ~pbc] == 0).all()
+        fractions = wrapped @ np.linalg.pinv(cell[pbc])
+        assert ((fractions > -1e-9) & (fractions < 1 + 1e-9)).all()
+        completed = complete_cell(cell, pbc)
+        assert np.array_equal(completed[pbc], cell[pbc])
+        assert abs(np.linalg.det(completed)) > 0.1
+        assert np.allclose(completed[~pbc] @ cell[pbc].T, 0, atol=1e-12)
