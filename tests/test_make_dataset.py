@@ -25,7 +25,11 @@ from mlip_md.trainer.generate import make_dataset as module
 from mlip_md.trainer.generate.chemistry import build, canonical, is_supported, size
 from mlip_md.trainer.generate.make_dataset import make_dataset
 
-TINY: dict[str, Any] = {"scale": 0.003, "max_atoms": 9, "subsets": ["Small organics", "Dimers", "Ions"]}
+TINY: dict[str, Any] = {
+    "scale": 0.003,
+    "max_atoms": 9,
+    "subsets": ["Small organics", "Dimers", "Ions"],
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
