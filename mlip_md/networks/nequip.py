@@ -11,6 +11,9 @@ that are zero have no weights, blocks that cannot reach the energy have weights 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -19,10 +22,11 @@ import numpy as np
 from e3nn_jax import Irrep, Irreps
 from flax import linen as nn
 
-from mlip_md.errors import ConfigError
 from mlip_md.graph import Graph, edge_vectors
 from mlip_md.networks import layers
 from mlip_md.networks.config import NequIPConfig
+
+Activation = Callable[[jax.Array], jax.Array]
 
 Blocks = list[jax.Array | None]
 """Features block by block: (n, 2l+1, multiplicity), or None where zero or not needed."""
@@ -31,17 +35,19 @@ SCALAR = Irrep("0e")
 
 
 class Edges(NamedTuple):
-    """What the convolutions read of the edges.
+    """What messages read of the edges.
 
     Attributes:
-        senders: (n_edges,) node from which the message comes.
-        harmonics: per degree l, Y_l of the direction from sender to receiver (n_edges, 2l+1).
+        senders: (n_edges,) int, nodes that the messages come from.
+        harmonics: (n_edges, (l_max+1)²) Y_l of the directions from sender to receiver.
         basis: (n_edges, num_bessel) radial basis.
+        inside: (n_edges, 1) bool, shorter than the cutoff.
     """
 
     senders: jax.Array
-    harmonics: tuple[jax.Array, ...]
+    harmonics: jax.Array
     basis: jax.Array
+    inside: jax.Array
 
 
 class Path(NamedTuple):
@@ -150,62 +156,30 @@ def _plan_layer(inputs: Irreps, live: tuple[bool, ...], l_max: int) -> LayerPlan
     return LayerPlan(inputs, live, scalars, nonscalars, tuple(paths), column)
 
 
-def plan_layers(config: NequIPConfig, *, everything: bool = False) -> tuple[LayerPlan, ...]:
+def plan_layers(config: NequIPConfig, *, all_features: bool = False) -> tuple[LayerPlan, ...]:
     """What every layer computes.
 
     Args:
         config: hyperparameters.
-        everything: compute also what does not reach the energy.
+        all_features: compute also what does not reach the energy.
 
     Returns:
         One plan per layer.
     """
-    inputs = parse_node_irreps(config.node_irreps)
+    inputs = Irreps(config.node_irreps)
     live = tuple(ir == SCALAR for _, ir in inputs)
     plans = []
     for _ in range(config.num_layers):
         plans.append(_plan_layer(inputs, live, config.l_max))
         inputs, live = plans[-1].outputs, plans[-1].outputs_live
     needed = tuple(
-        alive and (everything or ir == SCALAR) for (_, ir), alive in zip(inputs, live, strict=True)
+        alive and (all_features or ir == SCALAR)
+        for (_, ir), alive in zip(inputs, live, strict=True)
     )
     for i in reversed(range(config.num_layers)):
         plans[i] = plans[i].require(needed)
-        needed = plans[i].live if everything else plans[i].inputs_needed
+        needed = plans[i].live if all_features else plans[i].inputs_needed
     return tuple(plans)
-
-
-def parse_node_irreps(node_irreps: str) -> Irreps:
-    """Irreps of the node features.
-
-    Args:
-        node_irreps: such as "64x0e + 32x1o".
-
-    Returns:
-        The irreps, in the order given.
-
-    Raises:
-        ConfigError: if they cannot be read, if a multiplicity is zero or if there is no 0e with at
-            least two channels, from which the energy is read.
-    """
-    try:
-        irreps = Irreps(node_irreps)
-    except ValueError as error:
-        raise ConfigError(
-            f"node_irreps = {node_irreps!r} cannot be read; write multiplicity x degree parity, "
-            "such as '64x0e + 32x1o + 4x2e'"
-        ) from error
-    if any(mul == 0 for mul, _ in irreps):
-        raise ConfigError(
-            f"node_irreps = {node_irreps!r} has a block without channels; leave that block out"
-        )
-    scalars = [mul for mul, ir in irreps if ir == SCALAR]
-    if not scalars or scalars[-1] < 2:
-        raise ConfigError(
-            f"node_irreps = {node_irreps!r} is not allowed; energies are read from its (last) "
-            "block of 0e, which must be there with at least 2 channels, such as '64x0e'"
-        )
-    return irreps
 
 
 class _Group(NamedTuple):
@@ -230,19 +204,61 @@ def _merge(irreps: Irreps, live: tuple[bool, ...]) -> list[_Group]:
     return groups
 
 
-def _joined(blocks: Blocks, groups: list[_Group]) -> jax.Array:
-    return jnp.concatenate([blocks[m] for group in groups for m in group.members], axis=-1)
+def _mix(
+    blocks: Blocks,
+    groups: list[_Group],
+    irreps_out: Irreps,
+    needed: tuple[bool, ...],
+    weights: dict[tuple[int, int], jax.Array],
+    product: Callable[[jax.Array, jax.Array], jax.Array],
+) -> Blocks:
+    """Mix the channels of each irrep: all groups of it into all blocks of it, as one product.
+
+    Args:
+        blocks: features that enter.
+        groups: how they are merged.
+        irreps_out: blocks that leave.
+        needed: per block of irreps_out, whether to compute it.
+        weights: by (group, block of irreps_out): (channels in, ..., channels out).
+        product: of features (n, 2l+1, channels) and such weights.
+
+    Returns:
+        Features by block of irreps_out; None where nothing feeds it or where it is not needed.
+    """
+    out: Blocks = [None] * len(irreps_out)
+    for ir in _irreps_of(irreps_out, needed):
+        rows = [i for i, group in enumerate(groups) if group.ir == ir]
+        columns = [o for o, block in enumerate(irreps_out) if block.ir == ir and needed[o]]
+        if not rows:
+            continue
+        x = jnp.concatenate([blocks[m] for i in rows for m in groups[i].members], axis=-1)
+        matrix = jnp.concatenate(
+            [jnp.concatenate([weights[i, o] for o in columns], axis=-1) for i in rows]
+        )
+        fan_in = np.concatenate(
+            [np.full(groups[i].mul, groups[i].mul * len(rows), float) for i in rows]
+        )
+        scale = jnp.asarray(1.0 / np.sqrt(fan_in), x.dtype)
+        mixed = product(x * scale, matrix.astype(x.dtype))
+        widths = [irreps_out[o].mul for o in columns]
+        for o, part in zip(columns, _split(mixed, widths), strict=True):
+            out[o] = part
+    return out
+
+
+def _split(x: jax.Array, widths: list[int]) -> list[jax.Array]:
+    return jnp.split(x, np.cumsum(widths)[:-1], axis=-1)
 
 
 class Linear(nn.Module):
-    """Self-interaction: mixes the channels of each irrep (Batzner 2022, Eq. 9).
+    """Self-interaction: mixes the channels of each irrep (Batzner 2022, Methods).
 
-    Weights are drawn from N(0, 1) and divided by √(fan-in · number of groups that are summed).
+    Weights are drawn from N(0, 1); sums are divided by √(channels · groups) that they run over.
 
     Attributes:
         irreps_in: blocks that enter.
         live: per block of irreps_in, whether it is more than zeros.
-        irreps_out: blocks that leave, not merged.
+        irreps_out: blocks that leave, each with weights of its own.
     """
 
     irreps_in: Irreps
@@ -251,44 +267,21 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, blocks: Blocks, needed: tuple[bool, ...]) -> Blocks:
-        """Features (n, 2l+1, channels) by block of irreps_out; None where zero or not needed."""
-        groups = _merge(self.irreps_in, self.live)
-        weights = {}
+        """Features by block of irreps_out; None where zero or not needed."""
+        groups, weights = _merge(self.irreps_in, self.live), {}
         for i, (mul_in, ir, _) in enumerate(groups):
             for o, (mul_out, ir_out) in enumerate(self.irreps_out):
                 if ir == ir_out:
                     name = f"w[{i},{o}] {mul_in}x{ir},{mul_out}x{ir}"
                     shape = (mul_in, mul_out)
                     weights[i, o] = self.param(name, nn.initializers.normal(1.0), shape)
-        out: Blocks = [None] * len(self.irreps_out)
-        for ir in _irreps_of(self.irreps_out, needed):
-            rows = [i for i, group in enumerate(groups) if group.ir == ir]
-            columns = [o for o, block in enumerate(self.irreps_out) if block.ir == ir and needed[o]]
-            if not rows:
-                continue
-            matrix = jnp.concatenate(
-                [_row(weights, i, columns) / np.sqrt(groups[i].mul * len(rows)) for i in rows]
-            )
-            x = _joined(blocks, [groups[i] for i in rows])
-            mixed = jnp.einsum("nmc,cd->nmd", x, matrix.astype(x.dtype))
-            widths = [self.irreps_out[o].mul for o in columns]
-            for o, part in zip(columns, _split(mixed, widths), strict=True):
-                out[o] = part
-        return out
-
-
-def _row(weights: dict[tuple[int, int], jax.Array], i: int, columns: list[int]) -> jax.Array:
-    return jnp.concatenate([weights[i, o] for o in columns], axis=-1)
-
-
-def _split(x: jax.Array, widths: list[int]) -> list[jax.Array]:
-    return jnp.split(x, np.cumsum(widths)[:-1], axis=-1)
+        return _mix(blocks, groups, self.irreps_out, needed, weights, jnp.matmul)
 
 
 class SpeciesLinear(nn.Module):
-    """Self-interaction with one set of weights per species (the residual path).
+    """Self-interaction with weights for each species: the residual path (Batzner 2022, Methods).
 
-    Weights are drawn from N(0, 1) and divided by √(fan-in · species · groups that are summed).
+    Weights are drawn from N(0, 1); sums are divided by √(channels · groups · species).
 
     Attributes:
         irreps_in: blocks that enter.
@@ -304,10 +297,9 @@ class SpeciesLinear(nn.Module):
 
     @nn.compact
     def __call__(self, blocks: Blocks, species: jax.Array, needed: tuple[bool, ...]) -> Blocks:
-        """Features (n, 2l+1, channels) by block of irreps_out; None where zero or not needed."""
-        groups = _merge(self.irreps_in, self.live)
+        """Features by block of irreps_out; None where zero or not needed."""
+        groups, weights = _merge(self.irreps_in, self.live), {}
         groups_out = _merge(self.irreps_out, (True,) * len(self.irreps_out))
-        weights: dict[tuple[int, int], jax.Array] = {}
         for i, (mul_in, ir, _) in enumerate(groups):
             for o, (mul_out, ir_out, members) in enumerate(groups_out):
                 if ir == ir_out:
@@ -316,26 +308,22 @@ class SpeciesLinear(nn.Module):
                     array = self.param(name, nn.initializers.normal(1.0), shape)
                     parts = _split(array, [self.irreps_out[m].mul for m in members])
                     weights.update({(i, m): part for m, part in zip(members, parts, strict=True)})
-        out: Blocks = [None] * len(self.irreps_out)
-        for ir in _irreps_of(self.irreps_out, needed):
-            rows = [i for i, group in enumerate(groups) if group.ir == ir]
-            columns = [o for o, block in enumerate(self.irreps_out) if block.ir == ir and needed[o]]
-            if not rows:
-                continue
-            scales = [1 / np.sqrt(groups[i].mul * self.num_species * len(rows)) for i in rows]
-            matrix = jnp.concatenate(
-                [_row(weights, i, columns) * s for i, s in zip(rows, scales, strict=True)]
-            )
-            x = _joined(blocks, [groups[i] for i in rows])
-            mixed = layers.species_linear(x, matrix.astype(x.dtype), species)
-            widths = [self.irreps_out[o].mul for o in columns]
-            for o, part in zip(columns, _split(mixed, widths), strict=True):
-                out[o] = part
-        return out
+
+        def product(x: jax.Array, matrix: jax.Array) -> jax.Array:
+            return layers.species_linear(x * self.num_species**-0.5, matrix, species)
+
+        return _mix(blocks, groups, self.irreps_out, needed, weights, product)
 
 
 class NequIPLayer(nn.Module):
-    """One interaction block (Batzner 2022, Fig. 1d and Eq. 8-10)."""
+    """One interaction block (Batzner 2022, Fig. 1d): what a layer computes is its plan.
+
+    Attributes:
+        plan: what exists and what is needed.
+        config: hyperparameters.
+        num_species: number of elements.
+        avg_num_neighbors: divisor of the summed messages.
+    """
 
     plan: LayerPlan
     config: NequIPConfig
@@ -344,44 +332,41 @@ class NequIPLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        blocks: Blocks,
-        species: jax.Array,
-        edges: Edges,
-        receivers: jax.Array,
+        self, blocks: Blocks, species: jax.Array, edges: Edges, receivers: jax.Array
     ) -> Blocks:
-        """Node features after the layer, by block of the plan's outputs."""
-        plan, n_nodes = self.plan, species.shape[0]
-        residual = SpeciesLinear(
+        """Node features by block of the plan's outputs.
+
+        Args:
+            blocks: node features by block of the plan's inputs.
+            species: (n_nodes,) int.
+            edges: what messages read.
+            receivers: (n_edges,) int, ascending.
+        """
+        plan, config = self.plan, self.config
+        species_linear = SpeciesLinear(
             plan.inputs,
             plan.live,
             plan.hidden,
             self.num_species,
             name="FullyConnectedTensorProduct_0",
-        )(blocks, species, plan.needed)
+        )
+        residual = species_linear(blocks, species, plan.needed)
         sources = {path.source for path in plan.computed_paths}
         wanted = tuple(i in sources for i in range(len(plan.inputs)))
         blocks = Linear(plan.inputs, plan.live, plan.inputs, name="Linear_0")(blocks, wanted)
-        kernels = self._radial_kernels()
-        summed = _convolve(plan, blocks, kernels, self._act, edges, receivers, n_nodes)
+        hidden = (config.radial_net_n_hidden,) * config.radial_net_n_layers
+        widths = (config.num_bessel, *hidden, plan.num_columns)
+        variances = (config.scalar_mlp_std,) * len(hidden) + (1.0,)
+        stds = tuple(float(np.sqrt(v / n)) for v, n in zip(variances, widths[:-1], strict=True))
+        kernels = layers.RadialKernels(widths, stds, scaled=False, name="MLP_0")()
+        act = layers.activation(config.radial_net_nonlinearity)
+        summed = convolve(plan, blocks, kernels, act, edges, receivers)
         summed = [None if x is None else x / self.avg_num_neighbors for x in summed]
         messages = plan.messages
-        hidden = Linear(messages, (True,) * len(messages), plan.hidden, name="Linear_1")(
+        mixed = Linear(messages, (True,) * len(messages), plan.hidden, name="Linear_1")(
             summed, plan.needed
         )
-        return _gate(plan, [_add(a, b) for a, b in zip(hidden, residual, strict=True)])
-
-    @property
-    def _act(self):
-        return layers.activation(self.config.radial_net_nonlinearity)
-
-    def _radial_kernels(self) -> list[jax.Array]:
-        config = self.config
-        hidden = (config.radial_net_n_hidden,) * config.radial_net_n_layers
-        widths = (config.num_bessel, *hidden, self.plan.num_columns)
-        variances = (config.scalar_mlp_std,) * len(hidden) + (1.0,)
-        stds = tuple(float(np.sqrt(v / n)) for v, n in zip(variances, widths, strict=False))
-        return layers.RadialKernels(widths, stds, scaled=False, name="MLP_0")()
+        return gate(plan, [_add(a, b) for a, b in zip(mixed, residual, strict=True)])
 
 
 def _add(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
@@ -390,41 +375,128 @@ def _add(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
     return a + b
 
 
-def _convolve(plan, blocks, kernels, act, edges, receivers, n_nodes) -> Blocks:
-    order = [ir for _, ir in plan.messages]
-    paths = sorted(plan.computed_paths, key=lambda path: order.index(path.irrep))
-    columns = np.concatenate(
-        [np.arange(p.first_column, p.first_column + p.channels) for p in paths]
-    )
+def convolve(
+    plan: LayerPlan,
+    blocks: Blocks,
+    kernels: list[jax.Array],
+    act: Activation,
+    edges: Edges,
+    receivers: jax.Array,
+) -> Blocks:
+    """Sum over neighbours of features times R(r) Y(r) (Batzner 2022, Eq. 7).
+
+    Paths from one block to messages of one degree are computed side by side.
+
+    Args:
+        plan: paths and their columns in the radial network.
+        blocks: node features by block of the plan's inputs.
+        kernels: of the radial network.
+        act: its nonlinearity.
+        edges: what messages read.
+        receivers: (n_edges,) int, ascending.
+
+    Returns:
+        Sums by block of ``plan.messages``: (n_nodes, 2l+1, channels of all paths).
+    """
+    bundles = _bundles(plan.computed_paths)
     dtype = edges.basis.dtype
-    kernels = [k.astype(dtype) for k in kernels]
-    kernels[-1] = kernels[-1][:, columns]
-    used = sorted({p.irrep for p in paths}, key=order.index)
+    kernels = [kernel.astype(dtype) for kernel in kernels]
+    columns = [p.first_column + np.arange(p.channels) for bundle in bundles for p in bundle]
+    kernels[-1] = kernels[-1][:, np.concatenate(columns)]
+    couplings = [jnp.asarray(_coupling(plan, bundle), dtype) for bundle in bundles]
+    n_nodes = next(x.shape[0] for x in blocks if x is not None)
 
-    def messages(e):
-        weights = layers.perceptron(kernels, act, e.basis)
-        x = {i: blocks[i][e.senders] for i in {p.source for p in paths}}
-        out = {ir: [] for ir in used}
-        start = 0
-        for path in paths:
-            l_in = plan.inputs[path.source].ir.l
-            c = layers.coupling(l_in, path.degree, path.irrep.l)
-            w = weights[:, start : start + path.channels]
-            start += path.channels
-            t = jnp.einsum("eb,abm->eam", e.harmonics[path.degree], jnp.asarray(c, dtype))
-            out[path.irrep].append(jnp.einsum("eam,eac->emc", t, x[path.source]) * w[:, None])
-        return [jnp.concatenate(out[ir], -1) for ir in used]
+    def messages(edges: Edges) -> list[jax.Array]:
+        hidden = act(layers.perceptron(kernels[:-1], act, edges.basis))
+        # Not every act(0) is 0, and a neighbour list may reach beyond the cutoff.
+        weights = jnp.where(edges.inside, hidden, 0.0) @ kernels[-1]
+        gathered = {i: blocks[i][edges.senders] for i in {bundle[0].source for bundle in bundles}}
+        widths = [sum(p.channels for p in bundle) for bundle in bundles]
+        return [
+            _weighted(
+                contract(jnp.einsum("ey,yma->ema", edges.harmonics, c), gathered[b[0].source]),
+                w.reshape(-1, len(b), b[0].channels),
+            )
+            for b, c, w in zip(bundles, couplings, _split(weights, widths), strict=True)
+        ]
 
-    size = sum(p.channels * p.irrep.dim for p in paths)
-    sums = layers.sum_messages(messages, edges, receivers, n_nodes, size)
-    sums = dict(zip(used, sums, strict=True))
-    return [sums.get(ir) for ir in order]
+    floats = sum(path.channels * path.irrep.dim for path in plan.computed_paths)
+    sums = layers.sum_messages(messages, edges, receivers, n_nodes, floats)
+    return [_collect(ir, bundles, sums) for _, ir in plan.messages]
 
 
-def _gate(plan: LayerPlan, hidden: Blocks) -> Blocks:
-    """Gate (Batzner 2022, Eq. 10 ff.): scalars through silu (0e) or tanh (0o), l > 0 times gates.
+def _bundles(paths: tuple[Path, ...]) -> list[list[Path]]:
+    """Paths grouped by source and degree of the message, in order."""
 
-    Activations are normalised; the gates are 0e scalars through silu.
+    def key(path: Path) -> tuple[int, int]:
+        return path.source, path.irrep.l
+
+    return [list(bundle) for _, bundle in itertools.groupby(sorted(paths, key=key), key)]
+
+
+def _coupling(plan: LayerPlan, bundle: list[Path]) -> np.ndarray:
+    """Couplings of a bundle: (harmonics of all degrees, (2l_out+1) · paths, 2l_in+1)."""
+    l_in, l_out = plan.inputs[bundle[0].source].ir.l, bundle[0].irrep.l
+    harmonics = (max(path.degree for path in plan.paths) + 1) ** 2
+    matrix = np.zeros((harmonics, 2 * l_out + 1, len(bundle), 2 * l_in + 1))
+    for k, path in enumerate(bundle):
+        l = path.degree
+        matrix[l**2 : (l + 1) ** 2, :, k] = np.einsum("abm->bma", layers.coupling(l_in, l, l_out))
+    return matrix.reshape(harmonics, -1, 2 * l_in + 1)
+
+
+@jax.custom_jvp
+def contract(rotations: jax.Array, features: jax.Array) -> jax.Array:
+    """Product of small matrices with features: (n, m, a), (n, a, channels) -> (n, m, channels).
+
+    Written as a sum over a, which compilers fuse, with matrix products for its derivatives, whose
+    long sums they do not: together twice as fast on CPUs as either.
+    """
+    n = features.shape[1]
+    return sum(
+        (a * b for a, b in zip(jnp.split(rotations, n, 2), jnp.split(features, n, 1), strict=True)),
+        start=jnp.zeros((), features.dtype),
+    )
+
+
+@contract.defjvp
+def _contract_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    rotations, features = primals
+    d_rotations, d_features = tangents
+    product = functools.partial(jnp.einsum, "nma,nac->nmc")
+    return contract(*primals), product(d_rotations, features) + product(rotations, d_features)
+
+
+def _weighted(products: jax.Array, weights: jax.Array) -> jax.Array:
+    """Multiply (n, (2l+1) · paths, channels) by weights (n, paths, channels)."""
+    rows = jnp.split(products, products.shape[1] // weights.shape[1], axis=1)
+    return jnp.concatenate([row * weights for row in rows], axis=1)
+
+
+def _collect(ir: Irrep, bundles: list[list[Path]], sums: list[jax.Array]) -> jax.Array | None:
+    """Messages of one irrep (n, 2l+1, channels of all its paths), in the order of the paths."""
+    parts = []
+    for bundle, total in zip(bundles, sums, strict=True):
+        chosen = [k for k, path in enumerate(bundle) if path.irrep == ir]
+        if chosen:
+            by_path = total.reshape(total.shape[0], ir.dim, len(bundle), -1)
+            parts.append(by_path[:, :, np.array(chosen)].reshape(total.shape[0], ir.dim, -1))
+    return jnp.concatenate(parts, axis=-1) if parts else None
+
+
+def gate(plan: LayerPlan, hidden: Blocks) -> Blocks:
+    """Nonlinearity: silu (0e) or tanh (0o) of scalars, silu(gate) times what has l > 0.
+
+    Both are normalised to a second moment of 1; all gates are 0e (Batzner 2022, Methods).
+
+    Args:
+        plan: irreps.
+        hidden: by block of the plan's ``hidden``: scalars, gates, non-scalars.
+
+    Returns:
+        By block of the plan's ``outputs``.
     """
     even, odd = layers.normalized_activation("silu"), layers.normalized_activation("tanh")
     n, m = len(plan.scalars), len(plan.nonscalars)
@@ -433,74 +505,88 @@ def _gate(plan: LayerPlan, hidden: Blocks) -> Blocks:
         for (_, ir), x in zip(plan.scalars, hidden[:n], strict=True)
     ]
     nonscalars: Blocks = [
-        None if x is None or gate is None else even(gate) * x
-        for gate, x in zip(hidden[n : n + m], hidden[n + m :], strict=True)
+        None if x is None or g is None else even(g) * x
+        for g, x in zip(hidden[n : n + m], hidden[n + m :], strict=True)
     ]
     return scalars + nonscalars
 
 
 class NequIPBlock(nn.Module):
-    """The network below its outermost name."""
-
-    config: NequIPConfig
-    num_species: int
-    cutoff: float
-    avg_num_neighbors: float
-    everything: bool = False
-
-    @nn.compact
-    def __call__(self, graph: Graph) -> jax.Array:
-        """Raw node energies (n_nodes,)."""
-        config = self.config
-        plans = plan_layers(config, everything=self.everything)
-        species = jnp.asarray(graph.species)
-        senders, receivers = jnp.asarray(graph.senders), jnp.asarray(graph.receivers)
-        vectors = edge_vectors(graph)
-        lengths = jnp.sqrt(jnp.sum(vectors**2, axis=-1))
-        harmonics = layers.spherical_harmonics(vectors, range(config.l_max + 1))
-        basis = layers.radial_basis(lengths, self.cutoff, config.num_bessel, config.radial_envelope)
-        edges = Edges(senders, tuple(harmonics.values()), basis)
-        one_hot = jax.nn.one_hot(species, self.num_species, dtype=vectors.dtype)[:, None, :]
-        irreps, live = plans[0].inputs, plans[0].live
-        blocks = Linear(Irreps([(self.num_species, SCALAR)]), (True,), irreps, name="Linear_0")(
-            [one_hot], live
-        )
-        for i, plan in enumerate(plans):
-            blocks = NequIPLayer(
-                plan, config, self.num_species, self.avg_num_neighbors, name=f"NequipLayer_{i}"
-            )(blocks, species, edges, receivers)
-        irreps, live = plans[-1].outputs, plans[-1].outputs_live
-        half = Irreps([([mul for mul, ir in irreps if ir == SCALAR][-1] // 2, SCALAR)])
-        blocks = Linear(irreps, live, half, name="Linear_1")(blocks, (True,))
-        blocks = Linear(half, (True,), Irreps("0e"), name="Linear_2")(blocks, (True,))
-        return blocks[0][:, 0, 0]
-
-
-class NequIP(nn.Module):
-    """NequIP.
+    """Embedding, layers and readout.
 
     Attributes:
         config: hyperparameters.
         num_species: number of elements.
         cutoff: Å.
-        avg_num_neighbors: divisor of summed messages.
-        everything: compute also the features that do not reach the energy.
+        avg_num_neighbors: divisor of the summed messages.
+        all_features: compute also the features that do not reach the energy.
     """
 
     config: NequIPConfig
     num_species: int
     cutoff: float
     avg_num_neighbors: float
-    everything: bool = False
+    all_features: bool
 
     @nn.compact
     def __call__(self, graph: Graph) -> jax.Array:
         """Raw node energies (n_nodes,) of a graph."""
+        config, species = self.config, jnp.asarray(graph.species)
+        plans = plan_layers(config, all_features=self.all_features)
+        edges = self._edges(graph)
+        one_hot = jax.nn.one_hot(species, self.num_species, dtype=edges.basis.dtype)[:, None, :]
+        kinds, first, last = Irreps([(self.num_species, SCALAR)]), plans[0], plans[-1]
+        blocks = Linear(kinds, (True,), first.inputs, name="Linear_0")([one_hot], first.live)
+        for i, plan in enumerate(plans):
+            layer = NequIPLayer(
+                plan, config, self.num_species, self.avg_num_neighbors, name=f"NequipLayer_{i}"
+            )
+            blocks = layer(blocks, species, edges, jnp.asarray(graph.receivers))
+        half = Irreps([([mul for mul, ir in last.outputs if ir == SCALAR][-1] // 2, SCALAR)])
+        inner = Linear(last.outputs, last.outputs_live, half, name="Linear_1")(blocks, (True,))
+        [energies] = Linear(half, (True,), Irreps("0e"), name="Linear_2")(inner, (True,))
+        return energies[:, 0, 0]
+
+    def _edges(self, graph: Graph) -> Edges:
+        config, vectors = self.config, edge_vectors(graph)
+        lengths = jnp.sqrt(jnp.sum(vectors**2, axis=-1))
+        harmonics = layers.spherical_harmonics(vectors, range(config.l_max + 1))
+        return Edges(
+            jnp.asarray(graph.senders),
+            jnp.concatenate(list(harmonics.values()), axis=-1),
+            layers.radial_basis(lengths, self.cutoff, config.num_bessel, config.radial_envelope),
+            (lengths < self.cutoff)[:, None],
+        )
+
+
+class NequIP(nn.Module):
+    """NequIP as in the published models: ``init(key, graph)``, ``apply(params, graph)``.
+
+    An atom without neighbours has an energy of its own, which the residual path makes of its
+    species. Energies and forces go to zero smoothly at the cutoff.
+
+    Attributes:
+        config: hyperparameters.
+        num_species: number of elements.
+        cutoff: Å.
+        avg_num_neighbors: divisor of the summed messages.
+        all_features: compute also the features that do not reach the energy (to look at them).
+    """
+
+    config: NequIPConfig
+    num_species: int
+    cutoff: float
+    avg_num_neighbors: float
+    all_features: bool = False
+
+    @nn.compact
+    def __call__(self, graph: Graph) -> jax.Array:
+        """Raw node energies (n_nodes,) of a graph: before scaling and without E0."""
         return NequIPBlock(
             self.config,
             self.num_species,
             self.cutoff,
             self.avg_num_neighbors,
-            self.everything,
+            self.all_features,
             name="NequipBlock_0",
         )(graph)
