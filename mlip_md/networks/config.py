@@ -13,6 +13,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from e3nn_jax import Irreps
+
 from mlip_md.errors import ConfigError
 
 ACTIVATIONS = ("silu", "swish", "elu", "relu", "tanh", "sigmoid")
@@ -33,6 +35,22 @@ def _check_integer(name: str, value: object, minimum: int) -> None:
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     _require(value in choices, name, value, "one of " + ", ".join(choices))
+
+
+def _check_node_irreps(value: object) -> None:
+    """Irreps that can be read, without empty blocks, and with scalars to read energies from."""
+    try:
+        irreps = Irreps(value)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"node_irreps = {value!r} cannot be read; write channels x degree parity, such as "
+            "64x0e + 32x1o + 4x2e"
+        ) from error
+    _require(all(mul > 0 for mul, _ in irreps), "node_irreps", value, "without empty blocks")
+    # Energies come from half of the last 0e block, as in the published models.
+    scalars = [mul for mul, ir in irreps if ir == "0e"]
+    allowed = "irreps whose last 0e block has at least 2 channels: energies are read from it"
+    _require(bool(scalars) and scalars[-1] >= 2, "node_irreps", value, allowed)
 
 
 def _check_positive_or_none(name: str, value: object) -> None:
@@ -160,6 +178,7 @@ class NequIPConfig:
         for name in ("num_layers", "num_bessel", "radial_net_n_hidden", "radial_net_n_layers"):
             _check_integer(name, getattr(self, name), 1)
         _check_integer("l_max", self.l_max, 0)
+        _check_node_irreps(self.node_irreps)
         _check_choice("radial_net_nonlinearity", self.radial_net_nonlinearity, ACTIVATIONS)
         _check_choice("radial_envelope", self.radial_envelope, RADIAL_ENVELOPES)
         _require(self.scalar_mlp_std > 0, "scalar_mlp_std", self.scalar_mlp_std, "positive")
