@@ -19,9 +19,8 @@ from ase.stress import full_3x3_to_voigt_6_stress
 import mlip_md
 from mlip_md.engine import Engine, Result
 from mlip_md.errors import ConfigError, StructureError
+from mlip_md.integrations.models import DEFAULT_MODEL
 from mlip_md.potential import Potential
-
-DEFAULT_MODEL = "organics-gfn2"
 
 _NEUTRAL_SINGLET: dict[str, tuple[int, ...]] = {
     "charge": (0,),

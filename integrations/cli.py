@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mlip_md.errors import ConfigError, MLIPError
+from mlip_md.integrations.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from mlip_md.integrations.md import MDSettings
@@ -44,7 +45,7 @@ LINES = 10
 def md_command(
     context: typer.Context,
     structure: StructureArgument = None,
-    model: ModelOption = "organics-gfn2",
+    model: ModelOption = DEFAULT_MODEL,
     engine: Annotated[
         Literal["ase", "openmm"], typer.Option(help="What integrates the motion.")
     ] = "ase",
@@ -93,6 +94,7 @@ def md_command(
         return
     from mlip_md.integrations.md import DEFAULT_STEPS, MDSettings, run_md
 
+    wanted = _steps(steps, length, timestep)
     settings = MDSettings(
         structure=structure,
         model=model,
@@ -101,7 +103,7 @@ def md_command(
         temperature=temperature,
         pressure=pressure,
         timestep=timestep,
-        steps=steps or _steps(length, timestep) or DEFAULT_STEPS,
+        steps=DEFAULT_STEPS if wanted is None else wanted,
         friction=friction,
         minimize=minimize,
         seed=seed,
@@ -116,11 +118,17 @@ def md_command(
     _conclusion(folder)
 
 
-def _steps(length: float | None, timestep: float) -> int | None:
+def _steps(steps: int | None, length: float | None, timestep: float) -> int | None:
+    """Number of steps asked for, or None."""
+    if steps is not None and steps < 1:
+        raise ConfigError(f"--steps {steps} is not allowed; it must be at least 1")
     if length is None:
-        return None
-    if not length > 0:
-        raise ConfigError(f"--length {length:g} ps is not allowed; it must be positive")
+        return steps
+    if not (length > 0 and timestep > 0):
+        raise ConfigError(
+            f"--length {length:g} ps in steps of {timestep:g} fs is not allowed; both must be "
+            "positive"
+        )
     return max(round(length * 1e3 / timestep), 1)
 
 
@@ -144,7 +152,7 @@ def _restart(folder: Path, length: float | None, steps: int | None) -> None:
     from mlip_md.integrations.md import read_settings, restart_md
 
     settings = read_settings(folder)
-    more = steps or _steps(length, settings.timestep)
+    more = _steps(steps, length, settings.timestep)
     _headline(settings, f"continuing {folder}")
     with _Progress(settings) as progress:
         _interruptible(lambda: restart_md(folder, steps=more, progress=progress), progress)
@@ -226,31 +234,23 @@ class _Progress:
     def update(self, frame: Frame, steps_per_second: float) -> None:
         """Another frame is there."""
         per_day = steps_per_second * self.timestep * 1e-6 * 86400
-        info = f"{frame.time:.3f} ps  {frame.temperature:4.0f} K  {per_day:.3g} ns/day"
+        left = _clock((self.total - frame.step) / max(steps_per_second, 1e-9))
+        info = f"{frame.time:.3f} ps  {frame.temperature:4.0f} K  {per_day:.3g} ns/day  {left} left"
         if self._bar is not None:
             self._bar.update(self._task, completed=frame.step, info=info)
-            return
-        if frame.step >= min(self._next_line, self.total):
-            left = (self.total - frame.step) / max(steps_per_second, 1e-9)
-            self.console.print(f"step {frame.step}/{self.total}  {info}  {_clock(left)} left")
+        elif frame.step >= min(self._next_line, self.total):
+            self.console.print(f"step {frame.step}/{self.total}  {info}")
             self._next_line += (self.total - self._first) / LINES
 
 
 def _bar(console: Any) -> Any:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
         TextColumn("{task.fields[info]}"),
-        TimeRemainingColumn(),
         console=console,
         expand=True,
     )
@@ -284,7 +284,7 @@ def _conclusion(folder: Path) -> None:
 
 def minimize_command(
     structure: StructureArgument = None,
-    model: ModelOption = "organics-gfn2",
+    model: ModelOption = DEFAULT_MODEL,
     fmax: Annotated[float, typer.Option(help="eV/Å: largest force at which to stop.")] = 0.01,
     steps: Annotated[int, typer.Option(help="At most so many steps.")] = 500,
     optimizer: Annotated[

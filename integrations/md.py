@@ -28,6 +28,7 @@ from mlip_md.errors import (
     StructureError,
 )
 from mlip_md.integrations import report
+from mlip_md.integrations.models import DEFAULT_MODEL, lasting_name
 from mlip_md.integrations.report import Frame
 from mlip_md.integrations.structures import Structure, make_topology, read_structure
 from mlip_md.potential import Potential
@@ -65,7 +66,7 @@ class MDSettings:
     """
 
     structure: str | None = None
-    model: str = "organics-gfn2"
+    model: str = DEFAULT_MODEL
     engine: EngineName = "ase"
     ensemble: Ensemble = "nvt"
     temperature: float = 300.0
@@ -137,6 +138,9 @@ class Backend(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Engine, integrator, device: for the summary."""
+
+    def compilations(self) -> int:
+        """How often the potential has been compiled so far."""
 
 
 class Progress(Protocol):
@@ -231,7 +235,9 @@ def run_md(
         SimulationError: if the run becomes unstable; the frames until then are kept.
     """
     progress = progress or Silent()
-    settings = dataclasses.replace(settings, report_interval=settings.interval)
+    settings = dataclasses.replace(
+        settings, report_interval=settings.interval, model=lasting_name(settings.model)
+    )
     structure = read_structure(settings.structure)
     backend = make_backend(settings, structure)
     if folder is not None and folder.exists() and any(folder.iterdir()):
@@ -349,6 +355,7 @@ class _Run:
         self.progress, self.compile_seconds = progress, compile_seconds
         self.last = backend.frame()
         self.first_step = self.last.step
+        self.timed_steps, self.timed_seconds = 0, 0.0
         self.new = sizes is None
         self.files = report.RunFiles(
             folder,
@@ -361,12 +368,11 @@ class _Run:
 
     def go(self) -> None:
         """Step to the end; whatever happens, the folder stays usable."""
-        begin = time.perf_counter()
         status = "failed"
         try:
             if self.new:
                 self._keep(write=True)
-            self._steps(begin)
+            self._steps()
             status = "finished"
         except KeyboardInterrupt:
             status = "interrupted"
@@ -374,22 +380,35 @@ class _Run:
         finally:
             self._save_restart()
             self.files.close()
-            self._conclude(status, time.perf_counter() - begin)
+            self._conclude(status)
 
-    def _steps(self, begin: float) -> None:
+    def _steps(self) -> None:
         total, interval = self.settings.steps, self.settings.interval
         self.progress.begin(self.folder, self.last.step, total)
-        saved = begin
+        saved = time.perf_counter()
         while self.last.step < total:
-            step = self.last.step
+            step, compiled, begin = self.last.step, self.backend.compilations(), time.perf_counter()
             self.last = self._advance(min(interval - step % interval, total - step))
             self._keep(write=self.last.step % interval == 0)
             now = time.perf_counter()
             if now - saved > RESTART_SECONDS:
                 self._save_restart()
                 saved = now
-            rate = (self.last.step - self.first_step) / (now - begin)
-            self.progress.update(self.last, rate)
+            self._time(self.last.step - step, time.perf_counter() - begin, compiled)
+            self.progress.update(self.last, self._rate)
+
+    def _time(self, steps: int, seconds: float, compiled: int) -> None:
+        """Book steps as run time, or as compile time when the potential was compiled meanwhile."""
+        if self.backend.compilations() > compiled:
+            self.compile_seconds += seconds
+        else:
+            self.timed_steps += steps
+            self.timed_seconds += seconds
+
+    @property
+    def _rate(self) -> float:
+        """Steps per second, without those during which something was compiled."""
+        return self.timed_steps / self.timed_seconds if self.timed_seconds else 0.0
 
     def _advance(self, steps: int) -> Frame:
         """Advance and look whether the result can be physics."""
@@ -434,12 +453,10 @@ class _Run:
         }
         report.write_restart(self.folder / report.RESTART, arrays, values)
 
-    def _conclude(self, status: str, seconds: float) -> None:
+    def _conclude(self, status: str) -> None:
         """Plot and summary, of the whole run so far."""
         settings, atoms = self.settings, self.backend.structure.atoms
         log = report.read_log(self.folder / report.LOG)
-        steps = self.last.step - self.first_step
-        rate = steps / seconds if seconds > 0 else 0.0
         summary = {
             "status": status,
             "structure": self.backend.structure.name,
@@ -452,10 +469,11 @@ class _Run:
             "step": self.last.step,
             "time_ps": self.last.time,
             "compile_seconds": round(self.compile_seconds, 3),
-            "run_seconds": round(seconds, 3),
-            "run_steps": steps,
-            "steps_per_second": round(rate, 2),
-            "ns_per_day": round(rate * settings.timestep * 1e-6 * 86400, 4),
+            "compilations": self.backend.compilations(),
+            "run_seconds": round(self.timed_seconds, 3),
+            "run_steps": self.last.step - self.first_step,
+            "steps_per_second": round(self._rate, 2),
+            "ns_per_day": round(self._rate * settings.timestep * 1e-6 * 86400, 4),
             **report.statistics(log, len(atoms)),
             "versions": {"mlip-md": mlip_md.__version__, "python": platform.python_version()},
         }

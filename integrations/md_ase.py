@@ -194,13 +194,16 @@ class ASEBackend:
             npt._cell0, npt._volume0 = arrays["mtk_cell0"], float(arrays["mtk_volume0"])
 
     def describe(self) -> dict[str, Any]:
-        """Engine, integrator, compilations."""
+        """Engine, integrator, precision."""
         return {
             "engine": f"ASE {ase.__version__}",
             "integrator": type(self.dynamics).__name__,
             "precision": self.settings.precision,
-            "compilations": self.calculator.engine.num_compilations,
         }
+
+    def compilations(self) -> int:
+        """How often the potential has been compiled so far."""
+        return self.calculator.engine.num_compilations
 
 
 def minimize(

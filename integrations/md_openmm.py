@@ -78,8 +78,10 @@ class OpenMMBackend:
         self._periodic = bool(self.atoms.pbc.any())
         species = self.potential.species(self.atoms.numbers)
         self._reference = float(self.potential.reference_energies(species).sum())
-        # The pressure needs the stress, for which OpenMM has no place.
-        self._stress_engine: Engine | None = None
+        # The pressure needs the stress, for which OpenMM has no place. This engine shares all that
+        # is compiled with the one behind the force.
+        dtype = DTYPES[settings.precision]
+        self._engine = Engine(self.potential, dtype=dtype, device=settings.device)
         self._simulation = self._make_simulation()
 
     def _make_simulation(self) -> openmm.app.Simulation:
@@ -185,11 +187,8 @@ class OpenMMBackend:
 
     def _pressure(self, positions: np.ndarray, cell: np.ndarray, kinetic: float) -> float:
         """Pressure (eV/Å³) from the potential's stress and the kinetic energy (eV)."""
-        if self._stress_engine is None:
-            dtype = DTYPES[self.settings.precision]
-            self._stress_engine = Engine(self.potential, dtype=dtype, device=self.settings.device)
         pbc = np.ones(3, bool)
-        result = self._stress_engine.evaluate(positions, self.atoms.numbers, cell, pbc)
+        result = self._engine.evaluate(positions, self.atoms.numbers, cell, pbc)
         if result.stress is None:
             raise StructureError("the cell has no volume, and so there is no pressure")
         volume = abs(float(np.linalg.det(cell)))
@@ -235,6 +234,10 @@ class OpenMMBackend:
             "platform": context.getPlatform().getName(),
             "precision": self.settings.precision,
         }
+
+    def compilations(self) -> int:
+        """How often the potential has been compiled so far."""
+        return self._engine.num_compilations
 
 
 def _molecule_bonds(topology: openmm.app.Topology) -> openmm.Force:

@@ -25,9 +25,8 @@ from openmmml.mlpotential import MLPotentialImpl
 import mlip_md
 from mlip_md.engine import Engine
 from mlip_md.errors import ConfigError, MLIPError, ModelFileError, NonFiniteError, StructureError
+from mlip_md.integrations.models import DEFAULT_MODEL, lasting_name
 from mlip_md.potential import Potential
-
-DEFAULT_MODEL = "organics-gfn2"
 
 KJ_PER_MOL_PER_EV = 1.602176634e-19 * 6.02214076e23 / 1000.0
 """1 eV in kJ/mol; exact since the SI of 2019 (e and N_A are defined numbers)."""
@@ -115,7 +114,7 @@ class MLIPPotentialImpl(MLPotentialImpl):
     ) -> None:
         _refuse_unknown(args, ("modelPath",), f"MLPotential({name!r})")
         self.name = name
-        self.model_path = _absolute(DEFAULT_MODEL if modelPath is None else os.fspath(modelPath))
+        self.model_path = lasting_name(DEFAULT_MODEL if modelPath is None else modelPath)
 
     def addForces(  # noqa: N802 (OpenMM-ML's name)
         self,
@@ -158,11 +157,6 @@ class MLIPPotentialImpl(MLPotentialImpl):
     def getMLLongRange(self) -> bool:  # noqa: N802 (OpenMM-ML's name)
         """The networks end at their cutoff: no long-range part."""
         return False
-
-
-def _absolute(model: str) -> str:
-    """An absolute path where there is such a file; names of bundled models stay as they are."""
-    return str(Path(model).resolve()) if Path(model).exists() else model
 
 
 def _atomic_numbers(topology: openmm.app.Topology, particles: list[int] | None) -> np.ndarray:

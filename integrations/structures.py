@@ -65,9 +65,17 @@ def read_structure(source: str | os.PathLike[str] | None = None) -> Structure:
         folder = resources.files("mlip_md.integrations") / "molecules"
         with resources.as_file(folder / f"{text}.extxyz") as bundled:
             return Structure(text, _read_ase(bundled))
-    if path.suffix.lower() in _OPENMM_SUFFIXES:
+    if path.suffix.lower() in _OPENMM_SUFFIXES or _is_mmcif(path):
         return _read_openmm(path)
     return Structure(path.stem, _read_ase(path))
+
+
+def _is_mmcif(path: Path) -> bool:
+    """Whether a .cif file is of the PDB's kind, which ASE does not read."""
+    if path.suffix.lower() != ".cif":
+        return False
+    with path.open(errors="replace") as file:
+        return any("_atom_site.Cartn_x" in line for line in file)
 
 
 def _read_ase(path: Path) -> Atoms:
@@ -92,7 +100,8 @@ def _read_openmm(path: Path) -> Structure:
     from openmm import unit
 
     try:
-        file = getattr(openmm.app, _OPENMM_SUFFIXES[path.suffix.lower()])(str(path))
+        reader = _OPENMM_SUFFIXES.get(path.suffix.lower(), "PDBxFile")
+        file = getattr(openmm.app, reader)(str(path))
     except Exception as error:
         raise StructureError(
             f"OpenMM cannot read {path}: {type(error).__name__}: {error}; convert it to extxyz"

@@ -1,0 +1,24 @@
+"""Names of models, as every integration takes them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from mlip_md import bundled
+
+DEFAULT_MODEL = "organics-gfn2"
+
+
+def lasting_name(model: str | os.PathLike[str]) -> str:
+    """A model's name that still holds in another working directory.
+
+    Args:
+        model: what ``mlip_md.load`` opens.
+
+    Returns:
+        A bundled name as it is, a path made absolute, anything else unchanged.
+    """
+    name = os.fspath(model)
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name not in bundled.names() and path.exists() else name
