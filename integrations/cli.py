@@ -53,7 +53,9 @@ def md_command(
         Literal["nve", "nvt", "npt"],
         typer.Option(help="npt needs a structure that is periodic in three directions."),
     ] = "nvt",
-    temperature: Annotated[float, typer.Option("--temperature", "-T", help="K")] = 300.0,
+    temperature: Annotated[
+        float, typer.Option("--temperature", "-T", help="K, of thermostat and start")
+    ] = 300.0,
     pressure: Annotated[float, typer.Option(help="bar; npt only")] = 1.0,
     timestep: Annotated[float, typer.Option(help="fs")] = 0.5,
     length: Annotated[

@@ -351,3 +351,18 @@ def test_examples_run(name, tmp_path, monkeypatch, capsys):
     script = Path(__file__).parents[1] / "examples" / f"{name}.py"
     runpy.run_path(str(script), run_name="__main__")
     assert re.search(r"C=O distance: [1-3]\.\d+ ± 0\.\d+ Å", capsys.readouterr().out)
+
+
+def test_checkpoint_of_another_machine(cluster, tmp_path, caplog):
+    folder = run_md(settings(cluster, engine="openmm"), tmp_path / "run")
+    arrays, values = report.read_restart(folder / report.RESTART)
+    arrays["checkpoint"] = np.frombuffer(b"made elsewhere", np.uint8)
+    report.write_restart(folder / report.RESTART, arrays, values)
+    restart_md(folder, steps=10)
+    assert "new random numbers" in caplog.text
+    frames = ase.io.read(folder / report.TRAJECTORY_ASE, ":")
+    assert frames[-1].info["step"] == 50
+    # 5 fs at the velocities that were saved, not at others.
+    moved = frames[-1].positions - frames[-2].positions
+    expected = frames[-2].get_velocities() * 5.0 * ase.units.fs
+    assert np.abs(moved - expected).max() < 0.3 * np.abs(expected).max()
