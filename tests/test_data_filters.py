@@ -58,6 +58,7 @@ def test_each_filter_removes_its_own():
     data = [
         structure(),
         structure(lost),
+        structure(charge=-1),
         structure(charge=1),
         pushed(15.1, -15.1),
         pushed(14.9, -14.9),
@@ -65,15 +66,15 @@ def test_each_filter_removes_its_own():
         pushed(0.09),
     ]
     kept, report = curate(data)
-    assert [data.index(s) for s in kept] == [0, 4, 6]
+    assert [data.index(s) for s in kept] == [0, 5, 7]
     assert report.removed == {
         "hydrogen_bonds": 1,
-        "neutral_only": 1,
+        "neutral_only": 2,
         "max_force": 1,
         "max_net_force": 1,
     }
-    assert (report.total, report.kept) == (7, 3)
-    assert "kept 3 of 7" in str(report)
+    assert (report.total, report.kept) == (8, 3)
+    assert "kept 3 of 8" in str(report)
 
 
 def test_filters_can_be_switched_off():
