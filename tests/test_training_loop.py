@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -216,8 +217,9 @@ def test_time_limit_and_what_resume_allows(finished, recipe, data, tmp_path):
     other = recipe.model_copy(update={"seed": 4})
     with pytest.raises(CheckpointError, match="differing: seed"):
         Trainer(other, data, tmp_path).run("auto")
-    finished_again = Trainer(recipe, data, straight.folder).run("must")
-    assert finished_again.status == "done"
+    longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": 5})})
+    copy = shutil.copytree(straight.folder, tmp_path / "copy")
+    assert Trainer(longer, data, copy).run("must").epoch == 5
 
 
 def spoiled(batch):

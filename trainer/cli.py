@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from mlip_md.errors import ConfigError
 
 if TYPE_CHECKING:
+    from mlip_md.trainer.data import Statistics
     from mlip_md.trainer.evaluate import Evaluation
 
 EXIT_SAVED, EXIT_KEYBOARD = 75, 130
 """75 (EX_TEMPFAIL): interrupted, the state is saved, start again with the same command."""
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a value of the recipe."),
+]
 
 
 class ResumeOption(enum.StrEnum):
@@ -34,10 +45,7 @@ def train_command(
             help="Recipe: a YAML file, or mace-spice2, nequip-spice2, organics-gfn2.",
         ),
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a value of the recipe."),
-    ] = None,
+    overrides: Overrides = None,
     run: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/NAME.")] = None,
     resume: Annotated[
         ResumeOption, typer.Option(help="Continue from the folder's checkpoints.")
@@ -68,7 +76,6 @@ def _train(
 ) -> str:
     from mlip_md.trainer.config import load_recipe
 
-    console = Console()
     seconds = parse_duration(max_time)
     recipe, origins = load_recipe(recipe_name, overrides)
     from mlip_md.trainer.dataset import load_data
@@ -76,13 +83,87 @@ def _train(
 
     folder = folder or Path("runs") / recipe.name
     data = load_data(recipe)
-    trainer = Trainer(recipe, data, folder, origins=origins, echo=console.out)
     if dry_run:
-        console.out(data.summary())
-        for name, value in trainer.dry_run(dry_run).items():
-            console.out(f"{name}: {value:.4g}")
+        typer.echo(data.summary())
+        for name, value in Trainer(recipe, data, folder).dry_run(dry_run).items():
+            typer.echo(f"{name}: {value:.4g}")
         return "done"
-    return trainer.run(resume, seconds).status  # type: ignore[arg-type] # a ResumeOption's value
+    with _bar() as (echo, tick):
+        trainer = Trainer(recipe, data, folder, origins=origins, echo=echo, tick=tick)
+        return trainer.run(resume, seconds).status  # type: ignore[arg-type] # checked by typer
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[tuple[Callable[[str], None], Callable[[int, int, int], None] | None]]:
+    """Where lines go and what moves with the steps: a bar on a terminal, plain lines elsewhere."""
+    console = Console()
+    if not console.is_terminal:
+        yield typer.echo, None
+        return
+    columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+        task = progress.add_task("training", epoch=1, total=None)
+
+        def tick(epoch: int, done: int, total: int) -> None:
+            progress.update(task, epoch=epoch, completed=done, total=total)
+
+        yield lambda line: progress.console.out(line, highlight=False), tick
+
+
+def check_command(
+    recipe: Annotated[str, typer.Argument(help="Recipe: a YAML file or a shipped name.")],
+    overrides: Overrides = None,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also compile a step: memory and arithmetic it takes.")
+    ] = False,
+) -> None:
+    """Check a recipe and its data without training: labels, E0, padding, size of the network."""
+    from mlip_md.trainer.config import load_recipe
+
+    checked, origins = load_recipe(recipe, overrides or [])
+    from mlip_md.trainer.dataset import load_data
+    from mlip_md.trainer.train import Trainer
+
+    data = load_data(checked)
+    trainer = Trainer(checked, data, Path("runs") / checked.name, origins=origins)
+    for line in (*data.notes, data.summary(), *statistics_lines(data.statistics)):
+        typer.echo(line)
+    typer.echo(f"{checked.model['kind']} with {trainer.num_parameters:,} weights")
+    if deep:
+        for name, value in trainer.step_costs().items():
+            typer.echo(f"{name}: {value:,.0f}")
+
+
+def statistics_lines(statistics: Statistics) -> list[str]:
+    """What a user should look at in the statistics of a training set, in words."""
+    from mlip_md.elements import symbol
+
+    pairs = zip(statistics.elements, statistics.atomic_energies, strict=True)
+    energies = ", ".join(f"{symbol(z)} {energy:.4f}" for z, energy in pairs)
+    shortest = statistics.avg_r_min
+    return [
+        f"E0 ({statistics.atomic_energies_source}), eV: {energies}",
+        *(f"E0 not determined by the data: any multiple of {x}" for x in statistics.undetermined),
+        f"neighbors per atom {statistics.avg_num_neighbors:.2f}, shortest distance "
+        f"{math.nan if shortest is None else shortest:.3f} Å on average, forces "
+        f"{statistics.forces_rms:.3f} eV/Å (root mean square)",
+    ]
+
+
+def prepare_command(
+    recipe: Annotated[str, typer.Argument(help="Recipe: a YAML file or a shipped name.")],
+    folder: Annotated[Path, typer.Argument(help="New folder; name it as data.path afterwards.")],
+    overrides: Overrides = None,
+) -> None:
+    """Read, curate and split the data of a recipe once, into a folder that many runs can use."""
+    from mlip_md.trainer.config import load_recipe
+    from mlip_md.trainer.dataset import prepare_data
+
+    data = prepare_data(load_recipe(recipe, overrides or [])[0], folder)
+    for path, report in data.curation.items():
+        typer.echo(f"{path}: {report}")
+    counts = ", ".join(f"{len(store)} {name}" for name, store in data.parts.items())
+    typer.echo(f"{folder}: {counts}; train with --set data.path={folder}")
 
 
 def evaluate_command(

@@ -55,7 +55,8 @@ class StepLog(NamedTuple):
     structures: jax.Array
 
 
-TrainStep = Callable[[TrainState, Batch, LossWeights], tuple[TrainState, StepLog]]
+TrainStep = Any
+"""``jax.jit`` of (TrainState, Batch, LossWeights) to (TrainState, StepLog)."""
 EvalStep = Callable[[Params, Batch], tuple[Prediction, Sums]]
 
 

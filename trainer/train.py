@@ -13,7 +13,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +46,7 @@ IN_FLIGHT = 2
 """Steps that may wait on the device; unbounded queues can deadlock and hold memory."""
 
 Resume = Literal["auto", "never", "must"]
+Tick = Callable[[int, int, int], None]
 
 
 @dataclasses.dataclass
@@ -102,6 +103,7 @@ class Trainer:
         *,
         origins: Origins | None = None,
         echo: Echo | None = None,
+        tick: Tick | None = None,
     ) -> None:
         """Build the network and its first weights; nothing is written yet.
 
@@ -111,6 +113,7 @@ class Trainer:
             folder: of the run; made if needed.
             origins: of the recipe's values, for ``config.resolved.yaml``.
             echo: called with every line of the log.
+            tick: called after every step with epoch, batches done and batches of the epoch.
         """
         self.recipe, self.data, self.folder, self.origins = recipe, data, folder, origins
         statistics = data.statistics
@@ -129,8 +132,13 @@ class Trainer:
         self.eval_step = make_eval_step(network.apply)
         self.progress = Progress()
         self.checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint.keep_latest)
-        self._echo = echo
+        self._echo, self._tick = echo, tick
         self._last_save = time.monotonic()
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trainable weights."""
+        return sum(int(np.size(leaf)) for leaf in jax.tree_util.tree_leaves(self.state.params))
 
     def run(self, resume: Resume = "auto", max_seconds: float = math.inf) -> Outcome:
         """Train to the end of the recipe, or until interrupted.
@@ -188,15 +196,15 @@ class Trainer:
         }
         for name, content in text.items():
             write_atomically(self.folder / name, content.encode())
-        weights = sum(int(np.size(p)) for p in jax.tree_util.tree_leaves(self.state.params))
         self.log.line(
-            f"{self.recipe.name}: {self.recipe.model['kind']} with {weights:,} weights; "
-            f"{self.data.summary()}"
+            f"{self.recipe.name}: {self.recipe.model['kind']} with {self.num_parameters:,} "
+            f"weights; {self.data.summary()}"
         )
 
     def _check_same_run(self, recipe: Mapping[str, Any]) -> None:
-        mine = _identity(self.recipe, self.data)
-        changed = sorted(key for key in mine if recipe.get(key) != mine[key])
+        mine, saved = _identity(self.recipe, self.data), dict(recipe)
+        saved["train"] = {**saved.get("train", {}), "epochs": self.recipe.train.epochs}
+        changed = sorted(key for key in mine if saved.get(key) != mine[key])
         if changed:
             raise CheckpointError(
                 f"the checkpoints in {self.folder} were made with another recipe or data set "
@@ -206,7 +214,8 @@ class Trainer:
     def _train_epoch(self) -> bool:
         """Train the rest of the present epoch; False if interrupted (the state is saved then)."""
         progress, data = self.progress, self.data
-        plan = data.plan(self.recipe.seed, progress.epoch)[progress.batch :]
+        plan = data.plan(self.recipe.seed, progress.epoch)
+        count, plan = len(plan), plan[progress.batch :]
         weights = weights_at(self.recipe.loss, progress.epoch)
         waiting: collections.deque[tuple[int, np.ndarray, StepLog]] = collections.deque()
         clock = time.monotonic()
@@ -217,6 +226,8 @@ class Trainer:
             waiting.append((progress.step, indices, log))
             if len(waiting) > IN_FLIGHT:
                 self._note(*waiting.popleft())
+            if self._tick is not None:
+                self._tick(progress.epoch, progress.batch, count)
             stop = self.interruptions.reason is not None
             if stop or self._checkpoint_due():
                 while waiting:
@@ -287,6 +298,11 @@ class Trainer:
         }
         self.log.epoch(row)
         self.log.line(_epoch_line(row))
+        if not math.isfinite(row["score"]):
+            raise NonFiniteError(
+                f"the validation errors after epoch {epoch} are not finite; lower the learning "
+                "rate and resume from the last checkpoint, or look at the validation labels"
+            )
         self.progress.validated = epoch
         return values
 
@@ -299,7 +315,7 @@ class Trainer:
         errors = self._validate(epoch, params)
         stage, score = str(stage_at(self.recipe.loss, epoch)), self._score(errors)
         best = progress.best.get(stage)
-        if best is None or not score >= best["score"]:
+        if best is None or score < best["score"]:
             progress.best[stage] = {"epoch": epoch, "score": score, "errors": errors}
             potential = self.potential(params, {"epoch": epoch, "validation": errors})
             for name in (f"best-stage{stage}.safetensors", "model.safetensors"):
@@ -384,6 +400,22 @@ class Trainer:
             "compile_seconds": times[1] - times[0],
             "seconds_per_step": seconds / (len(times) - 2),
             "structures_per_second": sum(structures[1:]) / seconds,
+        }
+
+    def step_costs(self) -> dict[str, float]:
+        """What a step takes by the compiler's account, without running one.
+
+        Returns:
+            state_bytes and working_bytes on the device; flops, if the compiler counts them.
+        """
+        weights = weights_at(self.recipe.loss, 1)
+        lowered = self.train_step.lower(self.state, self.data.example(), weights)
+        compiled = lowered.compile()
+        memory, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
+        return {
+            "state_bytes": float(memory.argument_size_in_bytes),
+            "working_bytes": float(memory.temp_size_in_bytes),
+            "flops": float(costs.get("flops", math.nan)),
         }
 
 
