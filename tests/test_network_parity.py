@@ -1,0 +1,359 @@
+"""Both networks against published numbers and, live, against the library that made them.
+
+Everything here runs in float64 on raw node energies: in float32, or next to the reference energies
+of the atoms, an error of one percent in a spherical harmonic would not be seen.
+"""
+
+import functools
+
+import e3nn_jax as e3nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mlip_md.graph import Graph, edge_vectors, pad_graphs
+from mlip_md.instadeep import load_zip
+from mlip_md.networks import MACEConfig, NequIPConfig, build_network, layers, nequip
+from mlip_md.networks.nequip import NequIP
+from mlip_md.potential import predict
+
+# Little optimization: what is tested here compiles far longer than it runs.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+NETWORKS = ("mace", "nequip")
+FILES = {
+    "mace": ("mace_card_v012.zip", "mace_outputs_mlip0110_f64.npz"),
+    "nequip": ("nequip_card_strong_v012.zip", "nequip_outputs_strong_f64.npz"),
+}
+SYSTEMS = (
+    "aspirin",
+    "h2_4999",
+    "h_isolated",
+    "mix15",
+    "nacl8",
+    "si2_triclinic",
+    "slab_pbc_TTF",
+    "water",
+)
+PERIODIC = ("nacl8", "si2_triclinic", "slab_pbc_TTF")
+
+ENERGY_TOLERANCE = 1e-10
+FORCE_TOLERANCE = 1e-9
+
+
+def float64(tree):
+    return jax.tree_util.tree_map(lambda leaf: np.asarray(leaf, np.float64), tree)
+
+
+def graph_of(positions, cell, species, senders, receivers, shifts):
+    order = np.argsort(receivers, kind="stable")
+    return Graph(
+        positions=np.asarray(positions, np.float64),
+        species=np.asarray(species, np.int32),
+        cell=np.asarray(cell, np.float64).reshape(1, 3, 3),
+        senders=np.asarray(senders, np.int32)[order],
+        receivers=np.asarray(receivers, np.int32)[order],
+        shifts=np.asarray(shifts, np.int32).reshape(-1, 3)[order],
+        node_graph=np.zeros(len(positions), np.int32),
+        node_mask=np.ones(len(positions), bool),
+        edge_mask=np.ones(len(senders), bool),
+        graph_mask=np.ones(1, bool),
+    )
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def published(request, reference_data):
+    """Published numbers and ours, of all systems in one padded batch (one compilation)."""
+    golden = reference_data / "golden"
+    model, outputs = (golden / name for name in FILES[request.param])
+    potential, numbers = load_zip(model), np.load(outputs)
+    graphs = []
+    for name in SYSTEMS:
+        system = np.load(golden / "inputs" / f"{name}.npz")
+        edges = [numbers[f"{name}/{key}"] for key in ("senders", "receivers", "shifts")]
+        species = potential.species(system["numbers"])
+        graphs.append(graph_of(system["positions"], system["cell"], species, *edges))
+    sizes = [graph.n_nodes for graph in graphs]
+    n_edges = sum(graph.n_edges for graph in graphs) + 5
+    batch = pad_graphs(graphs, sum(sizes) + 2, n_edges, len(graphs) + 1)
+    with jax.enable_x64(True):
+        evaluate = jit(lambda params, graph: predict(potential.network.apply, params, graph))
+        ours = jax.device_get(evaluate(float64(potential.params), batch))
+    starts = np.cumsum([0, *sizes])
+    rows = {name: slice(*starts[i : i + 2]) for i, name in enumerate(SYSTEMS)}
+    reference_energies = {
+        name: potential.reference_energies(batch.species[rows[name]]) for name in SYSTEMS
+    }
+    return numbers, ours, rows, reference_energies
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_published_energies(published, system):
+    numbers, ours, rows, reference_energies = published
+    expected = numbers[f"{system}/node_energies"]
+    # Where the published numbers contain E0, its last digits are all that can be asked for.
+    lost = np.abs(reference_energies[system]).max() * 1e-15
+    raw = expected - reference_energies[system]
+    tolerance = ENERGY_TOLERANCE * np.abs(raw).max() + lost
+    np.testing.assert_allclose(ours.node_energies[rows[system]], raw, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_published_forces(published, system):
+    numbers, ours, rows, _ = published
+    expected = numbers[f"{system}/forces"]
+    # An almost broken bond (h2_4999) leaves forces of 1e-11, known to 1e-15 eV/Å.
+    tolerance = FORCE_TOLERANCE * np.abs(expected).max() + 1e-15
+    np.testing.assert_allclose(ours.forces[rows[system]], expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("system", PERIODIC)
+def test_published_stress(published, system):
+    numbers, ours, _, _ = published
+    expected = numbers[f"{system}/stress"]
+    tolerance = FORCE_TOLERANCE * np.abs(expected).max()
+    stress = ours.stress[SYSTEMS.index(system)]
+    np.testing.assert_allclose(stress, expected, rtol=0, atol=tolerance)
+
+
+def aspirin_features(golden, name, network, params):
+    """Published features of aspirin by module, and ours as captured by flax."""
+    numbers = np.load(golden / f"{name}_intermediates_aspirin_f64.npz")
+    system = np.load(golden / "inputs" / "aspirin.npz")
+    graph = graph_of(
+        system["positions"],
+        np.zeros((3, 3)),
+        numbers["species"],
+        numbers["senders"],
+        numbers["receivers"],
+        np.zeros((len(numbers["senders"]), 3)),
+    )
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(
+            edge_vectors(graph),
+            numbers["vectors"][np.argsort(numbers["receivers"], kind="stable")],
+        )
+        apply = jit(lambda params: network.apply(params, graph, capture_intermediates=True))
+        _, captured = jax.device_get(apply(params))
+    return numbers, captured["intermediates"]
+
+
+def by_irrep(array, irreps):
+    """Split (n, dim) in e3nn's layout into (n, 2l+1, channels) per irrep."""
+    start = 0
+    for mul, ir in e3nn.Irreps(irreps):
+        block = array[:, start : start + mul * ir.dim].reshape(-1, mul, ir.dim)
+        start += mul * ir.dim
+        yield ir, np.swapaxes(block, 1, 2)
+
+
+def test_nequip_features_are_the_published_ones(reference_data):
+    """Odd features know the sign of the edge vectors and the nonlinearity of 0o; energies don't."""
+    golden = reference_data / "golden"
+    potential = load_zip(golden / FILES["nequip"][0])
+    params = float64(potential.params)
+    for layer, modules in params["params"]["NequipBlock_0"].items():
+        if layer.startswith("NequipLayer"):
+            # The features were written with these kernels before they were made 30 times stronger.
+            modules["MLP_0"]["Dense_2"]["kernel"] /= 30
+    network = NequIP(potential.config, 15, 5.0, potential.avg_num_neighbors, all_features=True)
+    numbers, captured = aspirin_features(golden, "nequip", network, params)
+    irreps, seen = "64x0e + 64x0o + 32x1e + 32x1o + 4x2e + 4x2o", set()
+    for i in range(5):
+        [blocks] = captured["NequipBlock_0"][f"NequipLayer_{i}"]["__call__"]
+        expected = numbers[f"NequipBlock_0/NequipLayer_{i}/__call__"]
+        for block, (ir, array) in zip(blocks, by_irrep(expected, irreps), strict=True):
+            if block is None:
+                assert not array.any()
+                continue
+            seen.add(str(ir))
+            np.testing.assert_allclose(block, array, rtol=0, atol=1e-6 * np.abs(array).max())
+    assert seen == {"0e", "0o", "1e", "1o", "2e", "2o"}
+
+
+def test_mace_features_are_the_published_ones(reference_data):
+    """Odd features know the sign of the edge vectors; energies do not."""
+    golden = reference_data / "golden"
+    potential = load_zip(golden / FILES["mace"][0])
+    params = float64(potential.params)
+    numbers, captured = aspirin_features(golden, "mace", potential.network, params)
+    raw = numbers["MaceBlock_0/__call__"].reshape(21, -1).sum(axis=1)
+    np.testing.assert_allclose(captured["__call__"][0], raw, rtol=ENERGY_TOLERANCE)
+    [(_, features)] = captured["MaceBlock_0"]["layer_0"]["__call__"]
+    expected = numbers["MaceBlock_0/layer_0/__call__#1"]
+    irreps = "128x0e + 128x1o + 128x2e + 128x3o"
+    for ir, array in by_irrep(expected, irreps):
+        tolerance = 1e-6 * np.abs(array).max()
+        np.testing.assert_allclose(features[ir.l], array, rtol=0, atol=tolerance)
+
+
+SLIM = {
+    "mace": MACEConfig(num_channels=4),
+    "nequip": NequIPConfig(node_irreps="6x0e + 5x0o + 4x1e + 4x1o + 2x2e + 2x2o"),
+}
+CARD = {"mace": MACEConfig(), "nequip": NequIPConfig()}
+NUM_SPECIES, CUTOFF, AVG_NUM_NEIGHBORS, AVG_R_MIN = 5, 5.0, 14.375, 0.984375
+
+
+def random_periodic(seed=0):
+    """Nine atoms of five elements in a skew cell smaller than the cutoff, with its own edges."""
+    rng = np.random.default_rng(seed)
+    cell = np.array([[3.9, 0, 0], [0.7, 4.2, 0], [-0.5, 0.9, 4.4]])
+    fractions = np.array(list(np.ndindex(3, 3, 1)), float)[:9] / 3
+    positions = fractions @ cell + rng.uniform(-0.15, 0.15, (9, 3))
+    images = np.array(list(np.ndindex(5, 5, 5))) - 2
+    vectors = positions[None, :, None] - positions[:, None, None] + (images @ cell)[None, None]
+    lengths = np.linalg.norm(vectors, axis=-1)
+    senders, receivers, image = np.nonzero((lengths < CUTOFF) & (lengths > 0))
+    species = rng.integers(0, NUM_SPECIES, 9)
+    return graph_of(positions, cell, species, senders, receivers, images[image])
+
+
+def strong_weights(network, graph, seed=0):
+    """Random weights of the drawn spread; NequIP's radial networks as strong as trained ones."""
+    shapes = jax.eval_shape(network.init, jax.random.key(0), graph)
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = jax.tree_util.keystr(path)
+        weights = rng.standard_normal(leaf.shape)
+        if "MLP_0" in name:
+            weights *= 2.0 / np.sqrt(leaf.shape[0])
+        return weights * (10.0 if "Dense_2" in name and "MLP_0" in name else 1.0)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def reference_library(name, config):
+    """The network of the reference library with our face: apply(params, graph)."""
+    models_v1 = pytest.importorskip("mlip.models_v1")
+    from mlip.data.dataset_info import DatasetInfo
+
+    network_class = {"mace": models_v1.Mace, "nequip": models_v1.Nequip}[name]
+    fields = set(network_class.Config.model_fields)
+    values = {k: v for k, v in vars(config).items() if k in fields}
+    info = DatasetInfo(
+        atomic_energies_map={1: 0.0, 6: 0.0, 7: 0.0, 8: 0.0, 17: 0.0},
+        graph_cutoff_angstrom=CUTOFF,
+        avg_num_neighbors=AVG_NUM_NEIGHBORS,
+        avg_r_min_angstrom=AVG_R_MIN,
+    )
+    network = network_class(network_class.Config(**values), info)
+
+    def apply(params, graph):
+        inputs = edge_vectors(graph), graph.species, graph.senders, graph.receivers
+        return network.apply(params, *inputs)
+
+    return apply
+
+
+def our_network(config):
+    return build_network(
+        config,
+        num_species=NUM_SPECIES,
+        cutoff=CUTOFF,
+        avg_num_neighbors=AVG_NUM_NEIGHBORS,
+        avg_r_min=AVG_R_MIN,
+    )
+
+
+def deviations(result, expected):
+    """Largest deviations of energies, forces and stress, in units of their tolerances."""
+
+    def worst(a, b, tolerance):
+        return float(np.abs(a - b).max() / np.abs(b).max() / tolerance)
+
+    return {
+        "energies": worst(result.node_energies, expected.node_energies, ENERGY_TOLERANCE),
+        "forces": worst(result.forces, expected.forces, FORCE_TOLERANCE),
+        "stress": worst(result.stress, expected.stress, FORCE_TOLERANCE),
+    }
+
+
+# Paths (l1, l2, l3) that reach the energy of the cards' networks.
+PATHS = {"mace": ((1, 1, 0), (1, 2, 1), (2, 3, 3)), "nequip": ((1, 1, 0), (1, 2, 1), (2, 2, 1))}
+
+
+def only(coupling, chosen, *path):
+    """The coupling of one path, zero for the others."""
+    return coupling(*path) * (path == chosen)
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def live(request):
+    """Our network with adjustable harmonics and paths, and the reference library's numbers."""
+    name, config, graph = request.param, SLIM[request.param], random_periodic()
+    network = our_network(config)
+    params = strong_weights(network, graph)
+    harmonics, coupling, matrix = layers.spherical_harmonics, layers.coupling, nequip._coupling
+
+    def adjustable(params, degree_factors, path_factors):
+        factors = dict(zip(PATHS[name], path_factors, strict=True))
+
+        def scaled_harmonics(vectors, degrees):
+            return {l: degree_factors[l] * y for l, y in harmonics(vectors, degrees).items()}
+
+        def scaled_coupling(*path):
+            return factors.get(path, 1.0) * coupling(*path)
+
+        def scaled_matrix(plan, bundle):
+            total = matrix(plan, bundle)
+            for chosen, factor in factors.items():
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(layers, "coupling", functools.partial(only, coupling, chosen))
+                    total += (factor - 1) * matrix(plan, bundle)
+            return total
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layers, "spherical_harmonics", scaled_harmonics)
+            if name == "mace":
+                patch.setattr(layers, "coupling", scaled_coupling)
+            else:
+                patch.setattr(nequip, "_coupling", scaled_matrix)
+            return predict(network.apply, params, graph)
+
+    reference = reference_library(name, config)
+    with jax.enable_x64(True):
+        expected = jit(lambda params: predict(reference, params, graph))(params)
+    return name, params, jit(adjustable), jax.device_get(expected)
+
+
+def adjusted(live, degree=None, path=None):
+    name, params, evaluate, expected = live
+    degree_factors, path_factors = np.ones(4), np.ones(len(PATHS[name]))
+    if degree is not None:
+        degree_factors[degree] = 1.01
+    if path is not None:
+        path_factors[path] = 1.01
+    with jax.enable_x64(True):
+        return deviations(evaluate(params, degree_factors, path_factors), expected)
+
+
+def test_live_reference_library(live):
+    assert max(adjusted(live).values()) < 1.0
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3])
+def test_one_percent_in_one_harmonic_would_be_seen(live, degree):
+    if degree > SLIM[live[0]].l_max:
+        pytest.skip("the network has no harmonics of this degree")
+    assert min(adjusted(live, degree=degree).values()) > 100
+
+
+@pytest.mark.parametrize("path", [0, 1, 2])
+def test_one_percent_in_one_path_would_be_seen(live, path):
+    assert min(adjusted(live, path=path).values()) > 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_live_reference_library_at_card_size(name):
+    graph, network = random_periodic(), our_network(CARD[name])
+    params = strong_weights(network, graph)
+    reference = reference_library(name, CARD[name])
+    with jax.enable_x64(True):
+        expected = jit(lambda params: predict(reference, params, graph))(params)
+        result = jit(lambda params: predict(network.apply, params, graph))(params)
+    assert max(deviations(result, expected).values()) < 1.0
+    assert jnp.max(jnp.abs(expected.forces)) > 1e-3
