@@ -207,21 +207,34 @@ def test_padding_changes_nothing(potential, dtype, engine, monkeypatch):
 
 
 def test_few_compilations_for_a_growing_and_breathing_system():
-    """Every size from 1 to 60 atoms, then 30 densities of one: each rung is compiled once."""
+    """Every size from 1 to 20 atoms and back, then many densities: each rung is compiled once."""
     engine = Engine(pair_potential(info={"test": "compilations"}))
     assert engine.num_compilations == 0
-    positions, numbers, _, _ = crystal(4, 3.1)
-    for n in range(1, 61, 2):
+    positions, numbers, _, _ = crystal(3, 3.1)
+    for n in (*range(1, 21), *range(20, 0, -1)):
         engine.evaluate(positions[:n], numbers[:n])
     grown = engine.num_compilations
-    assert grown <= 20
-    for n in range(60, 0, -3):
-        engine.evaluate(positions[:n] + 0.1, numbers[:n])
-    assert engine.num_compilations <= grown + 4
-    before = engine.num_compilations
+    assert 3 <= grown <= 9
     for scale in np.linspace(1.0, 0.72, 15):  # about three times as many edges
         engine.evaluate(positions * scale, numbers)
-    assert engine.num_compilations - before <= 6
+    assert engine.num_compilations - grown <= 5
+
+
+def test_shapes_are_logarithmically_few(potential):
+    """From 1 to 20,000 atoms with 10 to 60 neighbours each: four shapes per doubling of size."""
+    runtime = engine_module._Runtime(potential, "float32", find_device(None))
+    rng = np.random.default_rng(0)
+    atoms = np.unique(np.geomspace(1, 20_000, 2000).astype(int))
+    for n in atoms:
+        sizes = runtime.sizes(int(n), 20 * int(n), 1, 1.05, None)
+        assert sizes.nodes > n
+        assert 20 * n <= sizes.edges <= max(1.6 * 20 * n, 32)
+    shapes = {runtime.sizes(int(n), 20 * int(n), 1, 1.05, None) for n in atoms}
+    assert len(shapes) < 100
+    breathing = {
+        runtime.sizes(1000, int(1000 * x), 1, 1.05, None).edges for x in rng.uniform(10, 60, 500)
+    }
+    assert len(breathing) <= 9
 
 
 def test_growth_is_logged_once(caplog):
