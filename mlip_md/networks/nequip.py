@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import typing
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -226,12 +227,12 @@ def _mix(
         Features by block of irreps_out; None where nothing feeds it or where it is not needed.
     """
     out: Blocks = [None] * len(irreps_out)
-    for ir in _irreps_of(irreps_out, needed):
+    for ir in sorted(_irreps_of(irreps_out, needed)):
         rows = [i for i, group in enumerate(groups) if group.ir == ir]
         columns = [o for o, block in enumerate(irreps_out) if block.ir == ir and needed[o]]
         if not rows:
             continue
-        x = jnp.concatenate([blocks[m] for i in rows for m in groups[i].members], axis=-1)
+        x = jnp.concatenate([_present(blocks, m) for i in rows for m in groups[i].members], axis=-1)
         matrix = jnp.concatenate(
             [jnp.concatenate([weights[i, o] for o in columns], axis=-1) for i in rows]
         )
@@ -244,6 +245,11 @@ def _mix(
         for o, part in zip(columns, _split(mixed, widths), strict=True):
             out[o] = part
     return out
+
+
+def _present(blocks: Blocks, index: int) -> jax.Array:
+    """A block that the plan computes."""
+    return typing.cast(jax.Array, blocks[index])
 
 
 def _split(x: jax.Array, widths: list[int]) -> list[jax.Array]:
@@ -410,7 +416,9 @@ def convolve(
         hidden = act(layers.perceptron(kernels[:-1], act, edges.basis))
         # Not every act(0) is 0, and a neighbour list may reach beyond the cutoff.
         weights = jnp.where(edges.inside, hidden, 0.0) @ kernels[-1]
-        gathered = {i: blocks[i][edges.senders] for i in {bundle[0].source for bundle in bundles}}
+        gathered = {
+            i: _present(blocks, i)[edges.senders] for i in {bundle[0].source for bundle in bundles}
+        }
         widths = [sum(p.channels for p in bundle) for bundle in bundles]
         return [
             _weighted(
@@ -544,8 +552,8 @@ class NequIPBlock(nn.Module):
             blocks = layer(blocks, species, edges, jnp.asarray(graph.receivers))
         half = Irreps([([mul for mul, ir in last.outputs if ir == SCALAR][-1] // 2, SCALAR)])
         inner = Linear(last.outputs, last.outputs_live, half, name="Linear_1")(blocks, (True,))
-        [energies] = Linear(half, (True,), Irreps("0e"), name="Linear_2")(inner, (True,))
-        return energies[:, 0, 0]
+        energies = Linear(half, (True,), Irreps("0e"), name="Linear_2")(inner, (True,))
+        return _present(energies, 0)[:, 0, 0]
 
     def _edges(self, graph: Graph) -> Edges:
         config, vectors = self.config, edge_vectors(graph)
@@ -563,7 +571,8 @@ class NequIP(nn.Module):
     """NequIP as in the published models: ``init(key, graph)``, ``apply(params, graph)``.
 
     An atom without neighbours has an energy of its own, which the residual path makes of its
-    species. Energies and forces go to zero smoothly at the cutoff.
+    species. Messages vanish smoothly at the cutoff (with sigmoid as the radial network's
+    nonlinearity, which is not 0 at 0, they end there abruptly).
 
     Attributes:
         config: hyperparameters.
