@@ -48,6 +48,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_ONLY_IN_JSON = ("recipe.", "units.", "data.statistics.", "data.batch")
+"""Parts of a potential's provenance that are long or said elsewhere in the table."""
+
 _USE, _MAKE, _LOOK = "Use a potential", "Make a potential", "Look at models"
 
 app.command("md", rich_help_panel=_USE)(md_command)
@@ -184,7 +187,9 @@ def _model_table(potential: Potential, name: str) -> Table:
     lines = [f"{symbol(z):<2} {energy:>18.6f}" for z, energy in energies]
     table.add_row("E0 (eV)", "\n".join(lines), end_section=True)
     for key, text in _flat(potential.info):
-        table.add_row(key, text)
+        if not key.startswith(_ONLY_IN_JSON):
+            table.add_row(key, text)
+    table.add_row("everything", "mlip-md show --json")
     return table
 
 
@@ -198,4 +203,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
 
 
 def _plain(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
