@@ -45,7 +45,7 @@ CONFIGS = {
         radial_net_n_hidden=16,
     ),
 }
-RADIAL_STRENGTH = {"mace": 2.0, "nequip": 8.0}
+RADIAL_STRENGTH = {"mace": 1.0, "nequip": 4.0}
 """Factor on the radial networks of random weights: forces of some eV/Å."""
 NAMES = (*CONFIGS, *(name for name in ("organics-gfn2",) if name in bundled.names()))
 
@@ -253,7 +253,7 @@ def crystal():
 
 def chain(subject, n):
     """A zigzag of n atoms in which only neighbours see each other."""
-    x = 0.68 * subject.cutoff * np.arange(n)
+    x = 0.58 * subject.cutoff * np.arange(n)
     y = 0.3 * (np.arange(n) % 2)
     return Atoms(np.resize([6, 8, 7, 6, 1], n), np.stack([x, y, 0 * x], axis=1))
 
@@ -502,8 +502,14 @@ def net_force_and_torque(subject, report):
             report.below("net torque", torque, subject.tolerance(1e-9, 1e-4))
 
 
-def central(energy, step):
-    return (energy(step) - energy(-step)) / (2 * step)
+STEP = 1e-4
+"""Å, or strain. Networks are so rough that an error of fourth order in it is needed."""
+
+
+def slope(function):
+    """Derivative at 0 from five points."""
+    near, far = (function(h) - function(-h) for h in (STEP, 2 * STEP))
+    return (8 * near - far) / (12 * STEP)
 
 
 @gate
@@ -514,11 +520,10 @@ def forces_are_minus_the_gradient(subject, report):
         for index in np.ndindex(len(atoms), 3):
             direction = np.zeros((len(atoms), 3))
             direction[index] = 1.0
-            slope = central(
-                lambda h: subject.evaluate(moved(atoms, h * direction)).energy,  # noqa: B023
-                1e-4,
+            gradient = slope(
+                lambda h: subject.evaluate(moved(atoms, h * direction)).energy  # noqa: B023
             )
-            report.below("force", result.forces[index] + slope, 1e-6)
+            report.below("force", result.forces[index] + gradient, 1e-6)
 
 
 @gate
@@ -530,12 +535,11 @@ def stress_is_the_derivative(subject, report):
             strain = np.zeros((3, 3))
             strain[a, b] += 0.5
             strain[b, a] += 0.5
-            slope = central(
-                lambda h: subject.evaluate(deformed(atoms, np.eye(3) + h * strain)).energy,  # noqa: B023
-                1e-4,
+            derivative = slope(
+                lambda h: subject.evaluate(deformed(atoms, np.eye(3) + h * strain)).energy  # noqa: B023
             )
-            report.below("stress", result.stress[a, b] - slope / volume, 1e-7)
-            report.below("stress", result.stress[b, a] - slope / volume, 1e-7)
+            report.below("stress", result.stress[a, b] - derivative / volume, 1e-7)
+            report.below("stress", result.stress[b, a] - derivative / volume, 1e-7)
             report.floor("smallest component", abs(result.stress[a, b]), 1e-5)
         report.floor("largest component", np.abs(result.stress).max(), 5e-3)
 
@@ -648,8 +652,8 @@ def jumps_in_a_molecule(subject, report):
     report.below("jump of E", (4 * fine - coarse)[0], 1e-9)
     report.below("jump of F", (4 * fine - coarse)[1:], 1e-7)
     report.below("jump of dF/dr", (4 * fine - coarse)[1:] / h, 1e-4)
-    slope = np.abs(crossing(h) - crossing(-h))[1:].max() / (2 * h)
-    report.floor("dF/dr", slope, 0.1)
+    stiffness = np.abs(crossing(h) - crossing(-h))[1:].max() / (2 * h)
+    report.floor("dF/dr", stiffness, 0.1)
     report.floor("d²F/dr²", np.abs(curvature).max(), 0.1)
 
 
@@ -674,12 +678,12 @@ def receptive_field(subject, report):
 def hessian_is_symmetric(subject, report):
     atoms = pair()
     n = 3 * len(atoms)
-    hessian = np.zeros((n, n))
-    h = 1e-4
-    for row, direction in enumerate(np.eye(n).reshape(n, -1, 3)):
-        up, down = (subject.evaluate(moved(atoms, s * h * direction)).forces for s in (1, -1))
-        hessian[row] = (down - up).ravel() / (2 * h)
-    report.below("asymmetry", hessian - hessian.T, 1e-5)
+    rows = [
+        -slope(lambda h: subject.evaluate(moved(atoms, h * direction)).forces)  # noqa: B023
+        for direction in np.eye(n).reshape(n, -1, 3)
+    ]
+    hessian = np.array(rows).reshape(n, n)
+    report.below("asymmetry", hessian - hessian.T, 1e-6)
     report.below("translation", hessian.reshape(n, -1, 3).sum(axis=1), 1e-8)
     report.floor("largest curvature", np.abs(hessian).max(), 1.0)
     report.floor("coupling of the molecules", np.abs(hessian[:9, 9:]).max(), 1e-3)
