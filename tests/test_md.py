@@ -99,6 +99,9 @@ def test_nve_conserves_energy(cluster, tmp_path, engine):
     assert np.ptp(log["kinetic_eV"]) > 0.1  # energy flows...
     assert np.ptp(log["conserved_eV"]) < 0.01 * np.ptp(log["kinetic_eV"])  # ...and is kept
     np.testing.assert_allclose(log["temperature_K"][0], 300.0, rtol=0.02)
+    free = 3 * 27 - 6  # momentum and angular momentum are zero and stay so
+    temperatures = 2 * log["kinetic_eV"] / (free * ase.units.kB)
+    np.testing.assert_allclose(log["temperature_K"], temperatures, rtol=1e-6)
     frames = ase.io.read(folder / report.TRAJECTORY_ASE, ":")
     momentum = frames[-1].get_momenta()
     assert np.abs(momentum.sum(axis=0)).max() < 1e-3 * np.abs(momentum).max()
@@ -183,6 +186,8 @@ def test_restart_drops_what_was_written_after_the_restart_point(cluster, tmp_pat
     trajectory = mdtraj.load(folder / report.TRAJECTORY, top=folder / report.TOPOLOGY)
     assert trajectory.n_frames == 7
     assert (folder / report.LOG).read_bytes().startswith(whole[report.LOG])
+    header = (folder / report.TRAJECTORY).read_bytes()[8:12]
+    assert int.from_bytes(header, "little") == 7
 
 
 def test_seeds(cluster, tmp_path):
