@@ -1,0 +1,70 @@
+"""The bundled potential does what its card says, on structures made here."""
+
+import numpy as np
+import pytest
+from ase import Atoms, units
+from ase.build import molecule
+from ase.calculators.calculator import Calculator
+
+import mlip_md
+from mlip_md import bundled
+from mlip_md.integrations.ase import MLIPCalculator
+
+NAME = "organics-gfn2"
+UNSEEN = ("CC(C)CC(NC(C)=O)C(=O)NC", "O=S1(=O)CCNC1", "CC(=O)Nc1cc(F)ccc1O", "CP(C)(=O)CF")
+
+
+@pytest.fixture(scope="module")
+def calculator() -> Calculator:
+    return MLIPCalculator(NAME)
+
+
+def test_file_is_small_and_describes_itself():
+    potential = mlip_md.load(NAME)
+    assert NAME in bundled.names()
+    assert bundled.path(NAME).stat().st_size <= 3_000_000
+    assert [int(z) for z in potential.elements] == [1, 6, 7, 8, 9, 15, 16, 17, 35]
+    card = bundled.path(NAME).with_suffix(".md").read_text()
+    for fact in ("GFN2-xTB", "not DFT", "mlip-md make-dataset", "seed", "held-out", "Not for"):
+        assert fact in card
+    assert potential.sha256 in card  # the numbers in the card are of this very file
+
+
+def strained_conformer(smiles: str, seed: int) -> Atoms:
+    chem = pytest.importorskip("rdkit.Chem")
+    from rdkit.Chem import AllChem
+
+    mol = chem.AddHs(chem.MolFromSmiles(smiles))
+    AllChem.EmbedMolecule(mol, randomSeed=seed)
+    AllChem.MMFFOptimizeMolecule(mol)
+    positions = mol.GetConformer().GetPositions()
+    positions += 0.03 * np.random.default_rng(seed).normal(size=positions.shape)
+    return Atoms([a.GetAtomicNum() for a in mol.GetAtoms()], positions)
+
+
+def gfn2(atoms: Atoms) -> tuple[float, np.ndarray]:
+    interface = pytest.importorskip("tblite.interface")
+    xtb = interface.Calculator("GFN2-xTB", atoms.numbers, atoms.positions / units.Bohr)
+    xtb.set("verbosity", 0)
+    result = xtb.singlepoint()
+    return result["energy"] * units.Hartree, -result["gradient"] * units.Hartree / units.Bohr
+
+
+@pytest.mark.parametrize("smiles", UNSEEN)
+def test_imitates_its_teacher_on_unseen_molecules(calculator, smiles):
+    atoms = strained_conformer(smiles, seed=3)
+    atoms.calc = calculator
+    energy, forces = gfn2(atoms)
+    assert np.abs(forces).mean() > 0.5  # eV/Å: something to imitate
+    assert np.abs(atoms.get_forces() - forces).mean() < 0.15 * np.abs(forces).mean()
+    assert abs(atoms.get_potential_energy() - energy) / len(atoms) < 0.03
+
+
+def test_water_has_its_shape(calculator):
+    from ase.optimize import BFGS
+
+    water = molecule("H2O")
+    water.calc = calculator
+    BFGS(water, logfile=None).run(fmax=0.01, steps=50)
+    assert water.get_distance(0, 1) == pytest.approx(0.96, abs=0.02)  # GFN2-xTB: 0.959 Å
+    assert water.get_angle(1, 0, 2) == pytest.approx(107.0, abs=4.0)  # GFN2-xTB: 107°
