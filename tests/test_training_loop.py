@@ -156,6 +156,7 @@ def test_validation_uses_averaged_weights_and_at_the_start_the_first_ones(finish
 def test_an_interrupted_run_ends_with_the_same_bits(finished, recipe, data, tmp_path):
     """SIGTERM in the middle of epoch 1, a crash in epoch 2, Ctrl-C in epoch 3, then to the end."""
     straight, _, _ = finished
+    handler = signal.getsignal(signal.SIGINT)
 
     class CrashError(Exception):
         pass
@@ -190,7 +191,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(finished, recipe, data, tmp_
         }
     steps = [event["step"] for event in events(tmp_path) if event["event"] == "step"]
     assert steps == sorted(set(steps))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_a_damaged_checkpoint_costs_steps_but_no_bits(finished, recipe, data, tmp_path):
