@@ -14,11 +14,11 @@ def make_dataset_command(
     method: Annotated[
         Literal["gfn2", "wb97m-d3bj"],
         typer.Option(
-            help="gfn2 (minutes; extra [data]) or wb97m-d3bj (weeks of CPU; extra [data,wb97m])."
+            help="gfn2 (half an hour; extra data) or wb97m-d3bj (weeks; extras data, wb97m)."
         ),
     ] = "gfn2",
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes of one thread each [default: all cores].")
+        int | None, typer.Option(min=1, help="Processes of one thread each. Default: all cores.")
     ] = None,
     scale: Annotated[float, typer.Option(help="Factor on the size of the data set.")] = 1.0,
     subset: Annotated[
