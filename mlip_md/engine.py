@@ -429,10 +429,8 @@ class Engine:
             CapacityError: if there are too many neighbours.
         """
         structure = _check(self.potential, positions, atomic_numbers, cell, pbc)
-        size = ladder(len(structure.species) + 1)
-        images = plan_images(self.spec.cutoff, structure.cell, structure.pbc, shrink=1.0)
-        if choose_backend(self.spec.backend, self.device.platform, size, images) == "dense":
-            return self._evaluate_searching(structure, images)
+        if self._searches_on_device(structure):
+            return self._evaluate_searching(structure)
         return self._evaluate_listed([self._with_edges(structure)])[0]
 
     def evaluate_batch(self, structures: Sequence[Structure]) -> list[Result]:
@@ -459,6 +457,17 @@ class Engine:
         shared = totals.max(axis=0, initial=0).tolist()  # one shape: one compilation
         return [result for group in groups for result in self._evaluate_listed(group, shared)]
 
+    def _images(self, structure: _Prepared) -> Images:
+        return plan_images(self.spec.cutoff, structure.cell, structure.pbc, shrink=1.0)
+
+    def _searches_on_device(self, structure: _Prepared) -> bool:
+        """Whether the structure's edges are found on the device instead of the host."""
+        backend, platform = self.spec.backend, self.device.platform
+        if backend == "vesin" or (backend == "auto" and platform == "cpu"):
+            return False
+        size = ladder(len(structure.species) + 1)
+        return choose_backend(backend, platform, size, self._images(structure)) == "dense"
+
     def _with_edges(self, structure: _Prepared) -> _Prepared:
         """The structure with its exact list; refuses coincident atoms by name."""
         edges = host_edges(structure.positions, structure.cell, structure.pbc, self.spec.cutoff)
@@ -477,10 +486,10 @@ class Engine:
         output = self._runtime.run(floats, integers, sizes, None)
         return _results(self.potential, structures, output.values, sizes)
 
-    def _evaluate_searching(self, structure: _Prepared, images: Images) -> Result:
+    def _evaluate_searching(self, structure: _Prepared) -> Result:
         """Result of a structure whose edges are searched on the device, in the same call."""
         pbc = (bool(structure.pbc[0]), bool(structure.pbc[1]), bool(structure.pbc[2]))
-        search = Search(self.spec.cutoff, pbc, images)
+        search = Search(self.spec.cutoff, pbc, self._images(structure))
         key = (ladder(len(structure.species) + 1), search)
         edges = self._recent_edges.get(key)
         if edges is None:

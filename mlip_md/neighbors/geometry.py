@@ -132,14 +132,3 @@ def wrap(positions: Float64, cell: Float64, pbc: Bool) -> tuple[Float64, NDArray
     counts = np.floor(positions @ dual_vectors(vectors).T)
     offsets[:, pbc] = counts
     return positions - counts @ vectors, offsets
-
-
-def complete_cell(cell: Float64, pbc: Bool) -> Float64:
-    """The cell with vectors of open axes replaced by unit vectors normal to the periodic ones."""
-    if pbc.all():
-        return cell
-    if not pbc.any():
-        return np.eye(3)
-    completed = cell.copy()
-    completed[~pbc] = np.linalg.svd(cell[pbc], full_matrices=True)[2][pbc.sum() :]
-    return completed

@@ -16,14 +16,13 @@ from mlip_md.neighbors.geometry import (
     check_cell,
     check_cutoff,
     check_positions,
-    complete_cell,
     plane_spacings,
 )
 
 MOST_EDGES = 2**31 - 1
 """Edges are counted and indexed in int32 on the device."""
 
-_SERIAL_BELOW = 1000  # atoms; starting threads costs more than it saves
+_SERIAL_BELOW = 5000  # atoms; threads that wait for each other cost more than they save
 
 
 class HostEdges(NamedTuple):
@@ -71,9 +70,8 @@ def host_edges(positions: Float64, cell: Float64, pbc: Bool, cutoff: float) -> H
     search = vesin.NeighborList(
         cutoff=cutoff, full_list=True, n_threads=1 if len(positions) < _SERIAL_BELOW else 0
     )
-    pairs, shifts, lengths = search.compute(
-        positions, complete_cell(cell, pbc), pbc, "PSd", copy=False
-    )
+    # It never reads the vectors of open axes.
+    pairs, shifts, lengths = search.compute(positions, cell, pbc, "PSd", copy=False)
     # A full list holds the reverse of every pair, so reading pairs backwards gives the same list.
     receivers = pairs[:, 0].astype(np.uint16 if len(positions) <= 2**16 else np.int32)
     order = np.argsort(receivers, kind="stable")  # a radix sort for 16 bits
