@@ -488,7 +488,7 @@ def isolated_atom(subject, report):
         apart = subject.evaluate(Atoms([number, 6], [[0, 0, 0], [0, 0, 1.001 * subject.cutoff]]))
         report.below("beyond the cutoff", apart.energy - alone[number] - alone[6], 1e-9)
         close = subject.evaluate(Atoms([number, 6], [[0, 0, 0], [0, 0, 1.3]]))
-        report.floor("energy of a bond", abs(close.energy - alone[number] - alone[6]), 0.05)
+        report.floor("energy of a bond", abs(close.energy - alone[number] - alone[6]), 1e-3)
 
 
 @gate(single=True)
@@ -540,7 +540,7 @@ def stress_is_the_derivative(subject, report):
             )
             report.below("stress", result.stress[a, b] - derivative / volume, 1e-7)
             report.below("stress", result.stress[b, a] - derivative / volume, 1e-7)
-            report.floor("smallest component", abs(result.stress[a, b]), 1e-5)
+            report.floor("smallest component", abs(result.stress[a, b]), 2e-6)
         report.floor("largest component", np.abs(result.stress).max(), 5e-3)
 
 
@@ -709,9 +709,9 @@ def verlet(subject, atoms, velocities, step, n_steps):
 def dynamics(subject, report):
     """Energy fluctuates with the square of the time step, and time can be turned back."""
     atoms = pair()
-    masses = atoms.get_masses()[:, None]
-    velocities = np.random.default_rng(5).normal(size=(6, 3)) * np.sqrt(kB * 300.0 / masses)
-    step, n_steps = 0.25 * fs, 200
+    atoms.set_masses(6 * [12.0])  # random weights would throw hydrogen about
+    velocities = np.random.default_rng(5).normal(size=(6, 3)) * np.sqrt(kB * 300.0 / 12.0)
+    step, n_steps = 0.2 * fs, 200
     there, final, total, kinetic = verlet(subject, atoms, velocities, step, n_steps)
     _, _, finer, _ = verlet(subject, atoms, velocities, step / 2, 2 * n_steps)
     back, _, _, _ = verlet(subject, there, -final, step, n_steps)
