@@ -750,7 +750,7 @@ def check(gate, subject, record_property):
     report = Report()
     gate(subject, report)
     for what, (value, _) in {**report.deviations, **report.floors}.items():
-        record_property(what, value)
+        record_property(what, float(value))
     assert report.deviations or report.floors
     assert not report.failures()
 
