@@ -613,9 +613,9 @@ def smooth_at_the_cutoff(subject, report):
     report.floor("force 0.5 Å inside", force, 1e-4)
     if not subject.double:
         return
-    outer, inner = depth(0.12), depth(0.06)
-    report.floor("order of the energy", np.log2(outer[0] / inner[0]), 2.9)
-    report.floor("order of the force", np.log2(outer[1] / inner[1]), 1.9)
+    order = np.log2(depth(0.12)) - np.log2(depth(0.06))
+    report.floor("order of the energy", order[0], 2.9)
+    report.floor("order of the force", order[1], 1.9)
     jumps_in_a_molecule(subject, report)
 
 
