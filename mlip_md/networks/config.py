@@ -47,6 +47,8 @@ def _check_node_irreps(value: object) -> None:
             "64x0e + 32x1o + 4x2e"
         ) from error
     _require(all(mul > 0 for mul, _ in irreps), "node_irreps", value, "without empty blocks")
+    distinct = len({ir for _, ir in irreps}) == len(irreps)
+    _require(distinct, "node_irreps", value, "irreps with one block of each; add their channels")
     # Energies come from half of the last 0e block, as in the published models.
     scalars = [mul for mul, ir in irreps if ir == "0e"]
     allowed = "irreps whose last 0e block has at least 2 channels: energies are read from it"
