@@ -50,8 +50,9 @@ def strained(graph: Graph, strain: jax.Array) -> Graph:
     """Deform positions and cells by symmetric strains ε (n_graphs, 3, 3): r -> r (1 + ε)."""
     symmetric = 0.5 * (strain + jnp.swapaxes(strain, 1, 2))
     positions = jnp.asarray(graph.positions)
-    positions = positions + jnp.einsum("ni,nij->nj", positions, symmetric[graph.node_graph])
-    cell = graph.cell + jnp.einsum("gai,gij->gaj", graph.cell, symmetric)
+    node_strain = symmetric[graph.node_graph]
+    positions = positions + jnp.einsum("ni,nij->nj", positions, node_strain, precision="highest")
+    cell = graph.cell + jnp.einsum("gai,gij->gaj", graph.cell, symmetric, precision="highest")
     return dataclasses.replace(graph, positions=positions, cell=cell)
 
 
