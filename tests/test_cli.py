@@ -197,7 +197,7 @@ import sys
 sys.argv = ["mlip-md", "show", "x"]
 def wait(model):
     print("waiting", flush=True)
-    time.sleep(60)
+    time.sleep(240)
 mlip_md.load = wait
 main()
 """
@@ -207,6 +207,6 @@ main()
     assert child.stdout is not None
     assert child.stdout.readline() == "waiting\n"
     child.send_signal(signal.SIGINT)
-    _, err = child.communicate(timeout=60)
+    _, err = child.communicate(timeout=300)
     assert child.returncode == 130
     assert err == "Interrupted.\n"

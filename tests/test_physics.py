@@ -715,15 +715,15 @@ def dynamics(subject, report):
     atoms = pair()
     atoms.set_masses(6 * [12.0])  # random weights would throw hydrogen about
     velocities = np.random.default_rng(5).normal(size=(6, 3)) * np.sqrt(kB * 300.0 / 12.0)
-    step, n_steps = 0.1 * fs, 400
+    step, n_steps = 0.02 * fs, 500
     there, final, total, kinetic = verlet(subject, atoms, velocities, step, n_steps)
     _, _, finer, _ = verlet(subject, atoms, velocities, step / 2, 2 * n_steps)
     back, _, _, _ = verlet(subject, there, -final, step, n_steps)
     ratio = (total - total[0]).std() / (finer[::2] - finer[0]).std()
     report.below("ratio of fluctuations - 4", ratio - 4.0, 0.5)
     report.below("time reversal", back.positions - atoms.positions, 1e-9)
-    report.floor("exchange with kinetic energy", np.ptp(kinetic), 0.05)
-    report.floor("path", np.abs(there.positions - atoms.positions).max(), 0.1)
+    report.floor("exchange with kinetic energy", np.ptp(kinetic), 0.02)
+    report.floor("path", np.abs(there.positions - atoms.positions).max(), 0.03)
 
 
 def padding(subject, report):
