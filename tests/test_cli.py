@@ -189,7 +189,7 @@ def test_text_that_looks_like_markup_is_printed_as_it_is(run):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-def test_ctrl_c_from_outside():
+def test_ctrl_c_from_outside(interruptible):
     code = """
 import time, mlip_md
 from mlip_md.cli import main

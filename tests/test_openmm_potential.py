@@ -308,7 +308,7 @@ def test_non_finite_values_stop_the_simulation(model, molecule):
             force(State(molecule.positions / 10))
 
 
-def test_control_c_inside_the_potential(model, molecule):
+def test_control_c_inside_the_potential(model, molecule, interruptible):
     force = _ml_force(model, molecule)
 
     def slow(positions, box):
