@@ -19,7 +19,7 @@ import typer
 import mlip_md
 from mlip_md import errors
 from mlip_md.integrations.cli import md_command, minimize_command
-from mlip_md.trainer.cli import evaluate_command, train_command
+from mlip_md.trainer.cli import check_command, evaluate_command, prepare_command, train_command
 from mlip_md.trainer.generate.command import make_dataset_command
 
 if TYPE_CHECKING:
@@ -56,7 +56,9 @@ _USE, _MAKE, _LOOK = "Use a potential", "Make a potential", "Look at models"
 app.command("md", rich_help_panel=_USE)(md_command)
 app.command("minimize", rich_help_panel=_USE)(minimize_command)
 app.command("train", rich_help_panel=_MAKE)(train_command)
+app.command("check", rich_help_panel=_MAKE)(check_command)
 app.command("evaluate", rich_help_panel=_MAKE)(evaluate_command)
+app.command("prepare", rich_help_panel=_MAKE)(prepare_command)
 app.command("make-dataset", rich_help_panel=_MAKE)(make_dataset_command)
 
 

@@ -11,7 +11,7 @@ from pair_potential import PairPotential, pair_potential
 from training_cases import E0, molecules, small_recipe, write_data_set
 from typer.testing import CliRunner
 
-from mlip_md.errors import ConfigError
+from mlip_md.errors import ConfigError, DataError
 from mlip_md.trainer import cli
 from mlip_md.trainer.config import dump_resolved, load_recipe
 from mlip_md.trainer.data import Structure
@@ -113,15 +113,17 @@ def test_pictures_are_drawn_without_a_global_backend(potential, labeled, tmp_pat
 
 
 def test_commands_check_and_prepare(tmp_path):
-    import typer
+    from mlip_md.cli import app
 
     recipe = tmp_path / "train.yaml"
     path = write_data_set(tmp_path / "set.hdf5")
     resolved = small_recipe(path).plain()
     recipe.write_text(json.dumps(resolved))
-    app = typer.Typer()
-    app.command()(cli.prepare_command)
-    result = CliRunner().invoke(app, [str(recipe), str(tmp_path / "prepared")])
+    result = CliRunner().invoke(app, ["check", str(recipe), "--deep"])
+    assert result.exit_code == 0, result.output
+    for part in ("48 train, 6 validation, 6 test", "E0 (", "neighbors per atom", "working_bytes"):
+        assert part in result.output
+    result = CliRunner().invoke(app, ["prepare", str(recipe), str(tmp_path / "prepared")])
     assert result.exit_code == 0, result.output
     assert "48 train, 6 validation, 6 test" in result.output
     from mlip_md.trainer.dataset import load_data
@@ -132,6 +134,35 @@ def test_commands_check_and_prepare(tmp_path):
     other = load_recipe(str(recipe), [f"data.path={tmp_path / 'prepared'}", "data.cutoff=3.0"])[0]
     with pytest.raises(ConfigError, match=r"prepared with a cutoff of 4\.0"):
         load_data(other)
+
+
+def test_labels_of_other_names_and_unusable_structures(tmp_path):
+    """The recipe names the labels of an extxyz file and what to do with structures without them."""
+    from ase.build import molecule
+
+    from mlip_md.trainer.dataset import load_data
+
+    frames = []
+    for k in range(12):
+        atoms = molecule("H2O")
+        atoms.rattle(0.03, seed=k)
+        atoms.info.update(dft_energy=-10.0 + k, smiles=f"water {k}")
+        atoms.arrays["dft_forces"] = np.full((3, 3), 0.01 * k)
+        frames.append(atoms)
+    frames[5].arrays["dft_forces"][1] = np.nan
+    write(tmp_path / "set.xyz", frames, format="extxyz")
+    keys = {"energy_key": "dft_energy", "forces_key": "dft_forces", "curate": None}
+
+    def load(**changes):
+        data = {"path": str(tmp_path / "set.xyz"), **changes}
+        return load_data(small_recipe("x", data=data))
+
+    with pytest.raises(DataError, match="no energy under REF_energy or energy or Energy"):
+        load()
+    with pytest.raises(DataError, match=r"\[5\].*(NaN|finite)"):
+        load(**keys)
+    data = load(**keys, on_bad="skip")
+    assert sum(len(part) for part in data.parts().values()) == 11
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,9 @@ class DataConfig(Section):
         batch_size: most structures in a batch. Batches are padded to batch_size·max_n_node + 1
             nodes, 2·batch_size·max_n_edge edges and batch_size + 1 structures.
         on_oversize: what to do with a structure that fits into no batch.
+        on_bad: what to do with a structure without usable labels: "skip" leaves it out and logs it.
+        energy_key: extxyz: name of the energy; null tries REF_energy, energy, Energy.
+        forces_key: extxyz: name of the forces, likewise.
     """
 
     path: str | list[str] = ""
@@ -215,6 +218,9 @@ class DataConfig(Section):
     max_n_edge: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=16, ge=1)
     on_oversize: Literal["error", "drop"] = "error"
+    on_bad: Literal["error", "skip"] = "error"
+    energy_key: str | None = None
+    forces_key: str | None = None
 
 
 class TrainConfig(Section):

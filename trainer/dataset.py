@@ -190,6 +190,9 @@ def prepare_data(recipe: Recipe, folder: Path | None = None) -> PreparedData:
         split=rule,
         curate=None if config.curate is None else _filters(config.curate),
         atomic_energies=recipe.network.atomic_energies,
+        on_bad=config.on_bad,
+        energy_key=config.energy_key,
+        forces_key=config.forces_key,
         folder=folder,
     )
 

@@ -39,7 +39,8 @@ class RunLog:
             self._echo(text)
 
     def event(self, kind: str, **values: Any) -> None:
-        """Append one JSON object to ``events.jsonl``."""
+        """Append one JSON object to ``events.jsonl``; NaN, which JSON has not, becomes null."""
+        values = {key: None if value != value else value for key, value in values.items()}
         with open(self.events, "a", encoding="utf-8") as stream:
             stream.write(json.dumps({"event": kind, **values}) + "\n")
 

@@ -442,9 +442,13 @@ def _identity(recipe: Recipe, data: TrainingData) -> dict[str, Any]:
 
 def _epoch_line(row: Mapping[str, float]) -> str:
     meV = 1000.0
-    return (
-        f"epoch {row['epoch']:4d}  step {row['step']:8d}  loss {row['loss']:10.4g}  "
+    errors = (
         f"energy {meV * row['validation_energy_rmse_per_atom']:8.3f} meV/atom  "
-        f"forces {meV * row['validation_forces_rmse']:8.2f} meV/Å (rmse)  "
+        f"forces {meV * row['validation_forces_rmse']:8.2f} meV/Å (rmse)"
+    )
+    if row["epoch"] == 0:
+        return f"epoch    0  before training: {errors}"
+    return (
+        f"epoch {row['epoch']:4d}  step {row['step']:8d}  loss {row['loss']:10.4g}  {errors}  "
         f"{row['structures_per_second']:7.1f} structures/s"
     )

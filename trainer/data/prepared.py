@@ -74,6 +74,8 @@ def prepare(
     atomic_energies: AtomicEnergies = "average",
     on_rank_deficient: str = "warn",
     on_bad: str = "error",
+    energy_key: str | None = None,
+    forces_key: str | None = None,
     folder: str | Path | None = None,
 ) -> PreparedData:
     """Read, curate and split files, and make the graphs of all parts.
@@ -92,6 +94,8 @@ def prepare(
         atomic_energies: "average", "zero" or a map of atomic number to eV.
         on_rank_deficient: "warn" or "error", see ``compute_statistics``.
         on_bad: "error", or "skip" for unusable structures.
+        energy_key: extxyz: name of the energy; None tries the usual ones.
+        forces_key: extxyz: name of the forces, likewise.
         folder: new folder for ``open_prepared``; None keeps everything in memory.
 
     Returns:
@@ -110,7 +114,8 @@ def prepare(
         "split": {**dataclasses.asdict(rule), "fractions": [float(x) for x in rule.fractions]},
         "curate": None if curate is None else dict(curate),
     }
-    reading = _Reading(sources, filters, on_bad, rule.marks)
+    how = {"on_bad": on_bad, "energy_key": energy_key, "forces_key": forces_key}
+    reading = _Reading(sources, filters, how, rule.marks)
     if folder is None:
         store = GraphStore.from_structures(reading.structures(), cutoff)
         return _parted(store, reading, rule, settings, atomic_energies, on_rank_deficient)
@@ -165,8 +170,10 @@ def _paths(paths: Paths) -> list[Path]:
 class _Reading:
     """Structures of all files, one after the other; notes the part of each that was kept."""
 
-    def __init__(self, sources: list[list[Path]], filters: Filters, on_bad: str, marks: bool):
-        self.sources, self.filters, self.on_bad, self.marks = sources, filters, on_bad, marks
+    def __init__(
+        self, sources: list[list[Path]], filters: Filters, how: Mapping[str, Any], marks: bool
+    ):
+        self.sources, self.filters, self.how, self.marks = sources, filters, how, marks
         self.part: list[int] = []  # of each kept structure; -1: to be split
         self.reports: dict[str, CurationReport] = {}
 
@@ -175,7 +182,7 @@ class _Reading:
         for part, paths in enumerate(self.sources):
             for path in paths:
                 counts = FilterCounts()
-                read = iterate(path, on_bad=self.on_bad, seen=seen)
+                read = iterate(path, seen=seen, **self.how)
                 for structure in apply_filters(read, self.filters, counts):
                     self.part.append(self._part(structure, part))
                     yield structure
