@@ -58,7 +58,7 @@ def drift(calculator, picoseconds=10.0, timestep=0.5):
 @pytest.mark.parametrize(("dtype", "limit"), [("float64", 0.01), ("float32", 0.1)])
 def test_energy_does_not_drift(dtype, limit, record_property):
     slope, relative = drift(MLIPCalculator("organics-gfn2", dtype=dtype))
-    record_property("meV/atom/ps", slope)
+    record_property("meV/atom/ps", float(slope))
     assert abs(slope) < limit
     assert relative < 1.0
 
@@ -80,7 +80,7 @@ def test_temperature_distribution(record_property):
     dynamics.run(80_000)
     freedom, kT = 3 * len(atoms), units.kB * TEMPERATURE
     mean, variance = np.mean(kinetic) / (freedom / 2 * kT), np.var(kinetic) / (freedom / 2 * kT**2)
-    record_property("mean", mean)
-    record_property("variance", variance)
+    record_property("mean", float(mean))
+    record_property("variance", float(variance))
     assert mean == pytest.approx(1.0, abs=0.01)
     assert variance == pytest.approx(1.0, abs=0.1)
