@@ -97,7 +97,9 @@ def test_the_evaluate_command_prints_and_writes(potential, labeled, tmp_path, mo
     assert f"{1000 * expected['forces_rmse']:.3f}" in result.output
 
 
-def test_pictures_are_drawn_without_a_global_backend(potential, labeled, tmp_path):
+def test_pictures_are_drawn_without_a_global_backend(potential, labeled, tmp_path, monkeypatch):
+    # Other tests of this process may have loaded it.
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
     rows = [
         {"epoch": e, "stage": 1 + (e > 2), "loss": 1.0 / (e + 1),
          "validation_energy_rmse_per_atom": 0.1, "validation_forces_rmse": 0.2}
