@@ -8,7 +8,6 @@ import functools
 
 import e3nn_jax as e3nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -185,7 +184,7 @@ def test_mace_features_are_the_published_ones(reference_data):
     irreps = "128x0e + 128x1o + 128x2e + 128x3o"
     for ir, array in by_irrep(expected, irreps):
         tolerance = 1e-6 * np.abs(array).max()
-        np.testing.assert_allclose(features[ir.l], array, rtol=0, atol=tolerance)
+        np.testing.assert_allclose(features[ir], array, rtol=0, atol=tolerance)
 
 
 SLIM = {
@@ -356,4 +355,4 @@ def test_live_reference_library_at_card_size(name):
         expected = jit(lambda params: predict(reference, params, graph))(params)
         result = jit(lambda params: predict(network.apply, params, graph))(params)
     assert max(deviations(result, expected).values()) < 1.0
-    assert jnp.max(jnp.abs(expected.forces)) > 1e-3
+    assert np.abs(expected.forces).max() > 1e-3

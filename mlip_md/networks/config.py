@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -17,8 +18,11 @@ from e3nn_jax import Irreps
 
 from mlip_md.errors import ConfigError
 
-ACTIVATIONS = ("silu", "swish", "elu", "relu", "tanh", "sigmoid")
+ACTIVATIONS = ("silu", "swish", "elu", "relu", "tanh", "sigmoid", "none")
 RADIAL_ENVELOPES = ("polynomial_envelope", "soft_envelope")
+
+MAX_MONOMIALS = 10_000
+"""Products of feature components that MACE's product basis may have in its highest order."""
 
 AtomicEnergies = str | Mapping[int, float] | None
 
@@ -33,26 +37,38 @@ def _check_integer(name: str, value: object, minimum: int) -> None:
     _require(valid, name, value, f"an integer of at least {minimum}")
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    _require(value in choices, name, value, "one of " + ", ".join(choices))
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    _require(value in choices, name, value, "one of " + ", ".join(map(str, choices)))
 
 
 def _check_node_irreps(value: object) -> None:
     """Irreps that can be read, without empty blocks, and with scalars to read energies from."""
-    try:
-        irreps = Irreps(value)
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ConfigError(
-            f"node_irreps = {value!r} cannot be read; write channels x degree parity, such as "
-            "64x0e + 32x1o + 4x2e"
-        ) from error
+    irreps = _irreps("node_irreps", value)
     _require(all(mul > 0 for mul, _ in irreps), "node_irreps", value, "without empty blocks")
-    distinct = len({ir for _, ir in irreps}) == len(irreps)
-    _require(distinct, "node_irreps", value, "irreps with one block of each; add their channels")
     # Energies come from half of the last 0e block, as in the published models.
     scalars = [mul for mul, ir in irreps if ir == "0e"]
     allowed = "irreps whose last 0e block has at least 2 channels: energies are read from it"
     _require(bool(scalars) and scalars[-1] >= 2, "node_irreps", value, allowed)
+
+
+def _irreps(name: str, value: Any) -> Irreps:
+    try:
+        return Irreps(value)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"{name} = {value!r} cannot be read; write channels x degree parity, such as "
+            "64x0e + 32x1o + 4x2e"
+        ) from error
+
+
+def _check_readout_irreps(value: tuple[Any, ...]) -> None:
+    """A hidden layer of scalars, whatever their blocks, and one energy."""
+    name = "readout_irreps"
+    _require(len(value) == 2, name, value, "of two entries, such as 16x0e and 0e")
+    hidden, output = (_irreps(name, part) for part in value)
+    scalars = hidden.dim > 0 and {str(ir) for _, ir in hidden} == {"0e"}
+    _require(scalars, name, value, "scalars such as 16x0e in the hidden layer")
+    _require(output == Irreps("0e"), name, value, "0e in the output layer, one energy")
 
 
 def _check_positive_or_none(name: str, value: object) -> None:
@@ -120,6 +136,7 @@ class MACEConfig:
             _check_integer(name, getattr(self, name), 1)
         _check_integer("l_max", self.l_max, 0)
         _require(self.correlation <= 4, "correlation", self.correlation, "1, 2, 3 or 4")
+        self._check_product_basis()
         if self.node_symmetry is not None:
             _check_integer("node_symmetry", self.node_symmetry, 0)
             _require(
@@ -129,14 +146,29 @@ class MACEConfig:
                 f"at most l_max = {self.l_max}",
             )
         object.__setattr__(self, "readout_irreps", tuple(self.readout_irreps))
-        _require(
-            len(self.readout_irreps) == 2, "readout_irreps", self.readout_irreps, "of two entries"
-        )
+        _check_readout_irreps(self.readout_irreps)
         _check_choice("activation", self.activation, ACTIVATIONS)
         _check_choice("radial_envelope", self.radial_envelope, RADIAL_ENVELOPES)
         _check_positive_or_none("avg_num_neighbors", self.avg_num_neighbors)
         _check_positive_or_none("avg_r_min", self.avg_r_min)
+        if self.species_embedding_dim is not None:
+            _check_integer("species_embedding_dim", self.species_embedding_dim, 1)
+        for name in ("include_pseudotensors", "symmetric_tensor_product_basis", "gate_nodes"):
+            _check_choice(name, getattr(self, name), (True, False))
         _check_atomic_energies(self.atomic_energies)
+
+    def _check_product_basis(self) -> None:
+        """Refuse a product basis that would take minutes to build and gigabytes to hold."""
+        components = (self.l_max + 1) ** 2
+        if self.include_pseudotensors:
+            components += components - 1  # all but 0o, which never occurs
+        products = math.comb(components + self.correlation - 1, self.correlation)
+        if products > MAX_MONOMIALS:
+            raise ConfigError(
+                f"correlation = {self.correlation} with l_max = {self.l_max} and "
+                f"include_pseudotensors = {self.include_pseudotensors} makes {products} products "
+                f"of feature components; at most {MAX_MONOMIALS} are supported: lower one of them"
+            )
 
     @property
     def receptive_layers(self) -> int:

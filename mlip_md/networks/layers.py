@@ -8,6 +8,7 @@ float64 and take the dtype of the features they meet.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TypeVar
@@ -31,6 +32,7 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "tanh": jnp.tanh,
     "sigmoid": jax.nn.sigmoid,
+    "none": lambda x: x,
 }
 
 
@@ -71,7 +73,7 @@ def bessel_basis(lengths: jax.Array, cutoff: float, number: int) -> jax.Array:
     """
     n = jnp.arange(1, number + 1, dtype=lengths.dtype)
     r = lengths[:, None]
-    return jnp.sqrt(jnp.asarray(2.0 / cutoff, r.dtype)) * jnp.sin(n * jnp.pi / cutoff * r) / r
+    return jnp.sqrt(2.0 / cutoff) * (jnp.sin(n * jnp.pi / cutoff * r) / r)
 
 
 def polynomial_envelope(lengths: jax.Array, cutoff: float) -> jax.Array:
@@ -86,10 +88,13 @@ def polynomial_envelope(lengths: jax.Array, cutoff: float) -> jax.Array:
 
 def soft_envelope(lengths: jax.Array, cutoff: float) -> jax.Array:
     """Infinitely smooth cutoff 1.2·s(2(1 - r/rc))/s(2) with s(x) = exp(-1/x) (e3nn)."""
+
+    def soft_unit_step(x: jax.Array | float) -> jax.Array:
+        inside = x > 0
+        return jnp.where(inside, jnp.exp(-1.0 / jnp.where(inside, x, 1.0)), 0.0)
+
     x = 2.0 * (1.0 - jnp.minimum(lengths / cutoff, 1.0))
-    inside = x > 0
-    soft_unit_step = jnp.where(inside, jnp.exp(-1.0 / jnp.where(inside, x, 1.0)), 0.0)
-    return 1.2 * np.exp(0.5) * soft_unit_step
+    return 1.2 / soft_unit_step(2.0) * soft_unit_step(x)
 
 
 _ENVELOPES = {"polynomial_envelope": polynomial_envelope, "soft_envelope": soft_envelope}
@@ -104,14 +109,17 @@ def radial_basis(
 
 
 @functools.lru_cache
-def radial_scale(avg_r_min: float | None, cutoff: float, number: int, envelope: str) -> float:
+def radial_scale(
+    avg_r_min: float | None, cutoff: float, number: int, envelope: str, double: bool
+) -> float:
     """Factor that gives the radial basis a mean square of 1 between avg_r_min and the cutoff.
 
-    Evaluated in float32 whatever the working precision: published weights were trained with it.
+    Published weights were trained with its value in float32, rounding included. The reference
+    library has another last digit where float64 is enabled: ``double`` gives that one.
     """
     if avg_r_min is None:
         return 1.0
-    with jax.ensure_compile_time_eval(), _on_cpu():
+    with jax.ensure_compile_time_eval(), jax.enable_x64(double), _on_cpu():
         samples = jnp.linspace(avg_r_min, cutoff, 1000, dtype=jnp.float32)
         return float(jnp.mean(radial_basis(samples, cutoff, number, envelope) ** 2)) ** -0.5
 
@@ -142,7 +150,7 @@ class RadialKernels(nn.Module):
     """Kernels of the perceptron without biases that turns the radial basis into message weights.
 
     They are returned as a list, each divided by the root of its fan-in if ``scaled``, so that
-    ``perceptron`` can evaluate them chunk by chunk of the edges.
+    ``radial_weights`` can evaluate them chunk by chunk of the edges.
 
     Attributes:
         widths: number of inputs, then outputs of every layer.
@@ -160,7 +168,7 @@ class RadialKernels(nn.Module):
         shapes = zip(self.widths[:-1], self.widths[1:], self.stds, strict=True)
         for i, (fan_in, fan_out, std) in enumerate(shapes):
             kernel = _Kernel((fan_in, fan_out), std, name=f"Dense_{i}")()
-            kernels.append(kernel / np.sqrt(fan_in) if self.scaled else kernel)
+            kernels.append(kernel / math.sqrt(fan_in) if self.scaled else kernel)
         return kernels
 
 
@@ -173,13 +181,27 @@ class _Kernel(nn.Module):
         return self.param("kernel", nn.initializers.normal(self.std), self.shape)
 
 
-def perceptron(
-    kernels: list[jax.Array], act: Callable[[jax.Array], jax.Array], x: jax.Array
+def radial_weights(
+    kernels: list[jax.Array],
+    act: Callable[[jax.Array], jax.Array],
+    basis: jax.Array,
+    inside: jax.Array,
 ) -> jax.Array:
-    """Apply kernels (n_in, n_out) to x (n, n_in) with a nonlinearity between them."""
+    """Weights of messages: the radial network of a basis, zero beyond the cutoff.
+
+    Args:
+        kernels: (n_in, n_out) of every layer.
+        act: nonlinearity between them; not every one is 0 at 0, as the basis is at the cutoff.
+        basis: (n_edges, num_bessel) radial basis.
+        inside: (n_edges, 1) bool, shorter than the cutoff; neighbour lists may reach farther.
+
+    Returns:
+        (n_edges, n_out of the last kernel).
+    """
+    x = basis
     for kernel in kernels[:-1]:
         x = act(x @ kernel)
-    return x @ kernels[-1]
+    return jnp.where(inside, x, 0.0) @ kernels[-1]
 
 
 def species_linear(x: jax.Array, weights: jax.Array, species: jax.Array) -> jax.Array:

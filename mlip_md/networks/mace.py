@@ -7,14 +7,15 @@ model files, so that weights pass in and out of such files as they are.
 from __future__ import annotations
 
 import functools
+import math
+from typing import NamedTuple
 
 import e3nn_jax as e3nn
 import jax
 import jax.numpy as jnp
-import numpy as np
+from e3nn_jax import Irrep
 from flax import linen as nn
 
-from mlip_md.errors import ConfigError
 from mlip_md.graph import Graph, edge_vectors
 from mlip_md.networks import layers
 from mlip_md.networks.config import MACEConfig
@@ -23,168 +24,230 @@ from mlip_md.networks.product_basis import SymmetricContraction
 RADIAL_WIDTHS = (64, 64, 64)
 """Hidden widths of the radial network; no card or file has others."""
 
-Features = dict[int, jax.Array]
-"""Node features by degree l: (n_nodes, 2l+1, channels), parity (-1)^l."""
+SCALAR = Irrep("0e")
 
-Path = tuple[int, int, int]
-"""Degrees (l1, l2, l3) of sender feature, spherical harmonic and message; l2 = 0 is a copy."""
+Features = dict[Irrep, jax.Array]
+"""Node features by irrep: (n_nodes, 2l+1, channels)."""
+
+Path = tuple[Irrep, int, Irrep]
+"""Irrep of the sender's feature, degree of the harmonic (0: a copy) and irrep of the message."""
 
 
-def irrep(degree: int) -> str:
-    """Name of the irrep of a degree with parity (-1)^l, such as "1o"."""
-    return f"{degree}{'eo'[degree % 2]}"
+class Edges(NamedTuple):
+    """What messages read of the edges.
+
+    Attributes:
+        senders: (n_edges,) int, nodes that the messages come from.
+        harmonics: {l: (n_edges, 2l+1)} Y_l of the directions from receiver to sender, l >= 1.
+        basis: (n_edges, num_bessel) radial basis.
+        inside: (n_edges, 1) bool, shorter than the cutoff.
+        pairs: (n_edges,) int, species of the sender · number of species + that of the receiver.
+    """
+
+    senders: jax.Array
+    harmonics: dict[int, jax.Array]
+    basis: jax.Array
+    inside: jax.Array
+    pairs: jax.Array
+
+
+def natural_irreps(l_max: int) -> tuple[Irrep, ...]:
+    """Irreps 0e, 1o, 2e, … of parity (-1)^l, which powers of a vector have."""
+    return tuple(Irrep(l, (-1) ** l) for l in range(l_max + 1))
+
+
+def message_irreps(config: MACEConfig) -> tuple[Irrep, ...]:
+    """Irreps that messages may have: of natural parity, or all of them with pseudotensors."""
+    if config.include_pseudotensors:
+        return tuple(Irrep.iterator(config.l_max))
+    return natural_irreps(config.l_max)
 
 
 @functools.lru_cache
-def message_paths(degrees_in: tuple[int, ...], l_max: int) -> dict[int, tuple[Path, ...]]:
-    """Paths by degree of the message, in the order of the published radial weights (Eq. 8).
+def message_paths(
+    irreps_in: tuple[Irrep, ...], l_max: int, irreps_out: tuple[Irrep, ...]
+) -> dict[Irrep, tuple[Path, ...]]:
+    """Paths by irrep of the message, in the order of the published radial weights (Eq. 8).
 
-    Within a degree the plain copy of the sender's feature comes first, then (l1, l2) ascending.
+    For each irrep the plain copy of the sender's feature comes first, then features and harmonics
+    in ascending order. Irreps that nothing couples to are left out.
     """
-    paths: dict[int, tuple[Path, ...]] = {}
-    for l3 in range(l_max + 1):
-        copy = [(l3, 0, l3)] if l3 in degrees_in else []
+    paths: dict[Irrep, tuple[Path, ...]] = {}
+    for ir in irreps_out:
+        copy = [(ir, 0, ir)] if ir in irreps_in else []
         coupled = [
-            (l1, l2, l3)
-            for l1 in degrees_in
-            for l2 in range(1, l_max + 1)
-            if abs(l1 - l2) <= l3 <= l1 + l2 and (l1 + l2 + l3) % 2 == 0
+            (ir_in, l, ir)
+            for ir_in in irreps_in
+            for l in range(1, l_max + 1)
+            if ir in ir_in * Irrep(l, (-1) ** l)
         ]
         if copy or coupled:
-            paths[l3] = tuple(copy + coupled)
+            paths[ir] = tuple(copy + coupled)
     return paths
 
 
 class Linear(nn.Module):
-    """Mixing of channels within each degree, divided by √fan-in.
+    """Mixing of channels within each irrep, divided by √fan-in.
 
     Attributes:
-        degrees: degrees kept, in order.
+        irreps: irreps kept, in order.
         channels: channels of the result.
     """
 
-    degrees: tuple[int, ...]
+    irreps: tuple[Irrep, ...]
     channels: int
 
     @nn.compact
     def __call__(self, x: Features) -> Features:
         out = {}
-        for i_in, l in enumerate(x):
-            if l not in self.degrees:
+        for i_in, ir in enumerate(x):
+            if ir not in self.irreps:
                 continue
-            fan_in, i_out = x[l].shape[-1], self.degrees.index(l)
-            name = f"w[{i_in},{i_out}] {fan_in}x{irrep(l)},{self.channels}x{irrep(l)}"
+            fan_in, i_out = x[ir].shape[-1], self.irreps.index(ir)
+            name = f"w[{i_in},{i_out}] {fan_in}x{ir},{self.channels}x{ir}"
             w = self.param(name, nn.initializers.normal(1.0), (fan_in, self.channels))
-            out[l] = x[l] @ (w / np.sqrt(fan_in))
+            out[ir] = x[ir] @ (w / math.sqrt(fan_in))
         return out
 
 
 class SpeciesLinear(nn.Module):
-    """Mixing of channels within each degree with weights chosen by species, / √(fan-in · species).
+    """Mixing of channels within each irrep with weights chosen by species, / √(fan-in · species).
 
     Attributes:
-        degrees: degrees kept, in order.
+        irreps: irreps kept, in order.
         num_species: number of elements.
     """
 
-    degrees: tuple[int, ...]
+    irreps: tuple[Irrep, ...]
     num_species: int
 
     @nn.compact
     def __call__(self, x: Features, species: jax.Array) -> Features:
         out = {}
-        for i_in, l in enumerate(x):
-            if l not in self.degrees:
+        for i_in, ir in enumerate(x):
+            if ir not in self.irreps:
                 continue
-            c, s, i_out = x[l].shape[-1], self.num_species, self.degrees.index(l)
-            name = f"w[{i_in},0,{i_out}] {c}x{irrep(l)},{s}x0e,{c}x{irrep(l)}"
+            c, s, i_out = x[ir].shape[-1], self.num_species, self.irreps.index(ir)
+            name = f"w[{i_in},0,{i_out}] {c}x{ir},{s}x0e,{c}x{ir}"
             w = self.param(name, nn.initializers.normal(1.0), (c, s, c))
-            out[l] = layers.species_linear(x[l], w / np.sqrt(c * s), species)
+            out[ir] = layers.species_linear(x[ir], w / math.sqrt(c * s), species)
         return out
+
+
+class SpeciesPerceptron(nn.Module):
+    """Factors on the radial weights for every pair of species (not in the original MACE).
+
+    Attributes:
+        widths: outputs of every layer.
+        activation: nonlinearity between them.
+    """
+
+    widths: tuple[int, ...]
+    activation: str
+
+    @nn.compact
+    def __call__(self, embedding: jax.Array) -> jax.Array:
+        """Factors (species of the sender · species of the receiver, n_out).
+
+        Args:
+            embedding: (num_species, width) learned vector of each species.
+        """
+        shape = (len(embedding), *embedding.shape)
+        sender = jnp.broadcast_to(embedding[:, None], shape)
+        receiver = jnp.broadcast_to(embedding[None, :], shape)
+        x = jnp.concatenate([sender, receiver, sender * receiver], axis=-1)
+        x = x.reshape(len(embedding) ** 2, -1)
+        act = layers.normalized_activation(self.activation)
+        for i, width in enumerate(self.widths):
+            dense = nn.Dense(width, kernel_init=nn.initializers.normal(1.0), name=f"Dense_{i}")
+            x = dense(x) / math.sqrt(x.shape[-1])
+            x = act(x) if i < len(self.widths) - 1 else x
+        return x
 
 
 class MessagePassingConvolution(nn.Module):
     """Sum over neighbours of sender features coupled to edge directions (Eq. 8).
 
     Attributes:
-        l_max: highest degree of spherical harmonics and messages.
+        config: hyperparameters.
         avg_num_neighbors: divisor of the sums.
-        activation: nonlinearity of the radial network.
     """
 
-    l_max: int
+    config: MACEConfig
     avg_num_neighbors: float
-    activation: str
 
     @nn.compact
     def __call__(
-        self,
-        x: Features,
-        harmonics: Features,
-        radial: jax.Array,
-        senders: jax.Array,
-        receivers: jax.Array,
+        self, x: Features, edges: Edges, receivers: jax.Array, embedding: jax.Array | None
     ) -> Features:
         """Messages summed at the receivers, paths side by side as channels.
 
         Args:
             x: sender features.
-            harmonics: Y_l of the edges, {l: (n_edges, 2l+1)}, l = 1…l_max.
-            radial: (n_edges, num_bessel) radial basis.
-            senders: (n_edges,) int.
+            edges: what messages read.
             receivers: (n_edges,) int, ascending.
+            embedding: (num_species, width) embedding of species, if there is one.
 
         Returns:
-            {l: (n_nodes, 2l+1, n_paths(l) · channels)}.
+            {irrep: (n_nodes, 2l+1, paths to it · channels)}.
         """
-        n_nodes, _, channels = x[0].shape
-        paths = message_paths(tuple(x), self.l_max)
+        config = self.config
+        n_nodes, _, channels = x[SCALAR].shape
+        paths = message_paths(tuple(x), config.l_max, message_irreps(config))
         n_paths = sum(len(p) for p in paths.values())
-        widths = (radial.shape[-1], *RADIAL_WIDTHS, n_paths * channels)
+        widths = (*RADIAL_WIDTHS, n_paths * channels)
         kernels = layers.RadialKernels(
-            widths, (1.0,) * 4, scaled=True, name="MultiLayerPerceptron_0"
+            (config.num_bessel, *widths), (1.0,) * 4, scaled=True, name="MultiLayerPerceptron_0"
         )()
-        act = layers.normalized_activation(self.activation)
+        act = layers.normalized_activation(config.activation)
+        factors = None
+        if embedding is not None:
+            perceptron = SpeciesPerceptron(widths, config.activation, name="MultiLayerPerceptron_1")
+            factors = perceptron(embedding)
 
-        def messages(edges: tuple[jax.Array, jax.Array, Features]) -> Features:
-            senders, radial, harmonics = edges
-            weights = layers.perceptron(kernels, act, radial).reshape(-1, n_paths, channels)
-            gathered = {l: feature[senders] for l, feature in x.items()}
-            return couple(gathered, harmonics, weights, paths)
+        def messages(edges: Edges) -> Features:
+            weights = layers.radial_weights(kernels, act, edges.basis, edges.inside)
+            if factors is not None:
+                weights = weights * factors[edges.pairs]
+            gathered = {ir: feature[edges.senders] for ir, feature in x.items()}
+            weights = weights.reshape(-1, n_paths, channels)
+            return couple(gathered, edges.harmonics, weights, paths)
 
-        floats = sum((2 * l + 1) * len(p) * channels for l, p in paths.items())
-        edges = (senders, radial, harmonics)
+        floats = sum(ir.dim * len(p) * channels for ir, p in paths.items())
         summed = layers.sum_messages(messages, edges, receivers, n_nodes, floats)
-        return {l: total / self.avg_num_neighbors for l, total in summed.items()}
+        return {ir: summed[ir] / self.avg_num_neighbors for ir in paths}
 
 
 def couple(
-    x: Features, harmonics: Features, weights: jax.Array, paths: dict[int, tuple[Path, ...]]
+    x: Features,
+    harmonics: dict[int, jax.Array],
+    weights: jax.Array,
+    paths: dict[Irrep, tuple[Path, ...]],
 ) -> Features:
     """Messages of edges: R_p · √(2l3+1) Σ C(l1 m1, l2 m2; l3 m3) x_{l1 m1} Y_{l2 m2}.
 
     Args:
-        x: sender features of the edges, {l: (n_edges, 2l+1, channels)}.
+        x: sender features of the edges, {irrep: (n_edges, 2l+1, channels)}.
         harmonics: {l: (n_edges, 2l+1)}.
         weights: (n_edges, n_paths, channels) radial weights.
-        paths: paths by degree of the message.
+        paths: paths by irrep of the message.
 
     Returns:
-        {l3: (n_edges, 2·l3+1, n_paths(l3) · channels)}.
+        {irrep: (n_edges, 2l+1, paths to it · channels)}.
     """
     out, column = {}, 0
-    for l3, degree_paths in paths.items():
+    for ir, irrep_paths in paths.items():
         parts = []
-        for l1, l2, _ in degree_paths:
-            weighted = x[l1] * weights[:, column, None, :]
+        for ir_in, l, _ in irrep_paths:
+            weighted = x[ir_in] * weights[:, column, None, :]
             column += 1
-            if l2 == 0:
+            if l == 0:
                 parts.append(weighted)
                 continue
-            coefficients = jnp.asarray(layers.coupling(l1, l2, l3), weighted.dtype)
-            rotation = jnp.einsum("eb,abm->ema", harmonics[l2], coefficients)
+            coefficients = jnp.asarray(layers.coupling(ir_in.l, l, ir.l), weighted.dtype)
+            rotation = jnp.einsum("eb,abm->ema", harmonics[l], coefficients)
             parts.append(jnp.einsum("ema,eac->emc", rotation, weighted))
-        out[l3] = jnp.concatenate(parts, axis=-1)
+        out[ir] = jnp.concatenate(parts, axis=-1)
     return out
 
 
@@ -201,23 +264,15 @@ class InteractionBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: Features,
-        harmonics: Features,
-        radial: jax.Array,
-        senders: jax.Array,
-        receivers: jax.Array,
+        self, x: Features, edges: Edges, receivers: jax.Array, embedding: jax.Array | None
     ) -> Features:
-        channels, l_max = self.config.num_channels, self.config.l_max
+        channels = self.config.num_channels
         x = Linear(tuple(x), channels, name="linear_up")(x)
         convolution = MessagePassingConvolution(
-            l_max,
-            self.avg_num_neighbors,
-            self.config.activation,
-            name="MessagePassingConvolution_0",
+            self.config, self.avg_num_neighbors, name="MessagePassingConvolution_0"
         )
-        x = convolution(x, harmonics, radial, senders, receivers)
-        return Linear(tuple(range(l_max + 1)), channels, name="linear_down")(x)
+        x = convolution(x, edges, receivers, embedding)
+        return Linear(tuple(x), channels, name="linear_down")(x)
 
 
 class EquivariantProductBasisBlock(nn.Module):
@@ -226,26 +281,39 @@ class EquivariantProductBasisBlock(nn.Module):
     Attributes:
         config: hyperparameters.
         num_species: number of elements.
-        degrees: degrees of the result.
+        irreps: irreps of the result.
     """
 
     config: MACEConfig
     num_species: int
-    degrees: tuple[int, ...]
+    irreps: tuple[Irrep, ...]
 
     @nn.compact
     def __call__(self, a: Features, species: jax.Array) -> Features:
         contraction = SymmetricContraction(
-            tuple(irrep(l) for l in a),
-            tuple(irrep(l) for l in self.degrees),
+            tuple(str(ir) for ir in a),
+            tuple(str(ir) for ir in self.irreps),
             self.config.correlation,
             self.num_species,
             self.config.symmetric_tensor_product_basis,
             name="SymmetricContraction_0",
         )
         b = contraction(jnp.concatenate(list(a.values()), axis=1), species)
-        features = {l: b[irrep(l)] for l in self.degrees}
-        return Linear(self.degrees, self.config.num_channels, name="Linear_0")(features)
+        features = {ir: b[str(ir)] for ir in self.irreps}
+        if self.config.gate_nodes:
+            features = self._gated(features, species)
+        return Linear(self.irreps, self.config.num_channels, name="Linear_0")(features)
+
+    def _gated(self, features: Features, species: jax.Array) -> Features:
+        """Features times linear functions of the scalars (not in the original MACE)."""
+        scalars = features[SCALAR]
+        channels = scalars.shape[-1]
+        shape = (self.num_species, channels, len(features) * channels)
+        w = self.param("species_wise_gate_weights", nn.initializers.normal(channels**-0.5), shape)
+        b = self.param("species_wise_gate_bias", nn.initializers.normal(), (shape[0], shape[2]))
+        gates = layers.species_linear(scalars, jnp.swapaxes(w, 0, 1), species) + b[species][:, None]
+        parts = jnp.split(gates, len(features), axis=-1)
+        return {ir: features[ir] * gate for ir, gate in zip(features, parts, strict=True)}
 
 
 class LinearReadoutBlock(nn.Module):
@@ -253,7 +321,7 @@ class LinearReadoutBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Features) -> jax.Array:
-        return Linear((0,), 1, name="Linear_0")({0: x[0]})[0][:, 0, 0]
+        return Linear((SCALAR,), 1, name="Linear_0")({SCALAR: x[SCALAR]})[SCALAR][:, 0, 0]
 
 
 class NonLinearReadoutBlock(nn.Module):
@@ -269,9 +337,9 @@ class NonLinearReadoutBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Features) -> jax.Array:
-        hidden = Linear((0,), self.hidden, name="Linear_0")({0: x[0]})
-        hidden = {0: layers.normalized_activation(self.activation)(hidden[0])}
-        return Linear((0,), 1, name="Linear_1")(hidden)[0][:, 0, 0]
+        hidden = Linear((SCALAR,), self.hidden, name="Linear_0")({SCALAR: x[SCALAR]})[SCALAR]
+        hidden = layers.normalized_activation(self.activation)(hidden)
+        return Linear((SCALAR,), 1, name="Linear_1")({SCALAR: hidden})[SCALAR][:, 0, 0]
 
 
 class MACELayer(nn.Module):
@@ -294,39 +362,37 @@ class MACELayer(nn.Module):
         self,
         x: Features,
         species: jax.Array,
-        harmonics: Features,
-        radial: jax.Array,
-        senders: jax.Array,
+        edges: Edges,
         receivers: jax.Array,
+        embedding: jax.Array | None,
     ) -> tuple[jax.Array, Features]:
-        first, last = self.index == 0, self.index == self.config.num_layers - 1
-        node_symmetry = self.config.node_symmetry
-        node_symmetry = self.config.l_max if node_symmetry is None else node_symmetry
-        degrees = (0,) if last else tuple(range(node_symmetry + 1))
+        config = self.config
+        first, last = self.index == 0, self.index == config.num_layers - 1
+        node_symmetry = config.l_max if config.node_symmetry is None else config.node_symmetry
+        irreps = natural_irreps(0 if last else node_symmetry)
 
         # The first species-indexed product is the selector of the first layer, later the residual.
         name = "FullyConnectedTensorProduct_0"
         residual: Features = {}
         if not first:
-            residual = SpeciesLinear(degrees, self.num_species, name=name)(x, species)
-        interaction = InteractionBlock(
-            self.config, self.avg_num_neighbors, name="InteractionBlock_0"
-        )
-        a = interaction(x, harmonics, radial, senders, receivers)
+            residual = SpeciesLinear(irreps, self.num_species, name=name)(x, species)
+        interaction = InteractionBlock(config, self.avg_num_neighbors, name="InteractionBlock_0")
+        a = interaction(x, edges, receivers, embedding)
         if first:
-            a = SpeciesLinear(tuple(a), self.num_species, name=name)(a, species)
+            a = SpeciesLinear(message_irreps(config), self.num_species, name=name)(a, species)
         product = EquivariantProductBasisBlock(
-            self.config, self.num_species, degrees, name="EquivariantProductBasisBlock_0"
+            config, self.num_species, irreps, name="EquivariantProductBasisBlock_0"
         )
         x = product(a, species)
-        x = {l: feature + residual[l] if l in residual else feature for l, feature in x.items()}
+        if residual:
+            x = {ir: feature + residual[ir] for ir, feature in x.items()}
         return self._readout(x, last), x
 
     def _readout(self, x: Features, last: bool) -> jax.Array:
-        energies = jnp.zeros(x[0].shape[0], x[0].dtype)
+        energies = jnp.zeros(len(x[SCALAR]), x[SCALAR].dtype)
         for head in range(self.config.num_readout_heads):
             if last:
-                hidden = readout_width(self.config)
+                hidden = e3nn.Irreps(self.config.readout_irreps[0]).dim
                 block = NonLinearReadoutBlock(
                     hidden, self.config.activation, name=f"NonLinearReadoutBlock_{head}"
                 )
@@ -351,7 +417,7 @@ class LinearNodeEmbeddingBlock(nn.Module):
     def __call__(self, species: jax.Array) -> jax.Array:
         shape = (self.num_species, self.channels)
         embeddings = self.param("embeddings", nn.initializers.normal(1.0), shape)
-        return embeddings[species] / np.sqrt(self.num_species)
+        return embeddings[species] / math.sqrt(self.num_species)
 
 
 class MACEBlock(nn.Module):
@@ -374,36 +440,48 @@ class MACEBlock(nn.Module):
     @nn.compact
     def __call__(self, graph: Graph) -> jax.Array:
         config, species = self.config, jnp.asarray(graph.species)
-        vectors = edge_vectors(graph)
-        lengths = jnp.sqrt(jnp.sum(vectors**2, axis=-1))
-        envelope = config.radial_envelope
-        scale = layers.radial_scale(self.avg_r_min, self.cutoff, config.num_bessel, envelope)
-        radial = layers.radial_basis(lengths, self.cutoff, config.num_bessel, envelope, scale)
-        # The published weights belong to harmonics of the vector from receiver to sender.
-        harmonics = layers.spherical_harmonics(-vectors, range(1, config.l_max + 1))
-        embedding = LinearNodeEmbeddingBlock(
+        edges = self._edges(graph)
+        embedding = None
+        if config.species_embedding_dim is not None:
+            table = nn.Embed(
+                self.num_species, config.species_embedding_dim, name="species_embedding"
+            )
+            embedding = table(jnp.arange(self.num_species))
+        node_embedding = LinearNodeEmbeddingBlock(
             self.num_species, config.num_channels, name="LinearNodeEmbeddingBlock_0"
         )
-        x = {0: embedding(species)[:, None, :].astype(vectors.dtype)}
-        energies = jnp.zeros(graph.n_nodes, vectors.dtype)
+        dtype = edges.basis.dtype
+        x = {SCALAR: node_embedding(species)[:, None, :].astype(dtype)}
+        energies = jnp.zeros(graph.n_nodes, dtype)
         for i in range(config.num_layers):
             layer = MACELayer(
                 config, self.num_species, self.avg_num_neighbors, i, name=f"layer_{i}"
             )
-            contribution, x = layer(
-                x,
-                species,
-                harmonics,
-                radial,
-                jnp.asarray(graph.senders),
-                jnp.asarray(graph.receivers),
-            )
+            contribution, x = layer(x, species, edges, jnp.asarray(graph.receivers), embedding)
             energies = energies + contribution
         return energies
+
+    def _edges(self, graph: Graph) -> Edges:
+        config, vectors = self.config, edge_vectors(graph)
+        lengths = jnp.sqrt(jnp.sum(vectors**2, axis=-1))
+        basis = self.cutoff, config.num_bessel, config.radial_envelope
+        scale = layers.radial_scale(self.avg_r_min, *basis, vectors.dtype == jnp.float64)
+        senders, species = jnp.asarray(graph.senders), jnp.asarray(graph.species)
+        return Edges(
+            senders,
+            # The published weights belong to harmonics of the vector from receiver to sender.
+            layers.spherical_harmonics(-vectors, range(1, config.l_max + 1)),
+            layers.radial_basis(lengths, *basis, scale),
+            (lengths < self.cutoff)[:, None],
+            species[senders] * self.num_species + species[graph.receivers],
+        )
 
 
 class MACE(nn.Module):
     """The MACE network: graphs in, raw node energies (n_nodes,) out.
+
+    Messages vanish smoothly at the cutoff (with sigmoid as nonlinearity, which is not 0 at 0, they
+    end there abruptly).
 
     Attributes:
         config: hyperparameters.
@@ -419,10 +497,6 @@ class MACE(nn.Module):
     avg_num_neighbors: float
     avg_r_min: float | None
 
-    def __post_init__(self) -> None:
-        refuse_unsupported(self.config)
-        super().__post_init__()
-
     @nn.compact
     def __call__(self, graph: Graph) -> jax.Array:
         block = MACEBlock(
@@ -434,35 +508,3 @@ class MACE(nn.Module):
             name="MaceBlock_0",
         )
         return block(graph)
-
-
-def refuse_unsupported(config: MACEConfig) -> None:
-    """Refuse, by name, options that this version of the network does not have.
-
-    Raises:
-        ConfigError: if one of them is set.
-    """
-    unsupported = {
-        "include_pseudotensors": config.include_pseudotensors,
-        "gate_nodes": config.gate_nodes,
-        "species_embedding_dim": config.species_embedding_dim is not None,
-    }
-    for name, is_set in unsupported.items():
-        if is_set:
-            raise ConfigError(f"MACE with {name} = {getattr(config, name)!r} is not supported yet")
-    readout_width(config)
-
-
-def readout_width(config: MACEConfig) -> int:
-    """Hidden width of the last readout.
-
-    Raises:
-        ConfigError: if the readout irreps are not scalars, of which the last is a single one.
-    """
-    hidden, output = (e3nn.Irreps(r) for r in config.readout_irreps)
-    if output != e3nn.Irreps("0e") or {str(ir) for _, ir in hidden} != {"0e"}:
-        raise ConfigError(
-            f"readout_irreps = {config.readout_irreps!r} is not supported: the hidden layer must "
-            "be scalars such as 16x0e, the output 0e"
-        )
-    return hidden.dim

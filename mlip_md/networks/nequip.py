@@ -40,7 +40,8 @@ class Edges(NamedTuple):
 
     Attributes:
         senders: (n_edges,) int, nodes that the messages come from.
-        harmonics: (n_edges, (l_max+1)²) Y_l of the directions from sender to receiver.
+        harmonics: (n_edges, (l_max+1)²) Y_l of the directions from sender to receiver, up to the
+            highest degree that couples to anything.
         basis: (n_edges, num_bessel) radial basis.
         inside: (n_edges, 1) bool, shorter than the cutoff.
     """
@@ -74,6 +75,7 @@ class LayerPlan:
     """What exists in one layer and what of it is computed.
 
     Attributes:
+        l_max: highest degree of the harmonics that couples to anything.
         inputs: irreps of the node features that enter.
         live: per block of inputs, whether it is more than zeros.
         scalars: blocks of the output with l = 0.
@@ -83,6 +85,7 @@ class LayerPlan:
         needed: per block of ``hidden``, whether anything that is read depends on it.
     """
 
+    l_max: int
     inputs: Irreps
     live: tuple[bool, ...]
     scalars: Irreps
@@ -143,6 +146,7 @@ def _irreps_of(irreps: Irreps, chosen: tuple[bool, ...]) -> set[Irrep]:
 
 def _plan_layer(inputs: Irreps, live: tuple[bool, ...], l_max: int) -> LayerPlan:
     """Everything but ``needed`` of a layer that keeps the irreps of its input."""
+    l_max = min(l_max, 2 * max(ir.l for _, ir in inputs))
     scalars = Irreps([block for block in inputs if block.ir.l == 0])
     nonscalars = Irreps([block for block in inputs if block.ir.l > 0])
     wanted = {ir for _, ir in inputs}
@@ -154,7 +158,7 @@ def _plan_layer(inputs: Irreps, live: tuple[bool, ...], l_max: int) -> LayerPlan
                     if live[source]:
                         paths.append(Path(source, degree, product, column, channels))
                     column += channels
-    return LayerPlan(inputs, live, scalars, nonscalars, tuple(paths), column)
+    return LayerPlan(l_max, inputs, live, scalars, nonscalars, tuple(paths), column)
 
 
 def plan_layers(config: NequIPConfig, *, all_features: bool = False) -> tuple[LayerPlan, ...]:
@@ -413,9 +417,7 @@ def convolve(
     n_nodes = next(x.shape[0] for x in blocks if x is not None)
 
     def messages(edges: Edges) -> list[jax.Array]:
-        hidden = act(layers.perceptron(kernels[:-1], act, edges.basis))
-        # Not every act(0) is 0, and a neighbour list may reach beyond the cutoff.
-        weights = jnp.where(edges.inside, hidden, 0.0) @ kernels[-1]
+        weights = layers.radial_weights(kernels, act, edges.basis, edges.inside)
         gathered = {
             i: _present(blocks, i)[edges.senders] for i in {bundle[0].source for bundle in bundles}
         }
@@ -445,7 +447,7 @@ def _bundles(paths: tuple[Path, ...]) -> list[list[Path]]:
 def _coupling(plan: LayerPlan, bundle: list[Path]) -> np.ndarray:
     """Couplings of a bundle: (harmonics of all degrees, (2l_out+1) · paths, 2l_in+1)."""
     l_in, l_out = plan.inputs[bundle[0].source].ir.l, bundle[0].irrep.l
-    harmonics = (max(path.degree for path in plan.paths) + 1) ** 2
+    harmonics = (plan.l_max + 1) ** 2
     matrix = np.zeros((harmonics, 2 * l_out + 1, len(bundle), 2 * l_in + 1))
     for k, path in enumerate(bundle):
         l = path.degree
@@ -541,7 +543,7 @@ class NequIPBlock(nn.Module):
         """Raw node energies (n_nodes,) of a graph."""
         config, species = self.config, jnp.asarray(graph.species)
         plans = plan_layers(config, all_features=self.all_features)
-        edges = self._edges(graph)
+        edges = self._edges(graph, plans[0].l_max)
         one_hot = jax.nn.one_hot(species, self.num_species, dtype=edges.basis.dtype)[:, None, :]
         kinds, first, last = Irreps([(self.num_species, SCALAR)]), plans[0], plans[-1]
         blocks = Linear(kinds, (True,), first.inputs, name="Linear_0")([one_hot], first.live)
@@ -555,10 +557,10 @@ class NequIPBlock(nn.Module):
         energies = Linear(half, (True,), Irreps("0e"), name="Linear_2")(inner, (True,))
         return _present(energies, 0)[:, 0, 0]
 
-    def _edges(self, graph: Graph) -> Edges:
+    def _edges(self, graph: Graph, l_max: int) -> Edges:
         config, vectors = self.config, edge_vectors(graph)
         lengths = jnp.sqrt(jnp.sum(vectors**2, axis=-1))
-        harmonics = layers.spherical_harmonics(vectors, range(config.l_max + 1))
+        harmonics = layers.spherical_harmonics(vectors, range(l_max + 1))
         return Edges(
             jnp.asarray(graph.senders),
             jnp.concatenate(list(harmonics.values()), axis=-1),

@@ -17,32 +17,21 @@ import e3nn_jax as e3nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from e3nn_jax import Irrep
 from flax import linen as nn
+
+from mlip_md.networks import layers
 
 MAX_TERMS = 1500
 """Coefficients of a coupling up to which it is written out term by term."""
 
 
-@functools.lru_cache
-def couplings(irreps: str, order: int, irrep_out: str, symmetric: bool) -> np.ndarray:
-    """Couplings of ``order`` equal factors to one irrep, in the published order of paths.
+Reduced = tuple[np.ndarray, np.ndarray]
+"""Couplings of equal factors to one irrep, on monomials, and how paths merge into them.
 
-    Args:
-        irreps: the factors' irreps, each of multiplicity 1; d is their dimension.
-        order: number of factors ν.
-        irrep_out: irrep of the result.
-        symmetric: keep the permutation-symmetric couplings only.
-
-    Returns:
-        float64 array (d, …, d, n_paths, 2L+1).
-    """
-    factors, keep = e3nn.Irreps(irreps), e3nn.Irreps(irrep_out)
-    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-        if symmetric:
-            basis = e3nn.reduced_symmetric_tensor_product_basis(factors, order, keep_ir=keep)
-        else:
-            basis = e3nn.reduced_tensor_product_basis([factors] * order, keep_ir=keep)
-        return np.asarray(basis.chunks[0], np.float64)
+(basis, merge): basis float64 (n_monomials, rank, 2L+1) and merge float64 (rank, n_paths), so that
+Σ_k w_k U_k = Σ_r (merge @ w)_r basis_r on symmetric powers.
+"""
 
 
 def monomial_indices(dimension: int, order: int) -> list[tuple[int, ...]]:
@@ -50,31 +39,113 @@ def monomial_indices(dimension: int, order: int) -> list[tuple[int, ...]]:
     return list(itertools.combinations_with_replacement(range(dimension), order))
 
 
-@functools.lru_cache
-def reduced_couplings(
-    irreps: str, order: int, irrep_out: str, symmetric: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Couplings on monomials, and how the paths' weights merge into them.
+def reduced_couplings(irreps: str, order: int, irrep_out: str, symmetric: bool) -> Reduced:
+    """Couplings of ``order`` equal factors to one irrep, in the published order of paths.
 
     The basis is a set of linearly independent paths as they are, because these are sparse.
 
+    Args:
+        irreps: the factors' irreps, ascending, each of multiplicity 1.
+        order: number of factors ν.
+        irrep_out: irrep of the result.
+        symmetric: paths are the permutation-symmetric couplings only, not all successive ones.
+
     Returns:
-        (basis, merge): basis float64 (n_monomials, rank, 2L+1) and merge float64
-        (rank, n_paths), so that Σ_k w_k U_k = Σ_r (merge @ w)_r basis_r on symmetric powers.
+        The couplings, reduced.
     """
-    tensor = couplings(irreps, order, irrep_out, symmetric)
-    dimension, (n_paths, dim_out) = tensor.shape[0], tensor.shape[-2:]
-    indices = monomial_indices(dimension, order)
-    on_monomials = np.empty((len(indices), n_paths, dim_out))
-    for row, index in enumerate(indices):
-        on_monomials[row] = sum(tensor[p] for p in set(itertools.permutations(index)))
-    columns = np.moveaxis(on_monomials, 1, 2).reshape(-1, n_paths)
+    factors = tuple(ir for _, ir in e3nn.Irreps(irreps))
+    if symmetric:
+        return _symmetric_couplings(factors, order, Irrep(irrep_out))
+    return _successive_couplings(factors, order, Irrep(irrep_out))
+
+
+@functools.lru_cache
+def _symmetric_couplings(factors: tuple[Irrep, ...], order: int, irrep_out: Irrep) -> Reduced:
+    """e3nn's orthonormal basis of the symmetric power; its paths are independent."""
+    irreps = e3nn.Irreps([(1, ir) for ir in factors])
+    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+        tensor = e3nn.reduced_symmetric_tensor_product_basis(irreps, order, keep_ir=[irrep_out])
+        tensor = np.asarray(tensor.chunks[0], np.float64)
+    indices = monomial_indices(irreps.dim, order)
+    basis = np.stack([sum(tensor[p] for p in set(itertools.permutations(i))) for i in indices])
+    return basis, np.eye(basis.shape[1])
+
+
+@functools.lru_cache
+def _successive_couplings(factors: tuple[Irrep, ...], order: int, irrep_out: Irrep) -> Reduced:
+    """Pairs of lower powers coupled: order 2 = 1 x 1, 3 = 2 x 1, 4 = 2 x 2 (as e3nn does)."""
+    dimension = sum(ir.dim for ir in factors)
+    if order == 1:
+        start = sum(ir.dim for ir in factors[: factors.index(irrep_out)])
+        rows = np.eye(dimension)[:, None, start : start + irrep_out.dim]
+        return rows, np.eye(1)
+    halves = (order + 1) // 2, order // 2
+    left, right = (
+        [(ir, _successive_couplings(factors, half, ir)) for ir in _irreps_of_power(factors, half)]
+        for half in halves
+    )
+    target = _products_of_monomials(dimension, *halves)
+    bases, merges = [], []
+    for (ir1, (basis1, merge1)), (ir2, (basis2, merge2)) in itertools.product(left, right):
+        if irrep_out in ir1 * ir2:
+            coupling = layers.coupling(ir1.l, ir2.l, irrep_out.l)
+            bases.append(_multiply(basis1, basis2, coupling, target))
+            merges.append(np.kron(merge1, merge2))
+    basis, merge = np.concatenate(bases, axis=1), _block_diagonal(merges)
+    # Equivariant maps are independent where one of their components is.
+    chosen, dependence = _independent(basis[:, :, 0])
+    return basis[:, chosen], dependence @ merge
+
+
+def _irreps_of_power(factors: tuple[Irrep, ...], order: int) -> list[Irrep]:
+    """Irreps of the tensor product of ``order`` factors, ascending."""
+    irreps = set(factors)
+    for _ in range(order - 1):
+        irreps = {ir for a in irreps for b in factors for ir in a * b}
+    return sorted(irreps)
+
+
+def _products_of_monomials(dimension: int, order1: int, order2: int) -> np.ndarray:
+    """Index of the product of every two monomials (n_monomials1 · n_monomials2,)."""
+    index = {m: i for i, m in enumerate(monomial_indices(dimension, order1 + order2))}
+    factors = (monomial_indices(dimension, order) for order in (order1, order2))
+    return np.array([index[tuple(sorted(a + b))] for a, b in itertools.product(*factors)])
+
+
+def _multiply(
+    basis1: np.ndarray, basis2: np.ndarray, coupling: np.ndarray, target: np.ndarray
+) -> np.ndarray:
+    """Couple every polynomial of one basis with every one of another: (n, rank1 · rank2, 2L+1)."""
+    rotated = np.einsum("aui,ijk->aujk", basis1, coupling)
+    products = np.einsum("aujk,bvj->abuvk", rotated, basis2, optimize=True)
+    order = np.argsort(target, kind="stable")
+    starts = np.flatnonzero(np.diff(target[order], prepend=-1))
+    rows = products.reshape(len(target), -1, coupling.shape[2])[order]
+    return np.add.reduceat(rows, starts, axis=0)
+
+
+def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
+    out = np.zeros(np.sum([block.shape for block in blocks], axis=0))
+    row = column = 0
+    for block in blocks:
+        out[row : row + block.shape[0], column : column + block.shape[1]] = block
+        row, column = row + block.shape[0], column + block.shape[1]
+    return out
+
+
+def _independent(columns: np.ndarray) -> tuple[list[int], np.ndarray]:
+    """Indices of the first independent columns, and all columns as combinations of them."""
     chosen: list[int] = []
-    for k in range(n_paths):
-        if np.linalg.matrix_rank(columns[:, [*chosen, k]], tol=1e-9) > len(chosen):
+    directions = np.zeros((len(columns), 0))
+    for k, column in enumerate(columns.T):
+        rest = column
+        for _ in range(2):  # once more against rounding
+            rest = rest - directions @ (directions.T @ rest)
+        if np.linalg.norm(rest) > 1e-9:
             chosen.append(k)
-    merge = np.linalg.lstsq(columns[:, chosen], columns, rcond=None)[0]
-    return on_monomials[:, chosen], np.where(np.abs(merge) > 1e-14, merge, 0.0)
+            directions = np.column_stack([directions, rest / np.linalg.norm(rest)])
+    combinations = np.linalg.lstsq(columns[:, chosen], columns, rcond=None)[0]
+    return chosen, np.where(np.abs(combinations) > 1e-12, combinations, 0.0)
 
 
 def powers(x: jax.Array, order: int) -> jax.Array:
