@@ -7,15 +7,16 @@ for a few statistics. Neither says which network it holds: the hyperparameters t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
 import logging
 import math
 import os
+import re
 import zipfile
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import numpy as np
 
 from mlip_md.errors import ModelFileError
 from mlip_md.model_file import (
+    MAX_HEADER_BYTES,
     check_potential,
     check_statistics,
     check_weights,
@@ -44,9 +46,8 @@ logger = logging.getLogger(__name__)
 HYPERPARAMETERS = "hyperparams.json"
 PARAMETERS = "params.npz"
 MAX_FILE_BYTES = 512 * 2**20
-MAX_HYPERPARAMETERS_BYTES = 4 * 2**20
-MAX_PARAMETERS_BYTES = 512 * 2**20
-MAX_ARRAYS = 10_000
+"""Of a file, of its weights unpacked once (params.npz) and unpacked twice (the arrays)."""
+MAX_MEMBERS = 10_000
 
 _PREFIX = "params#mlip_network#"
 _OWN_PREFIX = "params#"
@@ -60,16 +61,6 @@ _LIBRARY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 """Defaults of the library where they are not those of the model cards (ours)."""
-
-_ZIP_ERRORS = (
-    zipfile.BadZipFile,
-    zlib.error,
-    EOFError,
-    OSError,
-    RuntimeError,
-    ValueError,
-)
-"""What zipfile raises on data that are damaged, encrypted or compressed in an unknown way."""
 
 
 def load_zip(path: str | os.PathLike[str]) -> Potential:
@@ -144,28 +135,31 @@ def _library_hyperparameters(potential: Potential) -> dict[str, Any]:
     }
 
 
-_NPY_HEADERS: Mapping[tuple[int, int], Callable[[io.BytesIO], Any]] = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
-
-
 def _read_members(content: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    with _opened(content, "the file") as archive:
+        text = _read_member(archive, _one_member(archive, HYPERPARAMETERS), MAX_HEADER_BYTES)
+        weights = _read_member(archive, _one_member(archive, PARAMETERS), MAX_FILE_BYTES)
+    with _opened(weights, PARAMETERS) as archive:
+        return parse_json(text, HYPERPARAMETERS), _read_arrays(archive)
+
+
+@contextlib.contextmanager
+def _opened(content: bytes, what: str) -> Iterator[zipfile.ZipFile]:
+    """A zip in memory, with at most MAX_MEMBERS entries; whatever zipfile raises is named."""
+    entries = content.count(b"PK\x01\x02")
+    if entries > MAX_MEMBERS:
+        raise ModelFileError(f"{what} lists {entries} members; at most {MAX_MEMBERS} are read")
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            text = _read_member(archive, HYPERPARAMETERS, MAX_HYPERPARAMETERS_BYTES)
-            weights = _read_member(archive, PARAMETERS, MAX_PARAMETERS_BYTES)
-        hyperparameters = parse_json(text, HYPERPARAMETERS)
-        with zipfile.ZipFile(io.BytesIO(weights)) as archive:
-            return hyperparameters, _read_arrays(archive)
+            yield archive
     except ModelFileError:
         raise
-    except _ZIP_ERRORS as error:
-        raise ModelFileError(f"the zip is damaged or foreign ({error})") from error
+    except Exception as error:  # on damaged data zipfile raises a dozen types
+        name = type(error).__name__
+        raise ModelFileError(f"{what} is damaged or no zip ({name}: {error})") from error
 
 
-def _read_member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
-    """Bytes of the one member of that name; its declared size bounds what is read."""
+def _one_member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
     found = [info for info in archive.infolist() if info.filename == name]
     if len(found) != 1:
         members = ", ".join(archive.namelist()[:5]) or "nothing"
@@ -173,43 +167,61 @@ def _read_member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
             f"this is no model of InstaDeep's mlip: it must hold {HYPERPARAMETERS} and "
             f"{PARAMETERS} once each; it holds {members}"
         )
-    if found[0].file_size > limit:
-        raise ModelFileError(f"{name} has {found[0].file_size} bytes; at most {limit} are read")
-    return archive.read(found[0])
+    return found[0]
+
+
+def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, limit: int) -> bytes:
+    """Bytes of a member; neither more than ``limit`` nor than it declares are ever unpacked."""
+    if info.file_size > limit:
+        raise ModelFileError(
+            f"{info.filename} has {info.file_size} bytes; at most {limit} are read"
+        )
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack all
+        raise ModelFileError(f"{info.filename} is compressed in a way that is not read")
+    with archive.open(info) as member:
+        return member.read(info.file_size)
 
 
 def _read_arrays(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
     members = archive.infolist()
     total = sum(info.file_size for info in members)
-    if len(members) > MAX_ARRAYS or total > MAX_PARAMETERS_BYTES:
+    if total > MAX_FILE_BYTES:
         raise ModelFileError(
-            f"{PARAMETERS} announces {len(members)} arrays of {total} bytes; at most {MAX_ARRAYS} "
-            f"arrays of {MAX_PARAMETERS_BYTES} bytes are read"
+            f"{PARAMETERS} announces arrays of {total} bytes; at most {MAX_FILE_BYTES} are read"
         )
     names = [info.filename.removesuffix(".npy") for info in members]
     if len(set(names)) != len(names):
         raise ModelFileError(f"{PARAMETERS} holds an array twice")
     return {
-        name: _parse_array(name, archive.read(info))
+        name: _parse_array(name, _read_member(archive, info, MAX_FILE_BYTES))
         for name, info in zip(names, members, strict=True)
     }
 
 
+_NPY = re.compile(
+    rb"\x93NUMPY(?:\x01\x00(..)|\x02\x00(....))"
+    rb"(\{'descr': '([ -~]{1,99}?)', 'fortran_order': (True|False), "
+    rb"'shape': \(((?:[0-9]{1,12}, ?){0,32}[0-9]{0,12})\), \} *\n)",
+    re.DOTALL,
+)
+"""Head of an .npy file as NumPy writes it: version, length of the header, header."""
+_DTYPES = {b"<f4": np.float32, b"<f8": np.float64}
+
+
 def _parse_array(name: str, content: bytes) -> np.ndarray:
-    """A float array from the bytes of an .npy file; pickled objects are refused."""
-    stream = io.BytesIO(content)
-    version = np.lib.format.read_magic(stream)
-    if version not in _NPY_HEADERS:
-        raise ModelFileError(f"array {name!r} has the unknown .npy version {version}")
-    shape, fortran_order, dtype = _NPY_HEADERS[version](stream)
-    if dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
-        raise ModelFileError(f"array {name!r} has dtype {dtype}; float32 is needed")
-    if math.prod(shape) * dtype.itemsize != len(content) - stream.tell():
+    """A float array from the bytes of an .npy file; nothing in them is evaluated or unpickled."""
+    head = _NPY.match(content)
+    if head is None or int.from_bytes(head[1] or head[2], "little") != len(head[3]):
+        raise ModelFileError(f"array {name!r} is no .npy file of version 1 or 2 that NumPy wrote")
+    if head[4] not in _DTYPES:
+        raise ModelFileError(f"array {name!r} has dtype {head[4].decode()}; float32 is needed")
+    dtype, shape = np.dtype(_DTYPES[head[4]]), [int(n) for n in re.findall(rb"\d+", head[6])]
+    if math.prod(shape) * dtype.itemsize != len(content) - head.end():
         raise ModelFileError(f"array {name!r} is not of the size that its header says")
-    array = np.frombuffer(content, dtype, offset=stream.tell())
+    array = np.frombuffer(content, dtype, offset=head.end())
     with np.errstate(over="ignore"):  # too large for float32: found as infinite by check_weights
         array = array.astype(np.float32)
-    return array.reshape(shape, order="F" if fortran_order else "C")
+    return array.reshape(shape, order="F" if head[5] == b"True" else "C")
 
 
 def _with_own_names(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 import safetensors.numpy
+from e3nn_jax import Irreps
 from safetensors import SafetensorError
 
 import mlip_md
@@ -37,7 +38,7 @@ from mlip_md.potential import Params, Potential
 
 FORMAT_VERSION = 1
 READABLE_VERSIONS = (1,)
-MAX_HEADER_BYTES = 16 * 2**20
+MAX_HEADER_BYTES = 4 * 2**20
 MAX_FILE_BYTES = 2 * 2**30
 RUN_FOLDER_FILE = "model.safetensors"
 
@@ -50,8 +51,13 @@ _BOUNDS: Mapping[str, int] = {
     "num_bessel": 1024,
     "num_readout_heads": 64,
     "radial_net_n_layers": 64,
+    "radial_net_n_hidden": 100_000,
+    "num_channels": 100_000,
+    "species_embedding_dim": 100_000,
+    "avg_num_neighbors": 1_000_000,
 }
-_MAX_COUPLINGS = 10_000_000
+_MAX_COUPLINGS = 400_000
+_MAX_TEXT = 1000
 """Bounds of what a description may ask for; no sensible network comes near."""
 
 
@@ -71,10 +77,10 @@ def open_potential(name_or_path: str | os.PathLike[str]) -> Potential:
     """
     if os.fspath(name_or_path) in bundled.names():
         return load(bundled.path(os.fspath(name_or_path)))
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name_or_path))
+    if os.path.isdir(path):  # unlike Path.is_dir it knows names that no file can have
         return load(_file_of_run(path))
-    if not path.exists():
+    if not os.path.exists(path):
         raise ModelFileError(f"there is no model {os.fspath(name_or_path)!r}; {_known_models()}")
     if path.suffix == ".zip":
         from mlip_md.instadeep import load_zip
@@ -106,6 +112,7 @@ def save(potential: Potential, path: str | os.PathLike[str]) -> None:
     with naming(path):
         check_potential(potential)
         content = _serialize(_describe(potential), flatten(potential.params))
+        _header(content)  # a description too long to be read is not written
     write_atomically(path, content)
 
 
@@ -160,7 +167,7 @@ def check_statistics(potential: Potential) -> None:
     _require(bool(np.isfinite(energies).all()), "atomic_energies must be finite")
     for name in ("cutoff", "avg_num_neighbors"):
         value = getattr(potential, name)
-        _require(0 < value < math.inf, f"{name} = {value}; it must be positive and finite")
+        _require(0 < value < 1e6, f"{name} = {value}; it must be positive and below a million")
     r_min = potential.avg_r_min
     _require(
         r_min is None or 0 < r_min < potential.cutoff,
@@ -179,12 +186,14 @@ def expected_shapes(potential: Potential) -> dict[str, tuple[int, ...]]:
     Raises:
         ModelFileError: if its hyperparameters describe no network.
     """
-    _check_bounds(potential.config)
     try:
+        _check_bounds(potential.config)
         tree = jax.eval_shape(
             lambda: potential.network.init(jax.random.key(0), _two_atoms(potential.cutoff))
         )
-    except (ValueError, TypeError, ArithmeticError, AssertionError) as error:
+    except ModelFileError:
+        raise
+    except Exception as error:  # of JAX, flax or e3nn: a network is built from foreign numbers
         raise ModelFileError(f"its hyperparameters describe no network: {error}") from error
     return {name: tuple(leaf.shape) for name, leaf in flatten(tree).items()}
 
@@ -291,8 +300,8 @@ def read_bytes(path: Path, limit: int) -> bytes:
         ModelFileError: if it is missing, no file, empty, unreadable or larger.
     """
     try:
-        if path.is_dir():
-            raise ModelFileError("this is a folder, not a file")
+        if os.path.exists(path) and not path.is_file():
+            raise ModelFileError("this is a folder or a device, not a file")
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             _require(size > 0, "the file is empty")
@@ -303,22 +312,34 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 
 def parse_json(text: str | bytes, what: str) -> dict[str, Any]:
-    """A JSON object without NaN or infinite numbers.
+    """A JSON object without NaN, infinite numbers and names that occur twice.
 
     Raises:
         ModelFileError: if the text is not one, saying that ``what`` is damaged.
     """
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not allowed")
-
     try:
-        value = json.loads(text, parse_constant=refuse)
+        value = json.loads(
+            text, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_unique
+        )
     except (ValueError, RecursionError) as error:
         raise ModelFileError(f"{what} is damaged or foreign (no valid JSON: {error})") from error
     if not isinstance(value, dict):
         raise ModelFileError(f"{what} is foreign (no JSON object)")
     return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text:.40} is not allowed")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a name occurs twice in an object")
+    return values
 
 
 def parse_config(architecture: str, fields: Mapping[str, Any]) -> NetworkConfig:
@@ -327,9 +348,12 @@ def parse_config(architecture: str, fields: Mapping[str, Any]) -> NetworkConfig:
     Raises:
         ModelFileError: if the architecture or a hyperparameter is unknown or not allowed.
     """
+    for name, value in fields.items():
+        short = not isinstance(value, (str, list)) or len(str(value)) <= _MAX_TEXT
+        _require(short, f"{name} is longer than {_MAX_TEXT} characters")
     try:
         return config_from_dict(architecture, fields)
-    except (ValueError, TypeError) as error:  # ConfigError is a ValueError
+    except (ValueError, TypeError, OverflowError) as error:  # ConfigError is a ValueError
         raise ModelFileError(str(error)) from error
 
 
@@ -390,8 +414,12 @@ def _two_atoms(cutoff: float) -> Graph:
 def _check_bounds(config: NetworkConfig) -> None:
     """Refuse networks so large that only tracing them would exhaust time or memory."""
     for name, bound in _BOUNDS.items():
-        value = getattr(config, name, 0)
+        value = getattr(config, name, None) or 0
         _require(value <= bound, f"{name} = {value}; files with at most {bound} are read")
+    irreps = Irreps(getattr(config, "node_irreps", "0e"))
+    top = max((ir.l for _, ir in irreps), default=0)
+    large = top > _BOUNDS["l_max"] or irreps.dim > _BOUNDS["num_channels"]
+    _require(not large, f"node_irreps = {irreps!s:.60} are larger than any that are read")
     couplings = (config.l_max + 1) ** (2 * getattr(config, "correlation", 1))
     _require(
         couplings <= _MAX_COUPLINGS,
@@ -453,9 +481,10 @@ def _header(content: bytes) -> dict[str, Any]:
     header = parse_json(content[8 : 8 + size], "its header")
     try:
         ends = [v["data_offsets"][1] for name, v in header.items() if name != "__metadata__"]
-        _check_length(content, 8 + size + max(map(int, ends), default=0), exactly=True)
-    except (KeyError, IndexError, TypeError) as error:
+        end = max(map(int, ends), default=0)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ModelFileError("its header is damaged") from error
+    _check_length(content, 8 + size + end, exactly=True)
     return header
 
 
@@ -512,10 +541,17 @@ def _potential(description: Mapping[str, Any], params: Params) -> Potential:
         f"atomic_energies are given for {', '.join(e0)}, the elements are {', '.join(symbols)}",
     )
     r_min = description.get("avg_r_min")
+    architecture = _typed(description, "architecture", str)
+    try:
+        config = parse_config(architecture, _typed(description, "hyperparameters", dict))
+    except ModelFileError as error:
+        writer = f"{description.get('written_by', 'an unknown program')!s:.40}"
+        raise ModelFileError(
+            f"{error} (written by {writer}, read by mlip-md {mlip_md.__version__}; options that "
+            "are newer than a release need an upgrade)"
+        ) from error
     return Potential(
-        config=parse_config(
-            _typed(description, "architecture", str), _typed(description, "hyperparameters", dict)
-        ),
+        config=config,
         params=params,
         elements=tuple(elements),
         atomic_energies=np.array([number(e0, s) for s in symbols], np.float64),
