@@ -55,6 +55,8 @@ _BOUNDS: Mapping[str, int] = {
     "num_channels": 100_000,
     "species_embedding_dim": 100_000,
     "avg_num_neighbors": 1_000_000,
+    "avg_r_min": 1_000_000,
+    "scalar_mlp_std": 1_000_000,
 }
 _MAX_COUPLINGS = 400_000
 _MAX_TEXT = 1000
@@ -307,8 +309,10 @@ def read_bytes(path: Path, limit: int) -> bytes:
             _require(size > 0, "the file is empty")
             _require(size <= limit, f"the file has {size} bytes; at most {limit} are read")
             return file.read(size)
-    except OSError as error:
-        raise ModelFileError(f"cannot be read ({error.strerror})") from error
+    except ModelFileError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: no name of a file
+        raise ModelFileError(f"it cannot be read ({getattr(error, 'strerror', error)})") from error
 
 
 def parse_json(text: str | bytes, what: str) -> dict[str, Any]:
