@@ -11,9 +11,12 @@ from scipy.spatial import cKDTree
 
 from mlip_md.errors import CapacityError, ConfigError, StructureError
 from mlip_md.neighbors import NeighborSpec, allocate, grow, ladder, neighbor_list, update
-from mlip_md.neighbors.dense import dense_edges_jit
-from mlip_md.neighbors.geometry import wrap
+from mlip_md.neighbors.cells import BINS_PER_CUTOFF
+from mlip_md.neighbors.dense import required_images
+from mlip_md.neighbors.geometry import plane_spacings, wrap
 from mlip_md.neighbors.lists import plan_images
+from mlip_md.neighbors.search import Search
+from mlip_md.neighbors.skin import BUILDERS
 
 CUTOFF = 4.0
 
@@ -118,56 +121,87 @@ def test_host_list_is_exact(name):
     assert S.shape[1:] == (3,)
 
 
+def reach_of(search, cell):
+    """What a search of a cell needs to either side: images, or bins of its grid."""
+    axes = search.axes
+    reach = np.array(BINS_PER_CUTOFF) * (search.backend == "cells")
+    if len(axes):
+        spacings = plane_spacings(cell, np.array(search.pbc))
+        if search.backend == "dense":
+            reach[axes] = required_images(search.cutoff, 0.99 * spacings)
+        else:
+            reach[axes] = np.ceil(search.cutoff * np.array(search.grid)[axes] / spacings + 1e-4)
+    return reach
+
+
+def common_search(backend, cell, pbc, n_atoms=0, cutoff=CUTOFF):
+    """A search whose capacities serve most cases, so that few are compiled."""
+    pbc = tuple(bool(axis) for axis in np.broadcast_to(pbc, 3))
+    search = Search(backend, cutoff, pbc)
+    cell = np.zeros((3, 3)) if cell is None else np.asarray(cell, float)
+    if backend == "nvalchemi":
+        return search._replace(atoms=n_atoms, slots=512, bins=4096)
+    if backend == "cells":
+        search = search._replace(grid=(2, 2, 3), slots=256)
+        common = np.array([4, 4, 6])
+    else:
+        common = np.where(pbc, 2, 0)
+    reach = np.maximum(reach_of(search, cell), common)
+    return search._replace(reach=tuple(reach.tolist()))
+
+
+BUILD = {name: jax.jit(build, static_argnums=(3, 4, 5)) for name, build in BUILDERS.items()}
+
+
+def skip_without(backend):
+    if backend == "nvalchemi":
+        pytest.importorskip("nvalchemiops", reason="the extra nvalchemi is not installed")
+
+
 @pytest.mark.parametrize("x64", [False, True], ids=["float32", "float64"])
+@pytest.mark.parametrize("backend", BUILDERS)
 @pytest.mark.parametrize("name", CASES)
-def test_dense_list_is_exact(name, x64):
-    """All cases in one shape (padded atoms, two images to either side), so few are compiled."""
+def test_device_lists_are_exact(name, backend, x64):
+    """All cases in one shape, with padding atoms that sit where they would be neighbours."""
+    skip_without(backend)
     positions, cell, pbc = CASES[name]
-    periodic = np.broadcast_to(pbc, 3)
-    dtype = np.float64 if x64 else np.float32
-    padded = np.full((32, 3), 1.0, dtype)  # padding atoms sit where they would be neighbours
-    padded[: len(positions)] = positions
+    n_atoms, dtype = len(positions), np.float64 if x64 else np.float32
+    padded = np.full((32, 3), 1.0, dtype)
+    padded[:n_atoms] = positions
     cell = np.asarray(np.zeros((3, 3)) if cell is None else cell, dtype)
-    planned = np.array(plan_images(CUTOFF, cell.astype(float), periodic))
-    images = tuple(np.maximum(planned, 2 * periodic).tolist())
+    search = common_search(backend, cell, pbc, n_atoms)
+    if backend == "nvalchemi" and n_atoms == 0:
+        pytest.skip("update() never searches nothing")
     with jax.enable_x64(x64):
-        found = dense_edges_jit(
-            padded,
-            cell,
-            len(positions),
-            cutoff=CUTOFF,
-            pbc=tuple(map(bool, periodic)),
-            images=images,
-            capacity=8192,
-        )
+        found = BUILD[backend](padded, cell, n_atoms, search, CUTOFF, 8192)
     found = jax.device_get(found)
     # What float32 cannot hold is not asked for: truth is of the cast positions, in a band.
-    positions = padded[: len(positions)].astype(float)
+    positions, truth_cell = padded[:n_atoms].astype(float), cell.astype(float)
     band = 1e-9 if x64 else max(1e-5, 4e-7 * np.abs(positions).max(initial=10.0))
-    mask, truth_cell = found.edge_mask, cell.astype(float)
+    mask = found.mask
     edges = found.senders[mask], found.receivers[mask], found.shifts[mask]
-    assert mask.sum() == found.required_edges
+    assert mask.sum() == found.count
     assert (np.diff(found.receivers) >= 0).all()
     assert (found.senders[~mask] == 31).all()
+    assert found.slots <= search.slots
     assert compare(edges, positions, truth_cell, pbc, CUTOFF, band) == (0, 0, 0)
-    # The images said to be required are those that the edges come from, and the plan has them.
-    i, j, S = edges
-    assert (found.required_images <= images).all()
-    fractions = (positions[j] - positions[i]) @ np.linalg.pinv(truth_cell[periodic])
-    steps = np.abs(S[:, periodic] + np.rint(fractions))
-    assert (steps <= found.required_images[periodic]).all()
-    assert (planned >= found.required_images).all()
-    assert not found.required_images[~periodic].any()
+    assert (found.reach <= search.reach).all()
+    assert not found.reach[~np.array(search.pbc)].any()
+    if backend == "dense":  # the images said to be required are those that the edges come from
+        i, j, S = edges
+        axes = search.axes
+        fractions = (positions[j] - positions[i]) @ np.linalg.pinv(truth_cell[axes])
+        assert (np.abs(S[:, axes] + np.rint(fractions)) <= found.reach[axes]).all()
+        assert (np.array(plan_images(CUTOFF, truth_cell, np.array(search.pbc))) >= found.reach).all()
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["half-cutoff box", "triclinic", "slab without z vector", "no cell", "one atom", "no atoms"],
-)
-def test_allocated_dense_list_is_exact(name):
+@pytest.mark.parametrize("backend", ["dense", "cells", "nvalchemi"])
+@pytest.mark.parametrize("name", ["triclinic", "slab without z vector", "no cell", "no atoms"])
+def test_allocated_lists_are_exact(name, backend):
+    skip_without(backend)
     positions, cell, pbc = CASES[name]
-    neighbors = allocate(NeighborSpec(CUTOFF, backend="dense"), positions, cell, pbc)
-    assert neighbors.backend == "dense"
+    neighbors = allocate(NeighborSpec(CUTOFF, backend=backend), positions, cell, pbc)
+    assert neighbors.backend == backend
     assert compare(edges_of(neighbors), positions, cell, pbc, CUTOFF, 1e-4) == (0, 0, 0)
 
 
@@ -274,7 +308,7 @@ def test_a_shrinking_box_asks_for_more_images():
     positions, cell = crowd(12, 12.0)
     spec = NeighborSpec(CUTOFF, backend="dense", capacity_margin=30.0)
     neighbors = allocate(spec, positions, cell, True)
-    assert neighbors.images == (0, 0, 0)
+    assert neighbors.search.reach == (0, 0, 0)
     growths = 0
     for scale in np.linspace(1.0, 0.35, 14):
         for where in (positions, positions * scale):
@@ -284,7 +318,7 @@ def test_a_shrinking_box_asks_for_more_images():
                 now = update(grow(now, now.status), where, cell * scale)
             neighbors = now
             assert compare(edges_of(now), where, cell * scale, True, CUTOFF, 1e-5) == (0, 0, 0)
-    assert neighbors.images == (1, 1, 1)
+    assert neighbors.search.reach == (1, 1, 1)
     assert growths == 1
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import logging
+import math
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,10 @@ from flax import struct
 from numpy.typing import ArrayLike
 
 from mlip_md.errors import CapacityError, ConfigError, StructureError
-from mlip_md.neighbors.dense import Images, dense_edges_jit, required_images
+from mlip_md.neighbors import nvalchemi
+from mlip_md.neighbors.cells import plan_grid, required_slots
+from mlip_md.neighbors.compact import LANES
+from mlip_md.neighbors.dense import required_images
 from mlip_md.neighbors.geometry import (
     Bool,
     Float64,
@@ -29,16 +33,21 @@ from mlip_md.neighbors.geometry import (
     plane_spacings,
 )
 from mlip_md.neighbors.host import MOST_EDGES, host_edges
+from mlip_md.neighbors.search import Search, Three
+from mlip_md.neighbors.skin import Edges, Kept, complete, find_edges, nothing_kept
 
 Array = jax.Array | np.ndarray
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "vesin", "dense")
+BACKENDS = ("auto", "vesin", "dense", "cells", "nvalchemi")
 DENSE_LIMIT = 4_000_000
 """Pairs times images up to which trying all of them is the fastest way on an accelerator."""
-SHRINK_MARGIN = 0.9
-"""A box may shrink to this part of its spacings before more images have to be searched."""
+SHRINK_MARGIN = 0.92
+"""A box may shrink to this part of its spacings before images or bins have to be added."""
+SLOTS_MARGIN = 1.1
+CELLS_SKIN = 1.0
+"""Å, the skin of the device's cell list where none is asked for."""
 _COARSE = 1024  # above, capacities are multiples of 128 instead of 8
 
 
@@ -68,26 +77,33 @@ class NeighborSpec:
 
     Attributes:
         cutoff: Å.
-        skin: Å, how far a list may reach beyond the cutoff to live longer. The edges of an updated
-            list are within the cutoff itself whatever the skin; both present backends search
-            anew in every update, which costs less than keeping and pruning a longer list.
-        backend: "vesin" on the host, "dense" on the device, "auto" by device and size.
+        skin: Å, how far a list kept on the device reaches beyond the cutoff to live longer; edges
+            are within the cutoff itself whatever the skin. None is 1 Å for "cells", else 0. The
+            host's list is made anew in every update: that costs less than pruning a longer one.
+        backend: "vesin" on the host, "dense", "cells" or "nvalchemi" on the device, "auto" by
+            device and size.
         capacity_margin: factor on the first number of edges.
     """
 
     cutoff: float
-    skin: float = 0.0
+    skin: float | None = None
     backend: str = "auto"
     capacity_margin: float = 1.2
 
     def __post_init__(self) -> None:
         check_cutoff(self.cutoff)
-        if not 0.0 <= self.skin < float("inf"):
+        if self.skin is not None and not 0.0 <= self.skin < float("inf"):
             raise ConfigError(f"skin = {self.skin} Å is not allowed; it must be zero or positive")
         if self.backend not in BACKENDS:
             raise ConfigError(f"backend = {self.backend!r} is unknown; choose one of {BACKENDS}")
         if not 1.0 <= self.capacity_margin < float("inf"):
             raise ConfigError(f"capacity_margin = {self.capacity_margin} must be at least 1")
+
+    def skin_of(self, backend: str) -> float:
+        """Å, the skin with which a backend on the device keeps its list."""
+        if self.skin is None:
+            return CELLS_SKIN if backend == "cells" else 0.0
+        return float(self.skin)
 
 
 @struct.dataclass
@@ -96,13 +112,17 @@ class NeighborStatus:
 
     Attributes:
         required_edges: () int32, edges that exist.
-        required_images: (3,) int32, images that have to be searched to either side.
+        required_candidates: () int32, pairs within cutoff + skin, if they are kept.
+        required_reach: (3,) int32, images or bins that have to be searched to either side.
+        required_slots: () int32, candidates of an atom in a column of bins, or neighbours.
         finite: () bool, False if positions or cell were not finite or spanned no lattice.
         overflow: () bool, True if the list is incomplete and must not be used.
     """
 
     required_edges: Array
-    required_images: Array
+    required_candidates: Array
+    required_reach: Array
+    required_slots: Array
     finite: Array
     overflow: Array
 
@@ -118,10 +138,9 @@ class NeighborList:
         edge_mask: (capacity,) bool, False on padding.
         n_edges: () int32, edges in the list.
         status: what the last update needed; with its overflow set, nothing else may be used.
+        kept: the longer list of a skin, or None.
         spec: what the list finds.
-        pbc: periodicity.
-        backend: "vesin" or "dense".
-        images: images that the dense backend searches to either side.
+        search: how the device finds it; of the host's list only ``backend`` and ``pbc`` count.
     """
 
     senders: Array
@@ -130,18 +149,22 @@ class NeighborList:
     edge_mask: Array
     n_edges: Array
     status: NeighborStatus
+    kept: Kept | None
     spec: NeighborSpec = struct.field(pytree_node=False)
-    pbc: tuple[bool, bool, bool] = struct.field(pytree_node=False)
-    backend: str = struct.field(pytree_node=False)
-    images: Images = struct.field(pytree_node=False)
+    search: Search = struct.field(pytree_node=False)
 
     @property
     def capacity(self) -> int:
         """Number of edges that fit."""
         return self.senders.shape[0]
 
+    @property
+    def backend(self) -> str:
+        """Which search makes the list."""
+        return self.search.backend
 
-def plan_images(cutoff: float, cell: Float64, pbc: Bool, shrink: float = SHRINK_MARGIN) -> Images:
+
+def plan_images(cutoff: float, cell: Float64, pbc: Bool, shrink: float = SHRINK_MARGIN) -> Three:
     """Images to search to either side of the nearest, enough also after shrinking by a factor."""
     images = np.zeros(3, np.int32)
     if pbc.any():
@@ -150,24 +173,21 @@ def plan_images(cutoff: float, cell: Float64, pbc: Bool, shrink: float = SHRINK_
     return int(images[0]), int(images[1]), int(images[2])
 
 
-def dense_size(n_nodes: int, images: Images) -> int:
-    """Candidates that the dense backend tries."""
-    return n_nodes**2 * (2 * images[0] + 1) * (2 * images[1] + 1) * (2 * images[2] + 1)
+def _window(reach: Three, axes: int) -> int:
+    return math.prod(2 * extent + 1 for extent in reach[:axes])
 
 
-def choose_backend(backend: str, platform: str, n_nodes: int, images: Images) -> str:
+def choose_backend(backend: str, platform: str, n_nodes: int, images: Three) -> str:
     """The backend that "auto" stands for on a JAX platform; other names are returned as given."""
     if backend != "auto":
         return backend
     if platform == "cpu":
         return "vesin"
-    if dense_size(n_nodes, images) <= DENSE_LIMIT:
+    if n_nodes**2 * _window(images, 3) <= DENSE_LIMIT:
         return "dense"
-    _log_once(
-        f"neighbour lists of {n_nodes} atoms on {platform} are made on the host; the device's own "
-        f"search serves up to {DENSE_LIMIT} pairs times images"
-    )
-    return "vesin"
+    chosen = "nvalchemi" if platform == "gpu" and nvalchemi.trusted() else "cells"
+    _log_once(f"neighbour lists of large systems on {platform} are made by backend {chosen!r}")
+    return chosen
 
 
 _logged: set[str] = set()
@@ -179,9 +199,86 @@ def _log_once(message: str) -> None:
         logger.info(message)
 
 
-def log_growth(what: str, before: int | Images, after: int | Images, needed: object) -> None:
+def log_growth(what: str, before: object, after: object, needed: object) -> None:
     """Say that a capacity has grown, for each growth costs a compilation."""
     logger.info("neighbour list: %s grown from %s to %s (%s needed)", what, before, after, needed)
+
+
+def plan(
+    spec: NeighborSpec, backend: str, positions: Float64, cell: Float64, pbc: Bool
+) -> tuple[Search, int]:
+    """How a device searches a structure, and the number of edges it will find.
+
+    Args:
+        spec: what to find.
+        backend: "dense", "cells" or "nvalchemi".
+        positions: (n, 3) Å, checked.
+        cell: (3, 3) Å, checked.
+        pbc: (3,).
+
+    Raises:
+        CapacityError: if the search would be too large.
+    """
+    skin = spec.skin_of(backend)
+    outer = spec.cutoff + skin
+    count = len(host_edges(positions, cell, pbc, spec.cutoff).senders)
+    receivers = host_edges(positions, cell, pbc, outer).receivers
+    axes = (bool(pbc[0]), bool(pbc[1]), bool(pbc[2]))
+    search = Search(backend, spec.cutoff, axes, skin=skin)
+    if skin:
+        room = ladder(math.ceil(spec.capacity_margin * len(receivers)))
+        search = search._replace(candidates=room)
+    if backend == "dense":
+        search = search._replace(reach=plan_images(outer, cell, pbc))
+    elif backend == "cells":
+        grid, reach = plan_grid(outer, positions, cell, pbc, SHRINK_MARGIN)
+        search = search._replace(grid=grid, reach=reach)
+        needed = required_slots(positions, cell, search, outer)
+        search = search._replace(slots=_slots(math.ceil(SLOTS_MARGIN * needed)))
+    else:
+        most = int(np.bincount(receivers, minlength=1).max())
+        slots = _slots(math.ceil(spec.capacity_margin * most))
+        search = nvalchemi.plan(search._replace(slots=slots), outer, positions, cell)
+    check_size(search, len(positions))
+    return search, count
+
+
+def _slots(n: int) -> int:
+    return max(1, -(-n // LANES)) * LANES
+
+
+def check_size(search: Search, n_nodes: int) -> None:
+    """Refuse a search that int32 could not index.
+
+    Raises:
+        CapacityError: if there are too many candidates.
+    """
+    if search.backend == "dense":
+        size = n_nodes**2 * _window(search.reach, 3)
+    else:
+        size = n_nodes * _window(search.reach, 2) * search.slots
+    if size > MOST_EDGES:
+        raise CapacityError(
+            f"{n_nodes} atoms have {size} candidates to try (backend {search.backend!r}, reach "
+            f"{search.reach}, {search.slots} slots), more than {MOST_EDGES}; use a smaller system, "
+            "or backend='vesin'"
+        )
+
+
+def grown(search: Search, status: NeighborStatus | Edges) -> Search:
+    """A search with the capacities that a status says are needed; each growth is logged."""
+    slots, candidates = int(status.required_slots), int(status.required_candidates)
+    reach = np.maximum(np.asarray(status.required_reach), search.reach)
+    new = search._replace(
+        reach=(int(reach[0]), int(reach[1]), int(reach[2])),
+        slots=_slots(ladder(slots)) if slots > search.slots else search.slots,
+        candidates=max(search.candidates, ladder(candidates) if search.skin else 0),
+    )
+    needs = {"reach": reach.tolist(), "slots": slots, "candidates": candidates}
+    for what, needed in needs.items():
+        if getattr(new, what) != getattr(search, what):
+            log_growth(what, getattr(search, what), getattr(new, what), needed)
+    return new
 
 
 def allocate(
@@ -206,54 +303,38 @@ def allocate(
     checked_cell, periodic = check_cell(cell, pbc)
     images = plan_images(spec.cutoff, checked_cell, periodic)
     backend = choose_backend(spec.backend, jax.default_backend(), len(checked), images)
-    if backend == "dense":
-        check_dense_size(len(checked), images)
-    count = len(host_edges(checked, checked_cell, periodic, spec.cutoff).senders)
-    capacity = ladder(int(np.ceil(spec.capacity_margin * count)))
-    axes = (bool(periodic[0]), bool(periodic[1]), bool(periodic[2]))
-    neighbors = _empty(spec, axes, backend, images, capacity)
-    neighbors = update(neighbors, positions, checked_cell)
+    if backend == "vesin":
+        axes = (bool(periodic[0]), bool(periodic[1]), bool(periodic[2]))
+        search = Search(backend, spec.cutoff, axes)
+        count = len(host_edges(checked, checked_cell, periodic, spec.cutoff).senders)
+    else:
+        search, count = plan(spec, backend, checked, checked_cell, periodic)
+    capacity = ladder(math.ceil(spec.capacity_margin * count))
+    where = np.asarray(positions) if backend == "vesin" else jnp.asarray(positions)
+    neighbors = _empty(spec, search, capacity, len(checked), np.dtype(where.dtype))
+    neighbors = update(neighbors, where, checked_cell)
     while bool(neighbors.status.overflow):  # in float32 pairs at the cutoff can count otherwise
-        neighbors = update(grow(neighbors, neighbors.status), positions, checked_cell)
+        neighbors = update(grow(neighbors, neighbors.status), where, checked_cell)
     return neighbors
 
 
 def _empty(
-    spec: NeighborSpec,
-    pbc: tuple[bool, bool, bool],
-    backend: str,
-    images: Images,
-    capacity: int,
+    spec: NeighborSpec, search: Search, capacity: int, n_atoms: int, dtype: np.dtype
 ) -> NeighborList:
     """A list without edges whose status forbids its use."""
-    status = NeighborStatus(
-        np.zeros((), np.int32), np.zeros(3, np.int32), np.asarray(True), np.asarray(True)
-    )
+    zero, none = np.zeros((), np.int32), np.zeros(3, np.int32)
+    status = NeighborStatus(zero, zero, none, zero, np.asarray(True), np.asarray(True))
     index, mask = np.zeros(capacity, np.int32), np.zeros(capacity, bool)
     shifts = np.zeros((capacity, 3), np.int32)
-    return NeighborList(
-        index, index, shifts, mask, np.zeros((), np.int32), status, spec, pbc, backend, images
-    )
-
-
-def check_dense_size(n_nodes: int, images: Images) -> None:
-    """Refuse a dense search that int32 could not index.
-
-    Raises:
-        CapacityError: if there are too many pairs times images.
-    """
-    if dense_size(n_nodes, images) > MOST_EDGES:
-        raise CapacityError(
-            f"{n_nodes} atoms with {images} images to either side are {dense_size(n_nodes, images)}"
-            f" candidates, too many to try one by one (at most {MOST_EDGES}); use backend='vesin'"
-        )
+    kept = nothing_kept(n_atoms, search, dtype)
+    return NeighborList(index, index, shifts, mask, zero, status, kept, spec, search)
 
 
 def update(neighbors: NeighborList, positions: ArrayLike, cell: ArrayLike | None) -> NeighborList:
     """Find the edges of new positions in a list's capacities.
 
-    With the dense backend a pure function of pytrees that may be jitted; with vesin it runs on the
-    host. The caller has to look at ``status.overflow`` before using the edges.
+    On the device a pure function of pytrees that may be jitted; with vesin it runs on the host.
+    The caller has to look at ``status.overflow`` before using the edges.
 
     Args:
         neighbors: a list from ``allocate``, ``grow`` or ``update``.
@@ -264,21 +345,20 @@ def update(neighbors: NeighborList, positions: ArrayLike, cell: ArrayLike | None
         The new list.
 
     Raises:
-        StructureError: from vesin's backend, if positions or cell are unusable; the dense backend
-            reports the same as ``status.finite`` being false, with overflow set.
+        StructureError: from vesin's backend, if positions or cell are unusable; the others report
+            the same as ``status.finite`` being false, with overflow set.
     """
-    if neighbors.backend == "dense":
-        return _update_dense(neighbors, positions, np.zeros((3, 3)) if cell is None else cell)
+    if neighbors.backend != "vesin":
+        return _update_on_device(neighbors, positions, np.zeros((3, 3)) if cell is None else cell)
     checked = check_positions(positions)
-    checked_cell, periodic = check_cell(cell, np.array(neighbors.pbc))
+    checked_cell, periodic = check_cell(cell, np.array(neighbors.search.pbc))
     edges = host_edges(checked, checked_cell, periodic, neighbors.spec.cutoff)
     capacity, count = neighbors.capacity, len(edges.senders)
     kept = min(count, capacity)
-    status = NeighborStatus(
-        np.asarray(count, np.int32),
-        np.zeros(3, np.int32),
-        np.asarray(True),
-        np.asarray(count > capacity),
+    status = dataclasses.replace(
+        neighbors.status,
+        required_edges=np.asarray(count, np.int32),
+        overflow=np.asarray(count > capacity),
     )
     last = max(len(checked) - 1, 0)
     return dataclasses.replace(
@@ -298,25 +378,29 @@ def _padded(values: np.ndarray, capacity: int, fill: int) -> np.ndarray:
     return out
 
 
-def _update_dense(neighbors: NeighborList, positions: ArrayLike, cell: ArrayLike) -> NeighborList:
-    device_positions = jnp.asarray(positions)
-    n_atoms = device_positions.shape[0]
-    if n_atoms == 0:
+find_edges_jit = jax.jit(find_edges, static_argnames=("search", "capacity"))
+"""``find_edges``, compiled once per shape and static argument for the whole process."""
+
+
+def _update_on_device(
+    neighbors: NeighborList, positions: ArrayLike, cell: ArrayLike
+) -> NeighborList:
+    positions = jnp.asarray(positions)
+    if positions.shape[0] == 0:
         status = dataclasses.replace(neighbors.status, overflow=np.asarray(False))
         return dataclasses.replace(neighbors, status=status)
-    edges = dense_edges_jit(
-        device_positions,
-        jnp.asarray(cell, device_positions.dtype),
-        n_atoms,
-        cutoff=neighbors.spec.cutoff,
-        pbc=neighbors.pbc,
-        images=neighbors.images,
-        capacity=neighbors.capacity,
+    search, capacity = neighbors.search, neighbors.capacity
+    cell = jnp.asarray(cell, positions.dtype)
+    edges, kept = find_edges_jit(
+        positions, cell, positions.shape[0], neighbors.kept, search=search, capacity=capacity
     )
-    overflow = (
-        (edges.required_edges > neighbors.capacity)
-        | jnp.any(edges.required_images > jnp.asarray(neighbors.images))
-        | ~edges.finite
+    status = NeighborStatus(
+        edges.required_edges,
+        edges.required_candidates,
+        edges.required_reach,
+        edges.required_slots,
+        edges.finite,
+        ~complete(edges, search, capacity),
     )
     return dataclasses.replace(
         neighbors,
@@ -324,8 +408,9 @@ def _update_dense(neighbors: NeighborList, positions: ArrayLike, cell: ArrayLike
         receivers=edges.receivers,
         shifts=edges.shifts,
         edge_mask=edges.edge_mask,
-        n_edges=jnp.minimum(edges.required_edges, neighbors.capacity),
-        status=NeighborStatus(edges.required_edges, edges.required_images, edges.finite, overflow),
+        n_edges=jnp.minimum(edges.required_edges, capacity),
+        status=status,
+        kept=kept,
     )
 
 
@@ -350,13 +435,13 @@ def grow(neighbors: NeighborList, status: NeighborStatus) -> NeighborList:
         raise StructureError(
             "positions or cell are not finite, or the cell has no volume: there are no neighbours"
         )
-    capacity, images = neighbors.capacity, neighbors.images
-    required, wanted = int(status.required_edges), np.asarray(status.required_images)
+    capacity, required = neighbors.capacity, int(status.required_edges)
     if required > capacity:
         capacity = ladder(required)
         log_growth("edges", neighbors.capacity, capacity, required)
-    if (wanted > np.asarray(images)).any():
-        grown = np.maximum(wanted, images)
-        images = (int(grown[0]), int(grown[1]), int(grown[2]))
-        log_growth("images", neighbors.images, images, wanted.tolist())
-    return _empty(neighbors.spec, neighbors.pbc, neighbors.backend, images, capacity)
+    search = grown(neighbors.search, status)
+    n_atoms, dtype = 0, np.dtype(np.float32)
+    if neighbors.kept is not None:
+        n_atoms, dtype = len(neighbors.kept.positions), np.dtype(neighbors.kept.positions.dtype)
+    check_size(search, n_atoms)
+    return _empty(neighbors.spec, search, capacity, n_atoms, dtype)

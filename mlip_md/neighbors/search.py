@@ -1,0 +1,145 @@
+"""What every search on the device is told, what it gives back, and the lattice it works on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Three = tuple[int, int, int]
+
+ROUNDING_SLACK = 1e-4
+"""Fractional coordinates may be rounded to the wrong side by this much in float32."""
+
+
+class Search(NamedTuple):
+    """Static part of a search on the device: what to find, and in which capacities.
+
+    Attributes:
+        backend: "dense", "cells" or "nvalchemi".
+        cutoff: Å.
+        pbc: periodicity of the axes.
+        reach: images ("dense") or bins ("cells") searched to either side; zero if not needed.
+        grid: bins per axis ("cells").
+        slots: candidates of an atom in one column of bins ("cells"), neighbours of an atom
+            ("nvalchemi").
+        skin: Å, candidates are kept up to cutoff + skin; 0 keeps none.
+        candidates: capacity of that longer list.
+        atoms: number of atoms, without padding ("nvalchemi").
+        bins: capacity in bins ("nvalchemi").
+    """
+
+    backend: str
+    cutoff: float
+    pbc: tuple[bool, bool, bool]
+    reach: Three = (0, 0, 0)
+    grid: Three = (1, 1, 1)
+    slots: int = 0
+    skin: float = 0.0
+    candidates: int = 0
+    atoms: int = 0
+    bins: int = 0
+
+    @property
+    def axes(self) -> np.ndarray:
+        """Indices of the periodic axes."""
+        return np.flatnonzero(np.array(self.pbc))
+
+
+class Pairs(NamedTuple):
+    """Pairs in a fixed capacity, sorted by receiver, and what a complete list would have needed.
+
+    Attributes:
+        senders: (capacity,) int32; padding is the last node.
+        receivers: (capacity,) int32, ascending; padding is the last node.
+        shifts: (capacity, 3) int32, of the positions as given; padding is zero.
+        mask: (capacity,) bool, False on padding.
+        count: () int32, pairs that exist.
+        reach: (3,) int32, the reach that the search needs.
+        slots: () int32, the slots that it needs.
+    """
+
+    senders: jax.Array
+    receivers: jax.Array
+    shifts: jax.Array
+    mask: jax.Array
+    count: jax.Array
+    reach: jax.Array
+    slots: jax.Array
+
+
+def padded_pairs(
+    senders: jax.Array,
+    receivers: jax.Array,
+    shifts: jax.Array,
+    valid: jax.Array,
+    count: jax.Array,
+    n_nodes: int,
+    reach: jax.Array | Three = (0, 0, 0),
+    slots: jax.Array | int = 0,
+) -> Pairs:
+    """Pairs whose invalid rows are made padding."""
+    return Pairs(
+        jnp.where(valid, senders, n_nodes - 1),
+        jnp.where(valid, receivers, n_nodes - 1),
+        jnp.where(valid[:, None], shifts, 0),
+        valid,
+        count,
+        jnp.asarray(reach, jnp.int32),
+        jnp.asarray(slots, jnp.int32),
+    )
+
+
+def cross(u: jax.Array, v: jax.Array) -> jax.Array:
+    """Cross product of two vectors."""
+    return jnp.stack(
+        [u[1] * v[2] - u[2] * v[1], u[2] * v[0] - u[0] * v[2], u[0] * v[1] - u[1] * v[0]]
+    )
+
+
+def dual(vectors: jax.Array) -> jax.Array:
+    """Dual basis of up to three lattice vectors, without a factorisation."""
+    if len(vectors) == 0:
+        return vectors
+    if len(vectors) == 1:
+        return vectors / jnp.sum(vectors**2)
+    a, b = vectors[0], vectors[1]
+    normal = cross(a, b)
+    if len(vectors) == 2:
+        return jnp.stack([cross(b, normal), cross(normal, a)]) / jnp.sum(normal**2)
+    c = vectors[2]
+    return jnp.stack([cross(b, c), cross(c, a), normal]) / jnp.sum(normal * c)
+
+
+def axes_frame(cell: jax.Array, pbc: tuple[bool, bool, bool]) -> jax.Array:
+    """Rows that project positions on axes: dual vectors of periodic, unit normals of open ones."""
+    periodic = np.array(pbc)
+    vectors = cell[np.flatnonzero(periodic)]
+    if periodic.all():
+        return dual(vectors)
+    if not periodic.any():
+        return jnp.eye(3, dtype=cell.dtype)
+    if len(vectors) == 2:
+        normals = cross(vectors[0], vectors[1])[None]
+    else:
+        least = jnp.eye(3, dtype=cell.dtype)[jnp.argmin(jnp.abs(vectors[0]))]
+        normal = cross(vectors[0], least)
+        normals = jnp.stack([normal, cross(vectors[0], normal)])
+    normals = normals / jnp.linalg.norm(normals, axis=1, keepdims=True)
+    order = np.argsort(np.argsort(~periodic, kind="stable"))
+    return jnp.concatenate([dual(vectors), normals])[order]
+
+
+def project(positions: jax.Array, rows: jax.Array) -> jax.Array:
+    """``positions @ rows.T`` as sums: matrix units would round it to ten bits."""
+    return jnp.sum(positions[..., None, :] * rows, axis=-1)
+
+
+def combine(counts: jax.Array, vectors: jax.Array) -> jax.Array:
+    """Σ_k counts[..., k] vectors[k], as sums for the same reason."""
+    return sum(
+        (counts[..., k, None] * vectors[k] for k in range(len(vectors))),
+        start=jnp.zeros(3, vectors.dtype),
+    )

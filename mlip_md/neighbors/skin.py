@@ -1,0 +1,192 @@
+"""Edges of the moment on the device, from a longer list that is kept while it is safe to.
+
+With a skin, all pairs within cutoff + skin are kept and every call prunes them to the cutoff, so
+that a network never sees an edge of the skin. Between two calls everything may have moved: atoms,
+the cell, atoms and cell together, and atoms may have been put back into the cell.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mlip_md.neighbors.cells import cell_pairs
+from mlip_md.neighbors.compact import true_entries
+from mlip_md.neighbors.dense import dense_pairs
+from mlip_md.neighbors.nvalchemi import nvalchemi_pairs
+from mlip_md.neighbors.search import Pairs, Search, combine, dual, padded_pairs, project
+
+BUILDERS = {"dense": dense_pairs, "cells": cell_pairs, "nvalchemi": nvalchemi_pairs}
+
+SKIN_SLACK = 1e-3
+"""Å of the skin that are left to rounding in float32."""
+
+
+class Kept(NamedTuple):
+    """Pairs within cutoff + skin, and the positions (n_nodes, 3) and cell (3, 3) they are of."""
+
+    positions: jax.Array
+    cell: jax.Array
+    pairs: Pairs
+
+
+class Edges(NamedTuple):
+    """Edges within the cutoff, and what all fixed capacities would have needed.
+
+    Attributes:
+        senders: (capacity,) int32; padding is the last node.
+        receivers: (capacity,) int32, ascending; padding is the last node.
+        shifts: (capacity, 3) int32, of the positions as given; padding is zero.
+        edge_mask: (capacity,) bool.
+        required_edges: () int32, edges that exist.
+        required_candidates: () int32, pairs within cutoff + skin; 0 without skin.
+        required_reach: (3,) int32, reach that the search needs.
+        required_slots: () int32, slots that it needs.
+        shortest: () Å, length of the shortest edge; infinite without edges.
+        finite: () bool, whether positions and cell are finite and span a lattice.
+    """
+
+    senders: jax.Array
+    receivers: jax.Array
+    shifts: jax.Array
+    edge_mask: jax.Array
+    required_edges: jax.Array
+    required_candidates: jax.Array
+    required_reach: jax.Array
+    required_slots: jax.Array
+    shortest: jax.Array
+    finite: jax.Array
+
+
+def nothing_kept(n_nodes: int, search: Search, dtype: np.dtype) -> Kept | None:
+    """What to start from: a list of positions that are no numbers, and so never safe."""
+    if not search.skin:
+        return None
+    index = np.zeros(search.candidates, np.int32)
+    zero = np.zeros((), np.int32)
+    shifts = np.zeros((search.candidates, 3), np.int32)
+    pairs = Pairs(index, index, shifts, index > 0, zero, np.zeros(3, np.int32), zero)
+    return Kept(np.full((n_nodes, 3), np.nan, dtype), np.zeros((3, 3), dtype), pairs)
+
+
+def find_edges(
+    positions: jax.Array,
+    cell: jax.Array,
+    n_atoms: jax.Array | int,
+    kept: Kept | None,
+    search: Search,
+    capacity: int,
+) -> tuple[Edges, Kept | None]:
+    """Find all edges; pure, for use under ``jit`` with static ``search`` and ``capacity``.
+
+    Args:
+        positions: (n_nodes, 3) Å, rows from ``n_atoms`` on are padding and get no edge.
+        cell: (3, 3) Å, rows are lattice vectors; those of open axes are not read.
+        n_atoms: number of atoms.
+        kept: of the call before, of the same atoms, or from ``nothing_kept``.
+        search: what to find.
+        capacity: edges to make room for.
+
+    Returns:
+        The edges, complete only if ``complete`` says so, and what to keep for the next call.
+    """
+
+    def build(cutoff: float, room: int) -> Pairs:
+        return BUILDERS[search.backend](positions, cell, n_atoms, search, cutoff, room)
+
+    axes = search.axes
+    if kept is None:
+        pairs = build(search.cutoff, capacity)
+        candidates = jnp.zeros((), jnp.int32)
+    else:
+        homes, movement = _movement(positions, cell, kept, search)
+        stale = ~(movement < search.skin - SKIN_SLACK)  # also if it is not a number
+        kept = jax.lax.cond(
+            stale,
+            lambda: Kept(positions, cell, build(search.cutoff + search.skin, search.candidates)),
+            lambda: kept,
+        )
+        homes = jnp.where(stale, 0, homes)
+        pairs = _prune(positions, cell, homes, kept.pairs, search, capacity)
+        candidates = kept.pairs.count
+    vectors = (
+        positions[pairs.receivers]
+        - positions[pairs.senders]
+        + combine(pairs.shifts[:, axes], cell[axes])
+    )
+    squares = jnp.where(pairs.mask, jnp.sum(vectors**2, axis=1), jnp.inf)
+    lattice = jnp.isfinite(dual(cell[axes])).all()
+    edges = Edges(
+        *pairs[:5],
+        required_candidates=candidates,
+        required_reach=pairs.reach,
+        required_slots=pairs.slots,
+        shortest=jnp.sqrt(jnp.min(squares, initial=jnp.inf)),
+        finite=lattice & jnp.isfinite(positions).all(),
+    )
+    return edges, kept
+
+
+def complete(edges: Edges, search: Search, capacity: int) -> jax.Array:
+    """Whether nothing is missing from a list; works on anything with the fields of ``Edges``."""
+    return (
+        (edges.required_edges <= capacity)
+        & (edges.required_candidates <= search.candidates)
+        & (edges.required_reach <= np.array(search.reach)).all()
+        & (edges.required_slots <= search.slots)
+        & edges.finite
+    )
+
+
+def _movement(
+    positions: jax.Array, cell: jax.Array, kept: Kept, search: Search
+) -> tuple[jax.Array, jax.Array]:
+    """Whole cells that atoms have been moved by, and how much closer (Å) two of them may be.
+
+    Let F map the kept cell on the present one, u be what positions moved beyond r -> r F, and n
+    whole cells taken off u. A pair kept at D is now at D F + u_j - u_i, so its distance is at least
+    σ|D| - |u_i| - |u_j| with σ the smallest singular value of F, no less than 1 - ‖sym(F) - 1‖.
+    No pair beyond cutoff + skin can have come within the cutoff while
+    (cutoff + skin) (1 - σ) + |u_i| + |u_j| < skin.
+    """
+    axes = search.axes
+    vectors, before = cell[axes], kept.cell[axes]
+    # F - 1 = Σ_k dual_k ⊗ (a_k' - a_k): strains of the lattice, nothing along open directions.
+    strain = jnp.sum(dual(before)[:, :, None] * (vectors - before)[:, None, :], axis=0)
+    moved = positions - kept.positions - project(kept.positions, strain.T)
+    homes = jnp.round(project(moved, dual(vectors)))
+    distances = jnp.linalg.norm(moved - combine(homes, vectors), axis=1)
+    farthest = jnp.argmax(distances)
+    others = jnp.where(jnp.arange(len(distances)) == farthest, 0.0, distances)
+    closer = jnp.linalg.norm(0.5 * (strain + strain.T))
+    movement = distances[farthest] + jnp.max(others) + (search.cutoff + search.skin) * closer
+    whole = jnp.zeros(positions.shape, jnp.int32).at[:, axes].set(homes.astype(jnp.int32))
+    return whole, movement
+
+
+def _prune(
+    positions: jax.Array,
+    cell: jax.Array,
+    homes: jax.Array,
+    pairs: Pairs,
+    search: Search,
+    capacity: int,
+) -> Pairs:
+    """Those pairs that are within the cutoff, with shifts of the positions as given."""
+    axes = search.axes
+    steady = positions - combine(homes[:, axes].astype(cell.dtype), cell[axes])
+    vectors = (
+        steady[pairs.receivers]
+        - steady[pairs.senders]
+        + combine(pairs.shifts[:, axes].astype(cell.dtype), cell[axes])
+    )
+    near = pairs.mask & (jnp.sum(vectors**2, axis=1) < search.cutoff**2)
+    index, valid, count = true_entries(near, capacity)
+    senders, receivers = pairs.senders[index], pairs.receivers[index]
+    shifts = pairs.shifts[index] + homes[senders] - homes[receivers]
+    return padded_pairs(
+        senders, receivers, shifts, valid, count, len(positions), pairs.reach, pairs.slots
+    )
