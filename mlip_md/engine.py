@@ -34,24 +34,28 @@ from mlip_md.errors import (
     StructureError,
 )
 from mlip_md.graph import Graph
-from mlip_md.neighbors.dense import DenseEdges, Images, dense_edges
 from mlip_md.neighbors.geometry import (
     Bool,
     Float64,
     check_cell,
     check_positions,
+    dual_vectors,
     has_volume,
     wrap,
 )
 from mlip_md.neighbors.host import HostEdges, host_edges
 from mlip_md.neighbors.lists import (
     NeighborSpec,
-    check_dense_size,
+    check_size,
     choose_backend,
+    grown,
     ladder,
     log_growth,
+    plan,
     plan_images,
 )
+from mlip_md.neighbors.search import Search
+from mlip_md.neighbors.skin import Edges, Kept, complete, find_edges, nothing_kept
 from mlip_md.potential import Params, Potential, predict
 
 Structure = tuple[ArrayLike, ArrayLike, ArrayLike | None, ArrayLike]
@@ -61,6 +65,8 @@ COINCIDENT = 0.05
 """Å; atoms closer than this are one atom written twice, or a structure in the wrong units."""
 MOST_GROWTHS = 8
 """Times a capacity may grow within one call."""
+MOST_SYSTEMS = 8
+"""Systems whose neighbour lists an engine keeps on the device."""
 MOST_WASTE = 1.6
 """A compiled capacity is used again for up to this many times fewer edges."""
 CPU_BATCH = (4096, 32768)
@@ -95,14 +101,6 @@ class Sizes(NamedTuple):
     graphs: int
 
 
-class Search(NamedTuple):
-    """Static part of a neighbour search on the device."""
-
-    cutoff: float
-    pbc: tuple[bool, bool, bool]
-    images: Images
-
-
 @dataclasses.dataclass(frozen=True)
 class _Prepared:
     """A checked structure: wrapped and centered positions (Å, float64) and its species."""
@@ -113,6 +111,14 @@ class _Prepared:
     cell: Float64
     pbc: Bool
     edges: HostEdges | None
+
+
+class _System(NamedTuple):
+    """How a system is searched on the device, its edges last time, and its kept list."""
+
+    search: Search
+    edges: int
+    kept: Kept | None
 
 
 def find_device(device: str | jax.Device | None) -> jax.Device:
@@ -191,8 +197,12 @@ def _integer_parts(integers: Any, sizes: Sizes) -> tuple[Any, Any, Any, Any, Any
 
 
 def _unpack(
-    floats: jax.Array, integers: jax.Array, sizes: Sizes, search: Search | None
-) -> tuple[Graph, DenseEdges | None]:
+    floats: jax.Array,
+    integers: jax.Array,
+    kept: Kept | None,
+    sizes: Sizes,
+    search: Search | None,
+) -> tuple[Graph, Edges | None, Kept | None]:
     """The padded graph on the device; with ``search``, its edges are found there."""
     positions = floats[: 3 * sizes.nodes].reshape(-1, 3)
     cell = floats[3 * sizes.nodes :].reshape(-1, 3, 3)
@@ -200,7 +210,7 @@ def _unpack(
     species, node_graph, senders, receivers, shifts = _integer_parts(integers, sizes)
     edge_mask, found = jnp.arange(sizes.edges) < n_edges, None
     if search is not None:
-        found = dense_edges(positions, cell[0], n_nodes, **search._asdict(), capacity=sizes.edges)
+        found, kept = find_edges(positions, cell[0], n_nodes, kept, search, sizes.edges)
         senders, receivers, shifts = found.senders, found.receivers, found.shifts
         edge_mask = found.edge_mask
     graph = Graph(
@@ -215,19 +225,20 @@ def _unpack(
         edge_mask=edge_mask,
         graph_mask=jnp.arange(sizes.graphs) < n_graphs,
     )
-    return graph, found
+    return graph, found, kept
 
 
 class _Output(NamedTuple):
     """What comes back from the device: node energies, forces and stresses in one array.
 
-    After a search also what it needed: edges, images, the shortest length and whether positions
-    and cell were finite.
+    After a search also what it needed, as in ``Edges``.
     """
 
     values: Any
     required_edges: Any = None
-    required_images: Any = None
+    required_candidates: Any = None
+    required_reach: Any = None
+    required_slots: Any = None
     shortest: Any = None
     finite: Any = None
 
@@ -238,13 +249,16 @@ class _Runtime:
     def __init__(self, potential: Potential, dtype: str, device: jax.Device) -> None:
         self.dtype = np.dtype(dtype)
         self.platform = device.platform
+        self._device = device
         self.num_compilations = 0
         self._network = potential.network
         self._scaling = (potential.scaling_mean, potential.scaling_stdev)
         self._lock = threading.Lock()
         self._capacities: dict[tuple[int, int, Search | None], list[int]] = {}
         self._compiled: set[tuple[Sizes, Search | None]] = set()
-        self._run = jax.jit(self._predict, static_argnames=("sizes", "search"))
+        self._run = jax.jit(
+            self._predict, static_argnames=("sizes", "search"), donate_argnames="kept"
+        )
         weights = jax.tree_util.tree_map(
             lambda leaf: np.asarray(leaf, self.dtype), dict(potential.params)
         )
@@ -281,16 +295,34 @@ class _Runtime:
         return Sizes(nodes, edges, graphs)
 
     def run(
-        self, floats: NDArray[Any], integers: NDArray[np.int32], sizes: Sizes, search: Search | None
-    ) -> _Output:
-        """One transfer to the device, one computation, one transfer back."""
-        with self._precision():
+        self,
+        floats: NDArray[Any],
+        integers: NDArray[np.int32],
+        sizes: Sizes,
+        search: Search | None,
+        kept: Kept | None = None,
+    ) -> tuple[_Output, Kept | None]:
+        """One transfer to the device, one computation, one transfer back; ``kept`` stays there."""
+        arguments = self._params, floats, integers, kept, sizes, search
+        with self._precision(), _out_of_memory(sizes):
             if (sizes, search) in self._compiled:
-                return jax.device_get(self._run(self._params, floats, integers, sizes, search))
+                output, kept = self._run(*arguments)
+                return jax.device_get(output), kept
             with self._lock:  # two threads would compile the same function twice
-                output = jax.device_get(self._run(self._params, floats, integers, sizes, search))
+                output, kept = self._run(*arguments)
+                output = jax.device_get(output)
                 self._compiled.add((sizes, search))
-            return output
+            return output, kept
+
+    def nothing_kept(self, n_nodes: int, search: Search) -> Kept | None:
+        """What a search with a skin starts from, on the device."""
+        with self._precision(), jax.default_device(self._device):
+            return jax.device_put(nothing_kept(n_nodes, search, self.dtype), self._device)
+
+    def plan(self, structure: _Prepared, spec: NeighborSpec, backend: str) -> tuple[Search, int]:
+        """How the device searches a structure, and its number of edges."""
+        with self._precision(), jax.default_device(self._device):
+            return plan(spec, backend, structure.positions, structure.cell, structure.pbc)
 
     def _apply(self, params: Params, graph: Graph) -> jax.Array:
         return jnp.asarray(self._network.apply(params, graph))
@@ -300,31 +332,37 @@ class _Runtime:
         params: Params,
         floats: jax.Array,
         integers: jax.Array,
+        kept: Kept | None,
         sizes: Sizes,
         search: Search | None,
-    ) -> _Output:
+    ) -> tuple[_Output, Kept | None]:
         self.num_compilations += 1  # runs when JAX traces: once per compilation
-        graph, found = _unpack(floats, integers, sizes, search)
+        graph, found, kept = _unpack(floats, integers, kept, sizes, search)
         mean, stdev = self._scaling
         prediction = predict(self._apply, params, graph, scaling_mean=mean, scaling_stdev=stdev)
         parts = (prediction.node_energies, prediction.forces, prediction.stress)
         values = jnp.concatenate([part.reshape(-1) for part in parts])
         if found is None or search is None:
-            return _Output(values)
-        complete = _complete(found, sizes, search)
-        return _Output(
-            jnp.where(complete, values, jnp.nan),  # useless to whoever ignores the status
-            found.required_edges,
-            found.required_images,
-            found.shortest,
-            found.finite,
-        )
+            return _Output(values), None
+        needs = {name: getattr(found, name) for name in _Output._fields[1:]}
+        # Useless to whoever ignores what was needed.
+        values = jnp.where(complete(found, search, sizes.edges), values, jnp.nan)
+        return _Output(values, **needs), kept
 
 
-def _complete(found: DenseEdges | _Output, sizes: Sizes, search: Search) -> Any:
-    """Whether a search found all edges."""
-    images = (found.required_images <= np.array(search.images)).all()
-    return (found.required_edges <= sizes.edges) & images & found.finite
+@contextlib.contextmanager
+def _out_of_memory(sizes: Sizes) -> Iterator[None]:
+    """Say what did not fit into a device's memory."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise CapacityError(
+            f"{sizes.nodes} atoms with {sizes.edges} edges do not fit into the device's memory; "
+            "use fewer atoms, a smaller model, dtype='float32' or another device. JAX says: "
+            + str(error).splitlines()[0][:200]
+        ) from error
 
 
 _runtimes: weakref.WeakValueDictionary[tuple[str, str, jax.Device], _Runtime] = (
@@ -350,8 +388,9 @@ class Engine:
         potential: the potential.
         dtype: precision of the network, "float32" or "float64".
         device: None for JAX's default, "cpu", "gpu", "cuda:1" or a ``jax.Device``.
-        skin: Å, see ``NeighborSpec``.
-        backend: of the neighbour search: "auto", "vesin" (host) or "dense" (device).
+        skin: Å, see ``NeighborSpec``; results never depend on it.
+        backend: of the neighbour search: "auto", "vesin" (host), "dense", "cells" or "nvalchemi"
+            (device).
         capacity_margin: factor on the first number of edges.
 
     Raises:
@@ -364,7 +403,7 @@ class Engine:
         dtype: str = "float32",
         device: str | jax.Device | None = None,
         *,
-        skin: float = 0.0,
+        skin: float | None = None,
         backend: str = "auto",
         capacity_margin: float = 1.05,
     ) -> None:
@@ -375,7 +414,8 @@ class Engine:
         self.spec = NeighborSpec(potential.cutoff, skin, backend, capacity_margin)
         self.device = find_device(device)
         self._runtime = _shared_runtime(potential, dtype, self.device)
-        self._recent_edges: dict[tuple[int, Search], int] = {}
+        self._systems: dict[tuple[Any, ...], _System] = {}
+        self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         platform = self.device.platform
@@ -429,8 +469,9 @@ class Engine:
             CapacityError: if there are too many neighbours.
         """
         structure = _check(self.potential, positions, atomic_numbers, cell, pbc)
-        if self._searches_on_device(structure):
-            return self._evaluate_searching(structure)
+        backend = self._search_backend(structure)
+        if backend != "vesin":
+            return self._evaluate_searching(structure, backend)
         return self._evaluate_listed([self._with_edges(structure)])[0]
 
     def evaluate_batch(self, structures: Sequence[Structure]) -> list[Result]:
@@ -457,16 +498,13 @@ class Engine:
         shared = totals.max(axis=0, initial=0).tolist()  # one shape: one compilation
         return [result for group in groups for result in self._evaluate_listed(group, shared)]
 
-    def _images(self, structure: _Prepared) -> Images:
-        return plan_images(self.spec.cutoff, structure.cell, structure.pbc, shrink=1.0)
-
-    def _searches_on_device(self, structure: _Prepared) -> bool:
-        """Whether the structure's edges are found on the device instead of the host."""
+    def _search_backend(self, structure: _Prepared) -> str:
+        """Where the structure's edges are found: "vesin" is the host."""
         backend, platform = self.spec.backend, self.device.platform
         if backend == "vesin" or (backend == "auto" and platform == "cpu"):
-            return False
-        size = ladder(len(structure.species) + 1)
-        return choose_backend(backend, platform, size, self._images(structure)) == "dense"
+            return "vesin"
+        images = plan_images(self.spec.cutoff, structure.cell, structure.pbc)
+        return choose_backend(backend, platform, ladder(len(structure.species) + 1), images)
 
     def _with_edges(self, structure: _Prepared) -> _Prepared:
         """The structure with its exact list; refuses coincident atoms by name."""
@@ -483,36 +521,44 @@ class Engine:
         nodes, edges, graphs = (max(pair) for pair in zip(needed, at_least, strict=True))
         sizes = self._runtime.sizes(nodes, edges, graphs, self.spec.capacity_margin, None)
         floats, integers = _pack(structures, sizes, self._runtime.dtype)
-        output = self._runtime.run(floats, integers, sizes, None)
+        output, _ = self._runtime.run(floats, integers, sizes, None)
         return _results(self.potential, structures, output.values, sizes)
 
-    def _evaluate_searching(self, structure: _Prepared) -> Result:
-        """Result of a structure whose edges are searched on the device, in the same call."""
-        pbc = (bool(structure.pbc[0]), bool(structure.pbc[1]), bool(structure.pbc[2]))
-        search = Search(self.spec.cutoff, pbc, self._images(structure))
-        key = (ladder(len(structure.species) + 1), search)
-        edges = self._recent_edges.get(key)
-        if edges is None:
-            listed = self._with_edges(structure).edges
-            edges = 0 if listed is None else len(listed.senders)
+    def _evaluate_searching(self, structure: _Prepared, backend: str) -> Result:
+        """Result of a structure whose edges are searched on the device, in the same call.
+
+        What a search has learnt of a system is taken out while it is used: two threads with the
+        same system never share a kept list.
+        """
+        key = (backend, structure.pbc.tobytes(), structure.species.tobytes())
+        with self._lock:
+            system = self._systems.pop(key, None)
+        if system is None:
+            system = _System(*self._runtime.plan(structure, self.spec, backend), None)
+        n_atoms = len(structure.species)
         for _ in range(MOST_GROWTHS):
-            check_dense_size(key[0], search.images)
-            sizes = self._runtime.sizes(
-                len(structure.species), edges, 1, self.spec.capacity_margin, search
-            )
+            search, edges, kept = system
+            check_size(search, ladder(n_atoms + 1))
+            sizes = self._runtime.sizes(n_atoms, edges, 1, self.spec.capacity_margin, search)
+            if kept is None:
+                kept = self._runtime.nothing_kept(sizes.nodes, search)
             floats, integers = _pack([structure], sizes, self._runtime.dtype)
-            output = self._runtime.run(floats, integers, sizes, search)
-            edges = int(output.required_edges)
+            output, kept = self._runtime.run(floats, integers, sizes, search, kept)
             if output.shortest < COINCIDENT:
                 self._with_edges(structure)  # names the pair
-            if _complete(output, sizes, search):
-                self._recent_edges[key] = edges
+            wider, needed = grown(search, output), int(output.required_edges)
+            if not needed <= edges <= MOST_WASTE * needed:
+                edges = needed  # else the capacity stays: a number that breathes fits again
+            system = _System(wider, edges, kept if wider == search else None)
+            if complete(output, search, sizes.edges):
+                with self._lock:
+                    if len(self._systems) >= MOST_SYSTEMS:
+                        del self._systems[next(iter(self._systems))]
+                    self._systems[key] = system
                 return _results(self.potential, [structure], output.values, sizes)[0]
-            wider = np.maximum(output.required_images, search.images)
-            search = search._replace(images=(int(wider[0]), int(wider[1]), int(wider[2])))
         raise CapacityError(
-            f"the neighbour list did not fit after {MOST_GROWTHS} growths; it needs {edges} edges "
-            f"and {search.images} images; use backend='vesin'"
+            f"the neighbour list did not fit after {MOST_GROWTHS} growths; it needs "
+            f"{system.edges} edges and {system.search}; use backend='vesin'"
         )
 
 
@@ -526,7 +572,8 @@ def _check(
     """Check a structure in float64, wrap it into its cell and center it.
 
     Centered, coordinates are as small as they can be and lose least when cast to float32; where
-    the structure lies in space cannot matter.
+    the structure lies in space cannot matter. The center is that of the cell along periodic axes,
+    and of the atoms along open ones: neither jumps when an atom is wrapped.
     """
     checked = check_positions(positions)
     numbers = np.asarray(atomic_numbers)
@@ -539,8 +586,9 @@ def _check(
     species = potential.species(numbers)
     checked_cell, periodic = check_cell(cell, pbc)
     wrapped, _ = wrap(checked, checked_cell, periodic)
-    centered = wrapped - wrapped.mean(axis=0)
-    return _Prepared(centered, numbers, species, checked_cell, periodic, None)
+    middle, vectors = wrapped.mean(axis=0), checked_cell[periodic]
+    middle = middle + (0.5 - dual_vectors(vectors) @ middle) @ vectors
+    return _Prepared(wrapped - middle, numbers, species, checked_cell, periodic, None)
 
 
 def _coincidence(structure: _Prepared, edges: HostEdges) -> StructureError:

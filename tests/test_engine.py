@@ -19,7 +19,8 @@ from mlip_md.errors import (
     StructureError,
     UnsupportedElementError,
 )
-from mlip_md.neighbors import neighbor_list
+from mlip_md.neighbors import NeighborSpec, neighbor_list
+from mlip_md.neighbors.search import Search
 
 TOLERANCE = {"float32": 2e-5, "float64": 1e-11}
 
@@ -384,17 +385,31 @@ def test_searching_survives_overflow(caplog, double):
 
 
 def test_an_incomplete_search_gives_no_numbers(potential):
-    engine = Engine(potential, backend="dense")
+    """Too few edges, images, slots or candidates: the device itself makes the energy NaN."""
     structure = engine_module._check(potential, *crystal())
-    search = engine_module.Search(potential.cutoff, (True, True, True), (1, 1, 1))
+    engine = Engine(potential, backend="dense")
     need = len(engine._with_edges(structure).edges.senders)
-    for capacity, images, whole in [(need, 1, True), (need - 1, 1, False), (need, 0, False)]:
+
+    def run(search, capacity):
         sizes = engine_module.Sizes(16, capacity, 1)
-        tried = search._replace(images=(images,) * 3)
         packed = engine_module._pack([structure], sizes, np.dtype("float32"))
-        output = engine._runtime.run(*packed, sizes, tried)
+        kept = engine._runtime.nothing_kept(16, search)
+        output, _ = engine._runtime.run(*packed, sizes, search, kept)
+        whole = bool(engine_module.complete(output, search, capacity))
         assert np.isfinite(output.values).all() == whole
-        assert bool(engine_module._complete(output, sizes, tried)) == whole
+        return whole, output
+
+    dense = Search("dense", potential.cutoff, (True, True, True), reach=(1, 1, 1))
+    assert run(dense, need)[0]
+    assert not run(dense, need - 1)[0]
+    assert not run(dense._replace(reach=(0, 1, 1)), need)[0]
+    cells = engine._runtime.plan(structure, NeighborSpec(potential.cutoff, 0.5), "cells")[0]
+    whole, output = run(cells, need)
+    assert whole
+    candidates, slots = int(output.required_candidates), int(output.required_slots)
+    assert run(cells._replace(candidates=candidates, slots=slots), need)[0]
+    assert not run(cells._replace(candidates=candidates - 1), need)[0]
+    assert not run(cells._replace(slots=slots - 1), need)[0]
 
 
 def test_coincident_atoms_are_found_on_the_device_too(potential):
@@ -517,10 +532,10 @@ def test_non_finite_results_name_their_atoms(engine, monkeypatch):
 
     def spoil(rows):
         def spoiled(*arguments):
-            output = run(*arguments)
+            output, kept = run(*arguments)
             values = np.array(output.values)
             values[rows] = np.nan
-            return output._replace(values=values)
+            return output._replace(values=values), kept
 
         monkeypatch.setattr(engine._runtime, "run", spoiled)
 

@@ -180,7 +180,7 @@ def test_device_lists_are_exact(name, backend, x64):
     band = 1e-9 if x64 else max(1e-5, 4e-7 * np.abs(positions).max(initial=10.0))
     mask = found.mask
     edges = found.senders[mask], found.receivers[mask], found.shifts[mask]
-    assert mask.sum() == found.count
+    assert mask.sum() == found.n_pairs
     assert (np.diff(found.receivers) >= 0).all()
     assert (found.senders[~mask] == 31).all()
     assert found.slots <= search.slots
@@ -192,7 +192,9 @@ def test_device_lists_are_exact(name, backend, x64):
         axes = search.axes
         fractions = (positions[j] - positions[i]) @ np.linalg.pinv(truth_cell[axes])
         assert (np.abs(S[:, axes] + np.rint(fractions)) <= found.reach[axes]).all()
-        assert (np.array(plan_images(CUTOFF, truth_cell, np.array(search.pbc))) >= found.reach).all()
+        assert (
+            np.array(plan_images(CUTOFF, truth_cell, np.array(search.pbc))) >= found.reach
+        ).all()
 
 
 @pytest.mark.parametrize("backend", ["dense", "cells", "nvalchemi"])
@@ -411,7 +413,7 @@ def test_specifications_are_checked():
     for wrong in ({"skin": -1.0}, {"backend": "cuda"}, {"capacity_margin": 0.5}):
         with pytest.raises(ConfigError):
             NeighborSpec(CUTOFF, **wrong)
-    with pytest.raises(CapacityError, match="too many to try"):
+    with pytest.raises(CapacityError, match="candidates to try"):
         allocate(NeighborSpec(60.0, backend="dense"), *crowd(1500, 10.0), True)
 
 

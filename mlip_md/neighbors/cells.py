@@ -114,7 +114,7 @@ def cell_pairs(
         capacity: pairs to make room for.
 
     Returns:
-        The pairs; complete only if ``count``, ``reach`` and ``slots`` are within ``capacity`` and
+        The pairs; complete only if ``n_pairs``, ``reach`` and ``slots`` are within ``capacity`` and
         the search's.
     """
     n_nodes = positions.shape[0]
@@ -124,7 +124,7 @@ def cell_pairs(
     chosen, valid, count = true_entries(near, capacity)
     row, slot = chosen // search.slots, chosen % search.slots
     receivers = row // runs.first.shape[1]
-    place, image = _place(*(part.reshape(-1)[row] for part in runs[1:4]), slot)
+    place, image = _place([part.reshape(-1)[row] for part in runs[1:4]], slot)
     senders = atoms.order[place]
     found = jax.lax.optimization_barrier((row, receivers, senders, image.astype(jnp.int32)))
     row, receivers, senders, image = found  # else each column of the shifts repeats all that
@@ -213,14 +213,13 @@ def _stretches(atoms: _Atoms, real: jax.Array, search: Search) -> _Stretches:
     return _Stretches(shifts, first, size, begin, jnp.where(exists, end - begin, 0))
 
 
-def _place(
-    first: jax.Array, size: jax.Array, begin: jax.Array, slot: jax.Array | np.ndarray
-) -> tuple[jax.Array, jax.Array]:
-    """Place in the sorted atoms of a stretch's slot, and its image along the column (a float).
+def _place(stretch: list[jax.Array], slot: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Place in the sorted atoms of a slot of a stretch, and its image along the column (a float).
 
     Dividing in float32 is exact enough: (p + 1/2) / m is 1/(2m) or more from a whole number, far
     above its rounding for columns of less than a million atoms; dividing integers is slow.
     """
+    first, size, begin = stretch
     place = begin + slot
     image = jnp.floor((place.astype(jnp.float32) + 0.5) / jnp.maximum(size, 1))
     return first + place - image.astype(jnp.int32) * size, image
@@ -231,8 +230,8 @@ def _near(
 ) -> jax.Array:
     """Which candidates are within the cutoff: (n_nodes, columns, slots)."""
     n_nodes = atoms.order.shape[0]
-    slot = np.arange(search.slots, dtype=np.int32)
-    place, image = _place(*(part[..., None] for part in runs[1:4]), slot)
+    slot = jnp.arange(search.slots, dtype=jnp.int32)
+    place, image = _place([part[..., None] for part in runs[1:4]], slot)
     used = slot < runs.length[..., None]
     place = jnp.where(used, place, 0)
     periodic = np.array(search.pbc)
@@ -246,4 +245,4 @@ def _near(
     rank = jnp.zeros_like(atoms.order).at[atoms.order].set(jnp.arange(n_nodes, dtype=jnp.int32))
     home = jnp.all(runs.shifts == 0, axis=-1)[..., None] & (image == 0)
     itself = home & (place == rank[:, None, None])
-    return used & (squares < cutoff**2) & ~itself
+    return jnp.asarray(used & (squares < cutoff**2) & ~itself)

@@ -54,7 +54,7 @@ def dense_pairs(
         capacity: pairs to make room for.
 
     Returns:
-        The pairs; complete only if ``count`` and ``reach`` are within ``capacity`` and
+        The pairs; complete only if ``n_pairs`` and ``reach`` are within ``capacity`` and
         ``search.reach``.
     """
     n_nodes = positions.shape[0]

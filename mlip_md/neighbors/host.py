@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,8 @@ from mlip_md.neighbors.geometry import (
 
 MOST_EDGES = 2**31 - 1
 """Edges are counted and indexed in int32 on the device."""
+BYTES_PER_EDGE = 60
+"""Memory of a list on the host while it is sorted."""
 
 _SERIAL_BELOW = 5000  # atoms; threads that wait for each other cost more than they save
 
@@ -83,6 +86,14 @@ def host_edges(positions: Float64, cell: Float64, pbc: Bool, cutoff: float) -> H
     )
 
 
+def _memory() -> int:
+    """Bytes of memory that this machine has, or more where it does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):
+        return 2**62
+
+
 def _check_density(n_atoms: int, cell: Float64, pbc: Bool, cutoff: float) -> None:
     """Refuse cells so dense (wrong units, mostly) that a list would exhaust the memory."""
     if not pbc.any() or n_atoms == 0:
@@ -98,8 +109,9 @@ def _check_density(n_atoms: int, cell: Float64, pbc: Bool, cutoff: float) -> Non
     if pbc.all():
         volume = abs(float(np.linalg.det(cell)))
         expected = n_atoms * n_atoms * (4.0 / 3.0 * math.pi * cutoff**3) / volume
-        if expected > MOST_EDGES:
+        most = min(MOST_EDGES, _memory() // BYTES_PER_EDGE)
+        if expected > most:
             raise CapacityError(
                 f"{n_atoms} atoms in {volume:.6g} Å³ have about {expected:.1e} pairs within "
-                f"{cutoff} Å; at most {MOST_EDGES} can be handled. Is the cell in Å?"
+                f"{cutoff} Å; at most {most:.1e} can be handled here. Is the cell in Å?"
             )

@@ -12,6 +12,7 @@ import bisect
 import dataclasses
 import logging
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ from mlip_md.neighbors.geometry import (
 )
 from mlip_md.neighbors.host import MOST_EDGES, host_edges
 from mlip_md.neighbors.search import Search, Three
-from mlip_md.neighbors.skin import Edges, Kept, complete, find_edges, nothing_kept
+from mlip_md.neighbors.skin import Kept, complete, find_edges, nothing_kept
 
 Array = jax.Array | np.ndarray
 
@@ -221,13 +222,8 @@ def plan(
     """
     skin = spec.skin_of(backend)
     outer = spec.cutoff + skin
-    count = len(host_edges(positions, cell, pbc, spec.cutoff).senders)
-    receivers = host_edges(positions, cell, pbc, outer).receivers
     axes = (bool(pbc[0]), bool(pbc[1]), bool(pbc[2]))
     search = Search(backend, spec.cutoff, axes, skin=skin)
-    if skin:
-        room = ladder(math.ceil(spec.capacity_margin * len(receivers)))
-        search = search._replace(candidates=room)
     if backend == "dense":
         search = search._replace(reach=plan_images(outer, cell, pbc))
     elif backend == "cells":
@@ -235,11 +231,16 @@ def plan(
         search = search._replace(grid=grid, reach=reach)
         needed = required_slots(positions, cell, search, outer)
         search = search._replace(slots=_slots(math.ceil(SLOTS_MARGIN * needed)))
-    else:
+    check_size(search, len(positions))
+    count = len(host_edges(positions, cell, pbc, spec.cutoff).senders)
+    receivers = host_edges(positions, cell, pbc, outer).receivers
+    if skin:
+        room = ladder(math.ceil(spec.capacity_margin * len(receivers)))
+        search = search._replace(candidates=room)
+    if backend == "nvalchemi":
         most = int(np.bincount(receivers, minlength=1).max())
         slots = _slots(math.ceil(spec.capacity_margin * most))
         search = nvalchemi.plan(search._replace(slots=slots), outer, positions, cell)
-    check_size(search, len(positions))
     return search, count
 
 
@@ -265,8 +266,13 @@ def check_size(search: Search, n_nodes: int) -> None:
         )
 
 
-def grown(search: Search, status: NeighborStatus | Edges) -> Search:
-    """A search with the capacities that a status says are needed; each growth is logged."""
+def grown(search: Search, status: Any) -> Search:
+    """A search with the capacities that a status says are needed; each growth is logged.
+
+    Args:
+        search: the search that did not suffice.
+        status: a ``NeighborStatus``, or anything else with its ``required_…`` fields.
+    """
     slots, candidates = int(status.required_slots), int(status.required_candidates)
     reach = np.maximum(np.asarray(status.required_reach), search.reach)
     new = search._replace(
@@ -390,6 +396,7 @@ def _update_on_device(
         status = dataclasses.replace(neighbors.status, overflow=np.asarray(False))
         return dataclasses.replace(neighbors, status=status)
     search, capacity = neighbors.search, neighbors.capacity
+    check_size(search, positions.shape[0])
     cell = jnp.asarray(cell, positions.dtype)
     edges, kept = find_edges_jit(
         positions, cell, positions.shape[0], neighbors.kept, search=search, capacity=capacity
@@ -443,5 +450,4 @@ def grow(neighbors: NeighborList, status: NeighborStatus) -> NeighborList:
     n_atoms, dtype = 0, np.dtype(np.float32)
     if neighbors.kept is not None:
         n_atoms, dtype = len(neighbors.kept.positions), np.dtype(neighbors.kept.positions.dtype)
-    check_size(search, n_atoms)
     return _empty(neighbors.spec, search, capacity, n_atoms, dtype)

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import logging
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ def nvalchemi_pairs(
         capacity: pairs to make room for.
 
     Returns:
-        The pairs; complete only if ``count`` and ``slots`` are within ``capacity`` and
+        The pairs; complete only if ``n_pairs`` and ``slots`` are within ``capacity`` and
         ``search.slots``.
     """
     from nvalchemiops.jax.neighbors.cell_list import cell_list
@@ -106,7 +107,7 @@ def trusted() -> bool:
     if importlib.util.find_spec(MODULE) is None:
         return False
     try:
-        wrong = [pbc for pbc in (np.ones(3, bool), np.arange(3) < 2) if not _agrees(pbc)]
+        wrong: list[Any] = [p for p in (np.ones(3, bool), np.arange(3) < 2) if not _agrees(p)]
     except Exception as error:  # whatever a foreign extension does, we can do without it
         wrong = [error]
     if wrong:
@@ -130,6 +131,6 @@ def _agrees(pbc: Bool) -> bool:
         vectors = positions[edges[:, 1]] - positions[edges[:, 0]] + edges[:, 2:] @ cell
         inside = np.linalg.norm(vectors, axis=1) < 5.0 * (1 - 1e-4)  # at the cutoff both are right
         found.append({tuple(edge) for edge in edges[inside].tolist()})
-        if pairs.count > 20_000 or len(found[-1]) < inside.sum():
+        if pairs.n_pairs > 20_000 or len(found[-1]) < inside.sum():
             return False
     return found[0] == found[1]

@@ -56,7 +56,7 @@ class Pairs(NamedTuple):
         receivers: (capacity,) int32, ascending; padding is the last node.
         shifts: (capacity, 3) int32, of the positions as given; padding is zero.
         mask: (capacity,) bool, False on padding.
-        count: () int32, pairs that exist.
+        n_pairs: () int32, pairs that exist.
         reach: (3,) int32, the reach that the search needs.
         slots: () int32, the slots that it needs.
     """
@@ -65,7 +65,7 @@ class Pairs(NamedTuple):
     receivers: jax.Array
     shifts: jax.Array
     mask: jax.Array
-    count: jax.Array
+    n_pairs: jax.Array
     reach: jax.Array
     slots: jax.Array
 

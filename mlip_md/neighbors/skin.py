@@ -7,7 +7,7 @@ the cell, atoms and cell together, and atoms may have been put back into the cel
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,11 +65,10 @@ def nothing_kept(n_nodes: int, search: Search, dtype: np.dtype) -> Kept | None:
     """What to start from: a list of positions that are no numbers, and so never safe."""
     if not search.skin:
         return None
-    index = np.zeros(search.candidates, np.int32)
-    zero = np.zeros((), np.int32)
-    shifts = np.zeros((search.candidates, 3), np.int32)
-    pairs = Pairs(index, index, shifts, index > 0, zero, np.zeros(3, np.int32), zero)
-    return Kept(np.full((n_nodes, 3), np.nan, dtype), np.zeros((3, 3), dtype), pairs)
+    index, zero = jnp.zeros(search.candidates, jnp.int32), jnp.zeros((), jnp.int32)
+    shifts, reach = jnp.zeros((search.candidates, 3), jnp.int32), jnp.zeros(3, jnp.int32)
+    pairs = Pairs(index, index, shifts, index > 0, zero, reach, zero)
+    return Kept(jnp.full((n_nodes, 3), jnp.nan, dtype), jnp.zeros((3, 3), dtype), pairs)
 
 
 def find_edges(
@@ -111,7 +110,7 @@ def find_edges(
         )
         homes = jnp.where(stale, 0, homes)
         pairs = _prune(positions, cell, homes, kept.pairs, search, capacity)
-        candidates = kept.pairs.count
+        candidates = kept.pairs.n_pairs
     vectors = (
         positions[pairs.receivers]
         - positions[pairs.senders]
@@ -130,7 +129,7 @@ def find_edges(
     return edges, kept
 
 
-def complete(edges: Edges, search: Search, capacity: int) -> jax.Array:
+def complete(edges: Any, search: Search, capacity: int) -> Any:
     """Whether nothing is missing from a list; works on anything with the fields of ``Edges``."""
     return (
         (edges.required_edges <= capacity)
