@@ -307,7 +307,8 @@ def minimize_command(
     from rich.console import Console
 
     from mlip_md.integrations.ase import MLIPCalculator
-    from mlip_md.integrations.md_ase import DTYPES, minimize
+    from mlip_md.integrations.md_ase import minimize
+    from mlip_md.integrations.models import DTYPES
     from mlip_md.integrations.structures import read_structure
 
     console = Console(highlight=False)

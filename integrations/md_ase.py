@@ -18,13 +18,13 @@ from ase.optimize import BFGS, FIRE
 
 from mlip_md.errors import ConfigError, StructureError
 from mlip_md.integrations.ase import MLIPCalculator
+from mlip_md.integrations.models import DTYPES
 from mlip_md.integrations.report import BAR, Frame
 from mlip_md.integrations.structures import Structure
 
 if TYPE_CHECKING:
     from mlip_md.integrations.md import MDSettings
 
-DTYPES = {"single": "float32", "double": "float64"}
 MINIMIZE_FORCE = 0.05
 MINIMIZE_STEPS = 300
 

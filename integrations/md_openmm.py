@@ -18,8 +18,9 @@ from openmmml import MLPotential
 import mlip_md
 from mlip_md.engine import Engine
 from mlip_md.errors import ConfigError, SimulationError, StructureError
-from mlip_md.integrations.md_ase import DTYPES, MINIMIZE_FORCE, degrees_of_freedom, draw_velocities
-from mlip_md.integrations.openmm import ANGSTROM_PER_NM, KJ_PER_MOL_PER_EV
+from mlip_md.integrations.md_ase import MINIMIZE_FORCE, degrees_of_freedom, draw_velocities
+from mlip_md.integrations.models import DTYPES
+from mlip_md.integrations.openmm_force import ANGSTROM_PER_NM, KJ_PER_MOL_PER_EV
 from mlip_md.integrations.report import Frame
 from mlip_md.integrations.structures import Structure, make_topology
 

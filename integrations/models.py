@@ -1,4 +1,4 @@
-"""Names of models, as every integration takes them."""
+"""Names of models and precisions, as every integration takes them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 from mlip_md import bundled
 
 DEFAULT_MODEL = "organics-gfn2"
+
+DTYPES = {"single": "float32", "double": "float64"}
+"""Names of precisions and what ``Engine`` calls them."""
 
 
 def lasting_name(model: str | os.PathLike[str]) -> str:

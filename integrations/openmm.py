@@ -1,40 +1,25 @@
 """OpenMM-ML potential: ``MLPotential("mlip-md", modelPath=...)``.
 
-OpenMM's units (nm, kJ/mol, kJ/mol/nm) exist in this file only. The force runs through
-``openmm.PythonForce``, which calls ``MLForce`` with the positions of every step.
+Keywords, periodicity and embedding; the force itself is ``openmm_force.MLForce``.
 """
 
 from __future__ import annotations
 
-import collections
 import difflib
 import os
-import threading
-import traceback
-import warnings
-import weakref
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import openmm
 import openmm.app
+from openmm import unit
+from openmmml.embeddings.mechanicalembedding import MechanicalEmbedding
 from openmmml.mlpotential import MLPotentialImpl
 
-import mlip_md
-from mlip_md.engine import Engine
-from mlip_md.errors import ConfigError, MLIPError, ModelFileError, NonFiniteError, StructureError
-from mlip_md.integrations.models import DEFAULT_MODEL, lasting_name
-from mlip_md.potential import Potential
-
-KJ_PER_MOL_PER_EV = 1.602176634e-19 * 6.02214076e23 / 1000.0
-"""1 eV in kJ/mol; exact since the SI of 2019 (e and N_A are defined numbers)."""
-
-ANGSTROM_PER_NM = 10.0
-
-PRECISIONS = {None: "float32", "single": "float32", "double": "float64"}
-ENERGY_TYPES = ("interaction_energy", "energy")
+from mlip_md.errors import ConfigError, StructureError
+from mlip_md.integrations.models import DEFAULT_MODEL, DTYPES, lasting_name
+from mlip_md.integrations.openmm_force import ANGSTROM_PER_NM, MLForce, open_potential, pack
 
 _IGNORED = ("mlLongRange", "linkAtomDistances")
 """Keywords that OpenMM-ML's embeddings read and hand on to every potential."""
@@ -47,10 +32,17 @@ class ForceOptions(NamedTuple):
         precision: "single" (also None) or "double".
         returnEnergyType: "interaction_energy" leaves out the energies of the isolated atoms, a
             constant that costs digits in single-precision platforms; "energy" is the total.
-        device: JAX device, "cpu", "gpu", "cuda:1"; None is JAX's default.
+        device: JAX device, "cpu", "gpu", "cuda:1", or a ``jax.Device``; None is JAX's default.
+            OpenMM's own device is chosen apart from it (platform property DeviceIndex).
         charge: total charge, 0 for the models of today.
         multiplicity: spin multiplicity, 1 for the models of today.
-        periodic: None takes it from the topology and the System.
+        skin: nm or a Quantity, see ``Engine``; None is its default. Results do not depend on it.
+        capacityFactor: room for neighbours at the start, as a factor on those there are; it grows
+            when needed. None is ``Engine``'s default.
+        moleculeBonds: add the topology's bonds between ML atoms with strength zero, so that
+            barostats move, and periodic output keeps, whole molecules instead of atoms.
+        embedModel: keep the model itself in the System's XML instead of its path and hash.
+        periodic: None is periodic where the topology has a box or the System is periodic.
     """
 
     precision: str | None = None
@@ -58,7 +50,24 @@ class ForceOptions(NamedTuple):
     device: Any = None
     charge: float = 0
     multiplicity: int = 1
+    skin: Any = None
+    capacityFactor: float | None = None  # noqa: N815 (as its neighbours)
+    moleculeBonds: bool = False  # noqa: N815 (as its neighbours)
+    embedModel: bool = False  # noqa: N815 (as its neighbours)
     periodic: bool | None = None
+
+    def engine(self) -> dict[str, Any]:
+        """Keywords of ``Engine``, as plain values."""
+        device, skin = self.device, self.skin
+        if device is not None and not isinstance(device, str):
+            device = f"{device.platform}:{device.id}"
+        options = {"dtype": DTYPES[self.precision or "single"], "device": device}
+        if skin is not None:
+            nanometers = skin.value_in_unit(unit.nanometer) if unit.is_quantity(skin) else skin
+            options["skin"] = nanometers * ANGSTROM_PER_NM
+        if self.capacityFactor is not None:
+            options["capacity_margin"] = self.capacityFactor
+        return options
 
 
 def force_options(keywords: dict[str, Any]) -> ForceOptions:
@@ -70,22 +79,24 @@ def force_options(keywords: dict[str, Any]) -> ForceOptions:
     """
     _refuse_unknown(keywords, (*ForceOptions._fields, *_IGNORED), "createSystem")
     options = ForceOptions(**{k: v for k, v in keywords.items() if k not in _IGNORED})
-    if options.precision not in PRECISIONS:
-        raise ConfigError(
-            f"precision = {options.precision!r} is not allowed; it must be 'single' or 'double'"
-        )
-    if options.returnEnergyType not in ENERGY_TYPES:
-        raise ConfigError(
-            f"returnEnergyType = {options.returnEnergyType!r} is not allowed; it must be "
-            "'interaction_energy' or 'energy'"
-        )
+    for name, allowed in (
+        ("precision", (None, "single", "double")),
+        ("returnEnergyType", ("interaction_energy", "energy")),
+        ("moleculeBonds", (False, True)),
+        ("embedModel", (False, True)),
+        ("periodic", (None, False, True)),
+    ):
+        value = getattr(options, name)
+        if value not in allowed:
+            raise ConfigError(
+                f"{name} = {value!r} is not allowed; it must be one of "
+                + ", ".join(map(repr, allowed))
+            )
     if options.charge != 0 or options.multiplicity != 1:
         raise ConfigError(
             f"charge = {options.charge}, multiplicity = {options.multiplicity}: this model has no "
             "input for charge or spin; only charge = 0, multiplicity = 1 can be computed"
         )
-    if options.periodic not in (None, True, False):
-        raise ConfigError(f"periodic = {options.periodic!r} is not allowed; None, True or False")
     return options
 
 
@@ -107,6 +118,7 @@ class MLIPPotentialImpl(MLPotentialImpl):
 
     Raises:
         TypeError: on another keyword.
+        ModelFileError: if there is no such model or it is unusable.
     """
 
     def __init__(
@@ -115,6 +127,7 @@ class MLIPPotentialImpl(MLPotentialImpl):
         _refuse_unknown(args, ("modelPath",), f"MLPotential({name!r})")
         self.name = name
         self.model_path = lasting_name(DEFAULT_MODEL if modelPath is None else modelPath)
+        self.potential = open_potential(self.model_path)
 
     def addForces(  # noqa: N802 (OpenMM-ML's name)
         self,
@@ -138,25 +151,68 @@ class MLIPPotentialImpl(MLPotentialImpl):
             TypeError: on an unknown keyword.
             ConfigError: on a value that is not allowed.
             UnsupportedElementError: on an element that the potential does not know.
-            StructureError: on atoms without element or listed twice.
+            StructureError: on atoms without element, listed twice or not there.
         """
         options = force_options(args)
         particles = None if atoms is None else [int(i) for i in atoms]
         numbers = _atomic_numbers(topology, particles)
+        self.potential.species(numbers)
         periodic = _is_periodic(topology, system, particles, options.periodic)
-        potential = _open(self.model_path)
-        potential.species(numbers)
-        force = openmm.PythonForce(MLForce(potential, self.model_path, numbers, periodic, options))
+        function = MLForce(
+            self.model_path,
+            self.potential.sha256,
+            numbers,
+            particles,
+            periodic,
+            options.returnEnergyType == "energy",
+            options.engine(),
+            pack(self.potential) if options.embedModel else None,
+        )
+        _ = function.engine  # what it refuses is refused here, not at the first step
+        force = openmm.PythonForce(function)
         force.setName("mlip-md")
         force.setForceGroup(forceGroup)
         force.setUsesPeriodicBoundaryConditions(periodic)
         if particles is not None:
             force.setParticles(particles)
         system.addForce(force)
+        if options.moleculeBonds:
+            system.addForce(_molecule_bonds(topology, particles, periodic))
 
     def getMLLongRange(self) -> bool:  # noqa: N802 (OpenMM-ML's name)
         """The networks end at their cutoff: no long-range part."""
         return False
+
+    def getSupportedEmbeddings(self) -> list[str]:  # noqa: N802 (OpenMM-ML's name)
+        """Mechanical embedding comes through ``createMixedSystem`` of this class."""
+        return ["mechanical"]
+
+    def createMixedSystem(  # noqa: N802 (OpenMM-ML's name)
+        self,
+        topology: openmm.app.Topology,
+        system: openmm.System,
+        atoms: list[int],
+        forceGroup: int,
+        interpolate: bool,
+        embedding: str,
+        returnInfo: bool = False,
+        **args: Any,
+    ) -> openmm.System | dict[str, Any]:
+        """OpenMM-ML's mechanical embedding, with periodicity taken from the whole System.
+
+        With ``interpolate=True`` the embedding calls ``addForces`` with an empty System, which says
+        nothing of the real one's periodicity; here the real one is still at hand.
+
+        Raises:
+            The errors of ``addForces``, before anything is built.
+        """
+        options = force_options(args)
+        particles = [int(i) for i in atoms]
+        self.potential.species(_atomic_numbers(topology, particles))
+        args["periodic"] = _is_periodic(topology, system, particles, options.periodic)
+        return MechanicalEmbedding().createMixedSystem(
+            self, topology, system, particles, forceGroup, interpolate, returnInfo, **args
+        )
 
 
 def _atomic_numbers(topology: openmm.app.Topology, particles: list[int] | None) -> np.ndarray:
@@ -167,6 +223,11 @@ def _atomic_numbers(topology: openmm.app.Topology, particles: list[int] | None) 
         raise StructureError("an atom is listed twice among the atoms of the ML potential")
     if not particles:
         raise StructureError("no atoms to model with the ML potential")
+    if min(particles) < 0 or max(particles) >= len(everything):
+        raise StructureError(
+            f"atoms from {min(particles)} to {max(particles)} are to be modelled, but the topology "
+            f"has atoms 0 to {len(everything) - 1}"
+        )
     without = [i for i in particles if everything[i].element is None]
     if without:
         raise StructureError(
@@ -185,155 +246,34 @@ def _is_periodic(
     """Periodicity from the keyword, the topology and the System; contradictions are refused."""
     boxed = topology.getPeriodicBoxVectors() is not None
     surroundings = system.usesPeriodicBoundaryConditions()
-    if wanted is False and surroundings and particles is not None:
+    if wanted is False and surroundings:
         raise ConfigError(
             "periodic=False, but the System is periodic: OpenMM would hand the ML atoms over in "
             "scattered periodic images; leave the keyword out"
         )
-    if wanted is True and not boxed and particles is None and not surroundings:
+    if wanted is True and particles is None and not (boxed or surroundings):
         raise ConfigError(
             "periodic=True, but the topology has no box; set it with "
             "topology.setPeriodicBoxVectors(...)"
         )
-    if wanted is None and not boxed and particles is not None and not system.getNumParticles():
-        # With interpolate=True OpenMM-ML shows an empty System, which hides its periodicity.
-        warnings.warn(
-            "the topology has no box and interpolate=True hides the System: the ML force is made "
-            "non-periodic; state periodic=True or periodic=False to say what is meant",
-            stacklevel=2,
+    if wanted is None and particles is not None and not (boxed or system.getNumParticles()):
+        raise ConfigError(
+            "the topology has no box and the System is not shown to the potential (embeddings that "
+            "interpolate do that): say periodic=True or periodic=False"
         )
-    return bool(boxed or surroundings) if wanted is None else wanted
+    return boxed or surroundings if wanted is None else wanted
 
 
-_potentials: weakref.WeakValueDictionary[str, Potential] = weakref.WeakValueDictionary()
-_registry_lock = threading.Lock()
-
-
-def _open(model: str, sha256: str | None = None) -> Potential:
-    """Open a potential, or find it among those in use; with a hash, only that very one."""
-    with _registry_lock:
-        if sha256 is not None and sha256 in _potentials:
-            return _potentials[sha256]
-        potential = mlip_md.load(model)
-        if sha256 is not None and potential.sha256 != sha256:
-            raise ModelFileError(
-                f"{model} holds another model (sha256 {potential.sha256[:12]}…) than this System "
-                f"was made with ({sha256[:12]}…); put the original file back or make the System "
-                "anew"
-            )
-        return _potentials.setdefault(potential.sha256, potential)
-
-
-class MLForce:
-    """The callable behind a ``PythonForce``: a State in, energy and forces in OpenMM's units out.
-
-    Pickles as a token (model path, content hash, options), not as weights: OpenMM pickles it when
-    the force is made and copies the bytes into every XML file.
-
-    Args:
-        potential: the potential.
-        model_path: where to find it again.
-        atomic_numbers: (n,) of the particles of this force.
-        periodic: whether the State carries a box.
-        options: precision, energy type, device.
-    """
-
-    def __init__(
-        self,
-        potential: Potential,
-        model_path: str,
-        atomic_numbers: np.ndarray,
-        periodic: bool,
-        options: ForceOptions,
-    ) -> None:
-        self.potential = potential
-        self.model_path = model_path
-        self.atomic_numbers = atomic_numbers
-        self.periodic = periodic
-        self.options = options
-        # Engines of the same potential share weights and compiled functions.
-        self._engine = Engine(potential, dtype=PRECISIONS[options.precision], device=options.device)
-        # OpenMM lets several Contexts, and so threads, call one force.
-        self._lock = threading.Lock()
-        # Barostats and getState ask for the two latest geometries again.
-        self._memo: collections.deque[tuple[bytes, float, np.ndarray]] = collections.deque(maxlen=2)
-
-    def __call__(self, state: openmm.State) -> tuple[float, np.ndarray]:
-        """Energy (kJ/mol) and forces (n, 3) (kJ/mol/nm) of a State.
-
-        Raises:
-            RuntimeError: with the whole story in its text, because OpenMM passes on nothing else.
-        """
-        try:
-            return self._evaluate(state)
-        except KeyboardInterrupt:
-            message = "interrupted (Ctrl-C) inside the ML potential; the last step is incomplete"
-        except BaseException as error:
-            message = _story(error, state)
-        # Raised outside the handler and without the State: OpenMM never frees what the exception
-        # holds on to.
-        del state
-        raise RuntimeError(message)
-
-    def _evaluate(self, state: openmm.State) -> tuple[float, np.ndarray]:
-        positions = np.asarray(state.getPositions(asNumpy=True)._value)
-        box = np.zeros((3, 3))
-        if self.periodic:
-            box = np.asarray(state.getPeriodicBoxVectors(asNumpy=True)._value)
-        key = positions.tobytes() + box.tobytes()
-        with self._lock:
-            for known, energy, forces in self._memo:
-                if known == key:
-                    return energy, forces
-            energy, forces = self._compute(positions, box)
-            self._memo.append((key, energy, forces))
-            return energy, forces
-
-    def _compute(self, positions: np.ndarray, box: np.ndarray) -> tuple[float, np.ndarray]:
-        """Energy in kJ/mol and forces in kJ/mol/nm at positions and box in nm."""
-        if not np.isfinite(positions).all():
-            first = int(np.flatnonzero(~np.isfinite(positions).all(axis=1))[0])
-            raise NonFiniteError(f"the position of atom {first} of the ML potential is not finite")
-        result = self._engine.evaluate(
-            positions * ANGSTROM_PER_NM,
-            self.atomic_numbers,
-            box * ANGSTROM_PER_NM,
-            np.full(3, self.periodic),
-        )
-        total = self.options.returnEnergyType == "energy"
-        energy = (result.energy if total else result.interaction_energy) * KJ_PER_MOL_PER_EV
-        forces = np.asarray(result.forces) * (KJ_PER_MOL_PER_EV * ANGSTROM_PER_NM)
-        if not (np.isfinite(energy) and np.isfinite(forces).all()):
-            # GPU platforms turn NaN forces into huge numbers and go on.
-            raise NonFiniteError("the ML potential gave energies or forces that are not finite")
-        return float(energy), np.ascontiguousarray(forces, np.float64)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        device = self.options.device
-        options = self.options._replace(device=None if device is None else str(device))
-        numbers = self.atomic_numbers.astype(np.int32).tolist()
-        token = (self.model_path, self.potential.sha256, numbers, self.periodic, options._asdict())
-        return _restore, token
-
-
-def _restore(
-    model_path: str, sha256: str, numbers: list[int], periodic: bool, options: dict[str, Any]
-) -> MLForce:
-    potential = _open(model_path, sha256)
-    return MLForce(
-        potential, model_path, np.array(numbers, np.int32), periodic, ForceOptions(**options)
-    )
-
-
-def _story(error: BaseException, state: openmm.State) -> str:
-    """Type, message, place, step and a hint, as one text."""
-    lines = [f"mlip-md at step {state.getStepCount()}: {type(error).__name__}: {error}"]
-    if isinstance(error, (NonFiniteError, StructureError)):
-        lines.append(
-            "The simulation has probably become unstable: minimize first, use a smaller time "
-            "step, or look at the structure of the last saved frame."
-        )
-    if not isinstance(error, MLIPError):
-        frames = traceback.extract_tb(error.__traceback__)[-3:]
-        lines += [f"  {Path(f.filename).name}:{f.lineno} in {f.name}: {f.line}" for f in frames]
-    return "\n".join(lines)
+def _molecule_bonds(
+    topology: openmm.app.Topology, particles: list[int] | None, periodic: bool
+) -> openmm.Force:
+    """Bonds without strength: they tell OpenMM which atoms belong to one molecule."""
+    force = openmm.HarmonicBondForce()
+    force.setName("mlip-md molecules")
+    force.setUsesPeriodicBoundaryConditions(periodic)
+    modelled = None if particles is None else set(particles)
+    for bond in topology.bonds():
+        pair = [atom.index for atom in bond]
+        if modelled is None or modelled.issuperset(pair):
+            force.addBond(*pair, 0.1, 0.0)
+    return force

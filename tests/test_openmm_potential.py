@@ -1,32 +1,41 @@
-"""The OpenMM-ML potential: exact against the ASE calculator, units, traps of PythonForce."""
+"""The OpenMM-ML potential: keywords, units, serialisation, errors, traps of PythonForce."""
 
 import copy
 import gc
+import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 
+import jax
 import numpy as np
 import openmm
 import openmm.app
 import pytest
 from ase import Atoms
 from openmm import unit
+from openmm_cases import (
+    EV,
+    context_of,
+    crystal_atoms,
+    energy_and_forces,
+    make_model,
+    molecule_atoms,
+    topology_of,
+)
 from openmmml import MLPotential
 from small_models import random_mace
 
 from mlip_md import model_file
 from mlip_md.errors import ConfigError, ModelFileError, StructureError, UnsupportedElementError
-from mlip_md.integrations import openmm as integration
+from mlip_md.integrations import openmm_force
 from mlip_md.integrations.ase import MLIPCalculator
-from mlip_md.integrations.structures import Structure, make_topology, read_structure
-
-# 1 eV in kJ/mol and Å in nm, from their definitions and not from the package.
-EV = 1.602176634e-19 * 6.02214076e23 * 1e-3
-PLATFORMS = ["Reference", "CPU"]
+from mlip_md.integrations.openmm import force_options
 
 
 @pytest.fixture(scope="module")
@@ -35,71 +44,30 @@ def potential():
 
 
 @pytest.fixture(scope="module")
-def model(potential, tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "model.safetensors"
-    model_file.save(potential, path)
-    return str(path)
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model"), strength=20.0)
 
 
 @pytest.fixture
 def molecule():
-    return read_structure().atoms[:8]
+    return molecule_atoms()
 
 
 @pytest.fixture
 def crystal():
-    """Eight atoms in a triclinic box of OpenMM's form, some of them many boxes away."""
-    rng = np.random.default_rng(3)
-    grid = np.stack(np.meshgrid(*[[0.0, 0.5]] * 3), axis=-1).reshape(-1, 3)
-    scaled = grid + rng.uniform(-0.06, 0.06, (8, 3)) + rng.integers(-4, 5, (8, 3))
-    cell = np.array([[5.0, 0.0, 0.0], [1.2, 4.6, 0.0], [-0.8, 0.9, 5.5]])
-    return Atoms("CHNOCHHO", scaled_positions=scaled, cell=cell, pbc=True)
+    return crystal_atoms()
 
 
-def topology_of(atoms):
-    return make_topology(Structure("test", atoms))
+def make_system(model, atoms, **keywords):
+    return MLPotential("mlip-md", modelPath=model).createSystem(topology_of(atoms), **keywords)
 
 
-def context_of(system, atoms, platform="Reference"):
-    integrator = openmm.VerletIntegrator(0.0005)
-    context = openmm.Context(system, integrator, openmm.Platform.getPlatformByName(platform))
-    context.setPositions(atoms.positions / 10)
-    return context
-
-
-def energy_and_forces(context):
-    """eV and eV/Å."""
-    state = context.getState(energy=True, forces=True)
-    forces = state.getForces(asNumpy=True).value_in_unit(unit.kilojoule_per_mole / unit.nanometer)
-    energy = state.getPotentialEnergy().value_in_unit(unit.kilojoule_per_mole)
-    return energy / EV, np.array(forces) / (EV * 10)
-
-
-@pytest.mark.parametrize("platform", PLATFORMS)
-@pytest.mark.parametrize("name", ["molecule", "crystal"])
-def test_equals_the_ase_calculator(model, potential, name, platform, request):
-    atoms = request.getfixturevalue(name)
-    atoms.calc = MLIPCalculator(potential)
-    reference = potential.reference_energies(potential.species(atoms.numbers)).sum()
-    ml = MLPotential("mlip-md", modelPath=model)
-    system = ml.createSystem(topology_of(atoms))
-    energy, forces = energy_and_forces(context_of(system, atoms, platform))
-    assert np.abs(forces).max() > 0.1
-    np.testing.assert_allclose(energy, atoms.get_potential_energy() - reference, rtol=1e-6)
-    np.testing.assert_allclose(forces, atoms.get_forces(), rtol=1e-5, atol=1e-6)
-    system = ml.createSystem(topology_of(atoms), returnEnergyType="energy")
-    energy, _ = energy_and_forces(context_of(system, atoms, platform))
-    np.testing.assert_allclose(energy, atoms.get_potential_energy(), rtol=1e-6)
-    assert system.usesPeriodicBoundaryConditions() == atoms.pbc.all()
-
-
-def test_double_precision(model, potential, molecule):
-    system = MLPotential("mlip-md", modelPath=model).createSystem(
-        topology_of(molecule), precision="double"
-    )
-    _, forces = energy_and_forces(context_of(system, molecule))
+def test_double_precision_and_total_energy(model, potential, molecule):
+    system = make_system(model, molecule, precision="double", returnEnergyType="energy")
+    energy, forces = energy_and_forces(context_of(system, molecule))
     molecule.calc = MLIPCalculator(potential, dtype="float64")
     np.testing.assert_allclose(forces, molecule.get_forces(), atol=1e-12)
+    np.testing.assert_allclose(energy, molecule.get_potential_energy(), rtol=1e-13)
 
 
 def test_entry_point_loads_no_jax():
@@ -125,84 +93,152 @@ def test_entry_point_loads_no_jax():
         ({"precison": "single"}, TypeError, "did you mean 'precision'"),
         ({"returnEnergyTyp": "energy"}, TypeError, "did you mean 'returnEnergyType'"),
         ({"xyzzy": 1}, TypeError, "known are precision"),
-        ({"precision": "float32"}, ConfigError, "'single' or 'double'"),
+        ({"precision": "float32"}, ConfigError, "'single', 'double'"),
         ({"returnEnergyType": "total"}, ConfigError, "interaction_energy"),
         ({"charge": 1}, ConfigError, "charge"),
         ({"multiplicity": 3}, ConfigError, "multiplicity"),
         ({"periodic": "yes"}, ConfigError, "periodic"),
         ({"periodic": True}, ConfigError, "no box"),
         ({"device": "abacus"}, ConfigError, "device"),
+        ({"skin": -0.1}, ConfigError, "skin = -1"),
+        ({"capacityFactor": 0.5}, ConfigError, "0.5"),
+        ({"moleculeBonds": "all"}, ConfigError, "moleculeBonds"),
+        ({"embedModel": 2}, ConfigError, "embedModel"),
     ],
 )
 def test_bad_keywords(model, molecule, keywords, error, text):
     with pytest.raises(error, match=text):
-        MLPotential("mlip-md", modelPath=model).createSystem(topology_of(molecule), **keywords)
+        make_system(model, molecule, **keywords)
+
+
+def test_keywords_of_the_engine():
+    assert force_options({}).engine() == {"dtype": "float32", "device": None}
+    keywords = {"skin": 0.5 * unit.angstrom, "capacityFactor": 1.5, "precision": "double"}
+    expected = {"dtype": "float64", "device": "cpu:0", "skin": 0.5, "capacity_margin": 1.5}
+    assert force_options(keywords | {"device": jax.devices("cpu")[0]}).engine() == expected
+    assert force_options(keywords | {"device": "cpu:0", "skin": 0.05}).engine() == expected
 
 
 def test_bad_models_and_atoms(model, molecule, tmp_path):
     with pytest.raises(TypeError, match="did you mean 'modelPath'"):
         MLPotential("mlip-md", modelpath=model)
-    with pytest.raises(ModelFileError):
-        MLPotential("mlip-md", modelPath=str(tmp_path / "no.safetensors")).createSystem(
-            topology_of(molecule)
-        )
+    with pytest.raises(ModelFileError, match="no model"):
+        MLPotential("mlip-md", modelPath=str(tmp_path / "no.safetensors"))
     ml = MLPotential("mlip-md", modelPath=model)
     with pytest.raises(UnsupportedElementError, match="Fe"):
         ml.createSystem(topology_of(Atoms("Fe")))
+    for atoms, text in (([0, 0], "twice"), ([], "no atoms"), ([-1], "0 to 7"), ([8], "0 to 7")):
+        with pytest.raises(StructureError, match=text):
+            ml.createMixedSystem(topology_of(molecule), openmm.System(), atoms)
     topology = topology_of(molecule)
     topology.addAtom("M", None, next(topology.residues()))
     with pytest.raises(StructureError, match="element"):
         ml.createSystem(topology)
-    with pytest.raises(StructureError, match="twice"):
-        ml._impl.addForces(topology_of(molecule), openmm.System(), [0, 0], 0)
 
 
 def test_pass_through_keywords_and_pbc_override(model, crystal):
-    system = MLPotential("mlip-md", modelPath=model).createSystem(
-        topology_of(crystal), mlLongRange=False, linkAtomDistances=[], periodic=False
-    )
+    system = make_system(model, crystal, mlLongRange=False, linkAtomDistances=[], periodic=False)
     assert not system.usesPeriodicBoundaryConditions()
+    assert make_system(model, crystal).usesPeriodicBoundaryConditions()
 
 
-def test_system_survives_xml_in_a_fresh_process(model, molecule, tmp_path):
-    system = MLPotential("mlip-md", modelPath=model).createSystem(topology_of(molecule))
+def test_bonds_without_strength_make_molecules(model, molecule):
+    plain = make_system(model, molecule)
+    assert len(context_of(plain, molecule).getMolecules()) == 8
+    bonded = make_system(model, molecule, moleculeBonds=True)
+    assert len(context_of(bonded, molecule).getMolecules()) == 1
+    one, other = (energy_and_forces(context_of(s, molecule)) for s in (plain, bonded))
+    assert one[0] == other[0]
+    np.testing.assert_array_equal(one[1], other[1])
+
+
+FRESH = """
+import sys, numpy as np, openmm
+for name in sys.argv[2:]:
+    system = openmm.XmlSerializer.deserialize(open(name).read())
+    platform = openmm.Platform.getPlatformByName("Reference")
+    context = openmm.Context(system, openmm.VerletIntegrator(0.001), platform)
+    context.setPositions(np.load(sys.argv[1]))
+    try:
+        print(repr(context.getState(energy=True).getPotentialEnergy()._value))
+    except openmm.OpenMMException as error:
+        print(str(error).splitlines()[0])
+"""
+
+
+def test_system_survives_xml_in_a_fresh_process(molecule, tmp_path):
+    """The token needs the model file, the embedded model does not; nothing crashes without it."""
+    (tmp_path / "gone").mkdir()
+    kept, gone = make_model(tmp_path, seed=1), make_model(tmp_path / "gone", seed=2)
+    expected = {}
+    for name, path, embed in (
+        ("token.xml", kept, False),
+        ("orphan.xml", gone, False),
+        ("embedded.xml", gone, True),
+    ):
+        system = make_system(path, molecule, embedModel=embed)
+        text = openmm.XmlSerializer.serialize(system)
+        assert embed or len(text) < 10_000
+        (tmp_path / name).write_text(text)
+        again = openmm.XmlSerializer.deserialize(text)
+        expected[name], forces = energy_and_forces(context_of(system, molecule))
+        energy, same = energy_and_forces(context_of(again, molecule))
+        assert energy == expected[name]
+        np.testing.assert_array_equal(forces, same)
+    assert expected["token.xml"] != expected["embedded.xml"]
+    os.remove(gone)
+    np.save(tmp_path / "positions.npy", molecule.positions / 10)
+    run = subprocess.run(
+        [sys.executable, "-c", FRESH, "positions.npy", *expected],
+        capture_output=True, text=True, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    token, orphan, embedded = run.stdout.splitlines()
+    assert float(token) / EV == expected["token.xml"]
+    assert float(embedded) / EV == expected["embedded.xml"]
+    assert re.search(r"ModelFileError: the model of this System cannot be opened: there", orphan)
+
+
+def test_moved_and_changed_models(molecule, tmp_path):
+    path = make_model(tmp_path, seed=5)
+    system = make_system(path, molecule)
     energy, _ = energy_and_forces(context_of(system, molecule))
     text = openmm.XmlSerializer.serialize(system)
-    assert len(text) < 10_000
-    again = openmm.XmlSerializer.deserialize(text)
-    assert energy_and_forces(context_of(again, molecule))[0] == energy
-    (tmp_path / "system.xml").write_text(text)
-    np.save(tmp_path / "positions.npy", molecule.positions / 10)
-    code = f"""
-import numpy as np, openmm
-system = openmm.XmlSerializer.deserialize(open({str(tmp_path / "system.xml")!r}).read())
-context = openmm.Context(system, openmm.VerletIntegrator(0.001),
-                         openmm.Platform.getPlatformByName("Reference"))
-context.setPositions(np.load({str(tmp_path / "positions.npy")!r}))
-print(context.getState(energy=True).getPotentialEnergy()._value)
-"""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    np.testing.assert_allclose(float(run.stdout) / EV, energy, rtol=1e-6)
-
-
-def test_token_refuses_another_model(model, molecule, tmp_path):
-    path = tmp_path / "model.safetensors"
-    model_file.save(random_mace(seed=5), path)
-    force = _ml_force(str(path), molecule)
-    token = pickle.dumps(force)
-    assert len(token) < 10_000
-    del force
+    del system
     gc.collect()
+    moved = tmp_path / "moved.safetensors"
+    os.rename(path, moved)
     model_file.save(random_mace(seed=6), path)
-    with pytest.raises(ModelFileError, match="another model"):
-        pickle.loads(token)
+    context = context_of(openmm.XmlSerializer.deserialize(text), molecule)
+    with pytest.raises(openmm.OpenMMException, match="another model"):
+        context.getState(energy=True)
+    os.remove(path)
+    with pytest.raises(openmm.OpenMMException, match="If the file has moved"):
+        context.getState(energy=True)
+    potential = MLPotential("mlip-md", modelPath=str(moved))  # as the message says
+    assert energy_and_forces(context)[0] == energy
+    del potential
+
+
+def test_copies_share_the_potential(model, molecule):
+    """What OpenMM copies is a token: no weights are stored twice, nothing is compiled again."""
+    force = _ml_force(model, molecule)
+    one, _ = force(State(molecule.positions / 10))
+    compiled = force.engine.num_compilations
+    for again in (copy.deepcopy(force), pickle.loads(pickle.dumps(force))):
+        assert again._engine is None  # unpickling opens nothing, and so cannot fail
+        assert again(State(molecule.positions / 10))[0] == one
+        assert again.engine.potential is force.engine.potential
+        assert again.engine.num_compilations == compiled
 
 
 def _ml_force(path, atoms, **keywords):
-    potential = integration._open(path)
-    return integration.MLForce(
-        potential, path, atoms.numbers, bool(atoms.pbc.all()), integration.force_options(keywords)
+    options = force_options(keywords)
+    potential = openmm_force.open_potential(path)
+    force = openmm_force.MLForce(
+        path, potential.sha256, atoms.numbers, None, bool(atoms.pbc.all()), False, options.engine()
     )
+    _ = force.engine
+    return force
 
 
 class State:
@@ -227,23 +263,111 @@ def test_memo_is_exact(model, crystal):
     force._compute = lambda *a: calls.append(1) or compute(*a)
     one, box = crystal.positions / 10, crystal.cell.array / 10
     two = one.copy()
-    two[0, 0] += 1e-3
+    two[0, 0] = np.nextafter(two[0, 0], 9)
     first, _ = force(State(one, box))
     force(State(two, box))
     assert force(State(one, box))[0] == first
-    assert force(State(two.copy(), box))[0] != first
+    force(State(two.copy(), box))
     assert len(calls) == 2
     scaled, _ = force(State(one, box * 1.01))
     assert len(calls) == 3
     assert abs(scaled - first) > 1e-3
     force(State(two, box))  # two geometries are kept, not more
     force(State(one, box))
-    assert len(calls) >= 4
+    assert len(calls) == 4
+
+
+@pytest.fixture
+def evaluations(monkeypatch):
+    """Grows by one with every evaluation of a potential under OpenMM."""
+    calls = []
+    compute = openmm_force.MLForce._compute
+
+    def counted(self, positions, box):
+        calls.append(threading.get_ident())
+        return compute(self, positions, box)
+
+    monkeypatch.setattr(openmm_force.MLForce, "_compute", counted)
+    return calls
+
+
+def test_one_evaluation_per_step_whoever_asks(model, molecule, evaluations):
+    context = context_of(make_system(model, molecule), molecule)
+    context.setVelocitiesToTemperature(100, 1)
+    for _ in range(5):
+        context.getIntegrator().step(1)
+        context.getState(energy=True)
+        context.getState(forces=True, positions=True, velocities=True)
+    assert len(evaluations) == 6
+
+
+def test_three_contexts_and_threads(model, molecule, evaluations):
+    """Contexts of one System share one callable; each gets its own numbers."""
+    system = make_system(model, molecule)
+    starts = [molecule.copy() for _ in range(3)]
+    for index, atoms in enumerate(starts):
+        atoms.positions += 0.02 * index * np.sin(np.arange(24.0)).reshape(8, 3)
+    alone = []
+    for atoms in starts:
+        context = context_of(system, atoms)
+        context.getIntegrator().step(20)
+        alone.append(energy_and_forces(context))
+    contexts = [context_of(system, atoms) for atoms in starts]
+    threads = [threading.Thread(target=c.getIntegrator().step, args=(20,)) for c in contexts]
+    evaluations.clear()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(set(evaluations)) == 3
+    for context, (energy, forces) in zip(contexts, alone, strict=True):
+        together = energy_and_forces(context)
+        assert together[0] == energy
+        np.testing.assert_array_equal(together[1], forces)
+
+
+def test_reinitialize_and_checkpoint_replay(model, crystal):
+    """The same steps from a checkpoint, in this Context and a new one, thermostat included."""
+    system = make_system(model, crystal)
+
+    def make_context():
+        integrator = openmm.LangevinMiddleIntegrator(300, 1, 0.0005)
+        integrator.setRandomNumberSeed(4)
+        return context_of(system, crystal, integrator=integrator)
+
+    def steps(context):
+        context.getIntegrator().step(10)
+        return context.getState(positions=True).getPositions(asNumpy=True)._value
+
+    context = make_context()
+    steps(context)
+    checkpoint = context.createCheckpoint()
+    first = steps(context)
+    context.loadCheckpoint(checkpoint)
+    context.reinitialize(preserveState=True)
+    np.testing.assert_array_equal(steps(context), first)
+    other = make_context()
+    other.loadCheckpoint(checkpoint)
+    del context
+    gc.collect()
+    np.testing.assert_array_equal(steps(other), first)
+
+
+def test_neighbours_may_become_more(model, potential, molecule):
+    """A run that starts with room for hardly any neighbour ends with the right forces."""
+    system = make_system(model, molecule, capacityFactor=1.0)
+    spread = molecule.copy()
+    spread.positions = 3.9 * np.arange(8)[:, None] * [1, 0, 0]
+    context = context_of(system, spread)
+    energy_and_forces(context)
+    context.setPositions(molecule.positions / 10)
+    _, forces = energy_and_forces(context)
+    molecule.calc = MLIPCalculator(potential)
+    np.testing.assert_allclose(forces, molecule.get_forces(), rtol=1e-5, atol=1e-6)
 
 
 def test_box_change_reaches_the_potential(model, potential, crystal):
-    system = MLPotential("mlip-md", modelPath=model).createSystem(topology_of(crystal))
-    context = context_of(system, crystal)
+    context = context_of(make_system(model, crystal), crystal)
     energy_and_forces(context)
     crystal.set_cell(crystal.cell * 1.02)  # positions stay
     context.setPeriodicBoxVectors(*(crystal.cell.array / 10))
@@ -279,22 +403,42 @@ def test_errors_tell_the_story_and_leak_nothing(model, molecule):
 
 
 def test_errors_through_openmm(model, molecule):
-    system = MLPotential("mlip-md", modelPath=model).createSystem(topology_of(molecule))
-    context = context_of(system, molecule)
+    context = context_of(make_system(model, molecule), molecule)
+    good, _ = energy_and_forces(context)
+    before = molecule.positions.copy()
     molecule.positions[1] = molecule.positions[0]
     context.setPositions(molecule.positions / 10)
     with pytest.raises(openmm.OpenMMException, match=r"StructureError.*apart") as error:
         context.getState(energy=True)
     assert "minimize" in str(error.value)
+    context.setPositions(before / 10)  # and the Context can be used again
+    assert energy_and_forces(context)[0] == good
 
 
-def test_non_finite_values_stop_the_simulation(model, molecule):
+def test_errors_name_particles_of_the_system(model, molecule):
+    """The potential counts its own atoms; the message says which particles these are."""
+    system = openmm.System()
+    far = molecule.copy()
+    far.translate([30, 0, 0])
+    topology = topology_of(molecule + far)
+    topology._bonds.clear()  # no link atoms
+    for _ in range(16):
+        system.addParticle(12.0)
+    atoms = [8, 9, 10, 15, 1]
+    system = MLPotential("mlip-md", modelPath=model).createMixedSystem(topology, system, atoms)
+    positions = np.vstack([molecule.positions, molecule.positions + 20]) / 10
+    positions[15] = positions[9] + 1e-4
+    context = context_of(system, Atoms("H16", positions * 10))
+    with pytest.raises(
+        openmm.OpenMMException, match=r"atoms [13] \(\w+\) and [13] \(\w+\)"
+    ) as error:
+        context.getState(energy=True)
+    assert "ML atoms 0-2 are 8-10, 3 is 15, 4 is 1." in str(error.value)
+
+
+def test_non_finite_results_are_refused(model, molecule):
     force = _ml_force(model, molecule)
-    positions = molecule.positions / 10
-    positions[3, 1] = np.nan
-    with pytest.raises(RuntimeError, match="NonFiniteError: the position of atom 3"):
-        force(State(positions))
-    result = force._engine.evaluate(molecule.positions, molecule.numbers)
+    result = force.engine.evaluate(molecule.positions, molecule.numbers)
     for field, value in (("forces", result.forces * np.inf), ("interaction_energy", np.nan)):
         bad = copy.copy(result)
         object.__setattr__(bad, field, value)
@@ -306,6 +450,38 @@ def test_non_finite_values_stop_the_simulation(model, molecule):
         force._engine = Broken()
         with pytest.raises(RuntimeError, match="NonFiniteError"):
             force(State(molecule.positions / 10))
+
+
+INTERRUPTED = """
+import os, signal, sys, threading
+import numpy as np, openmm
+system = openmm.XmlSerializer.deserialize(open("system.xml").read())
+platform = openmm.Platform.getPlatformByName("Reference")
+context = openmm.Context(system, openmm.VerletIntegrator(1e-6), platform)
+context.setPositions(np.load("positions.npy"))
+context.getState(energy=True)
+threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    while True:
+        context.getIntegrator().step(1000)
+except (KeyboardInterrupt, openmm.OpenMMException) as error:
+    print(type(error).__name__, error)
+print(np.isfinite(context.getState(energy=True).getPotentialEnergy()._value))
+"""
+
+
+def test_control_c(model, molecule, tmp_path, interruptible):
+    """A real signal during dynamics stops it, says so, and leaves the Context usable."""
+    system = make_system(model, molecule)
+    (tmp_path / "system.xml").write_text(openmm.XmlSerializer.serialize(system))
+    np.save(tmp_path / "positions.npy", molecule.positions / 10)
+    run = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED],
+        capture_output=True, text=True, cwd=tmp_path, timeout=120, check=True,
+    )  # fmt: skip
+    first, last = run.stdout.splitlines()
+    assert first.startswith("KeyboardInterrupt") or "Ctrl-C" in first
+    assert last == "True"
 
 
 def test_control_c_inside_the_potential(model, molecule, interruptible):
@@ -321,60 +497,8 @@ def test_control_c_inside_the_potential(model, molecule, interruptible):
         force(State(molecule.positions / 10))
 
 
-@pytest.mark.parametrize("interpolate", [False, True])
-def test_mixed_system(model, potential, interpolate):
-    """One molecule of two is modelled: energy and forces are those of it alone."""
-    ml_part = read_structure().atoms[:8]
-    far = ml_part.copy()
-    far.translate([30.0, 0, 0])
-    both = far + ml_part  # the modelled atoms do not come first
-    topology = topology_of(both)
-    mm = openmm.System()
-    springs = openmm.HarmonicBondForce()
-    for atom in topology.atoms():
-        mm.addParticle(atom.element.mass)
-    springs.addBond(0, 1, 0.2, 1000.0)
-    mm.addForce(springs)
-    atoms = list(range(8, 16))
-    keywords = {"interpolate": True, "periodic": False} if interpolate else {}
-    system = MLPotential("mlip-md", modelPath=model).createMixedSystem(
-        topology, mm, atoms, **keywords
-    )
-    context = context_of(system, both)
-    if interpolate:
-        context.setParameter("lambda_interpolate", 1.0)
-    _, forces = energy_and_forces(context)
-    ml_part.calc = MLIPCalculator(potential)
-    np.testing.assert_allclose(forces[8:], ml_part.get_forces(), rtol=1e-5, atol=1e-6)
-    assert np.abs(forces[2:8]).max() == 0.0
-    if interpolate:
-        context.setParameter("lambda_interpolate", 0.0)
-        _, forces = energy_and_forces(context)
-        assert np.abs(forces[8:]).max() == 0.0
-
-
-def test_hidden_periodicity_is_asked_for(model, molecule):
-    ml = MLPotential("mlip-md", modelPath=model)
-    topology = topology_of(molecule)
-    with pytest.warns(UserWarning, match="periodic=True or periodic=False"):
-        ml._impl.addForces(topology, openmm.System(), list(range(8)), 0)
-    periodic = openmm.System()
-    nonbonded = openmm.NonbondedForce()
-    nonbonded.setNonbondedMethod(openmm.NonbondedForce.CutoffPeriodic)
-    periodic.addParticle(1.0)
-    periodic.addForce(nonbonded)
-    with pytest.raises(ConfigError, match="scattered"):
-        ml._impl.addForces(topology, periodic, list(range(8)), 0, periodic=False)
-    ml._impl.addForces(topology, periodic, list(range(8)), 3)
-    added = periodic.getForce(periodic.getNumForces() - 1)
-    assert added.usesPeriodicBoundaryConditions()
-    assert added.getForceGroup() == 3
-
-
 def test_dynamics_conserves_energy(model, molecule):
-    system = MLPotential("mlip-md", modelPath=model).createSystem(
-        topology_of(molecule), removeCMMotion=False, precision="double"
-    )
+    system = make_system(model, molecule, removeCMMotion=False, precision="double")
     context = context_of(system, molecule)
     context.setVelocitiesToTemperature(100.0, 1)
     energies = []

@@ -1,0 +1,236 @@
+"""The callable behind a ``PythonForce``: an OpenMM State in, energy and forces out.
+
+OpenMM's units (nm, kJ/mol, kJ/mol/nm) exist in the two OpenMM files only. What OpenMM 8.6 does
+with such a callable rules its form: it pickles it when the force is made, copies it for every
+``CustomCVForce``, crashes if unpickling raises, passes on nothing but the text of an exception,
+never frees what an exception holds, and lets several Contexts and threads share one callable.
+"""
+
+from __future__ import annotations
+
+import collections
+import tempfile
+import threading
+import traceback
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openmm
+
+import mlip_md
+from mlip_md import model_file
+from mlip_md.engine import Engine
+from mlip_md.errors import MLIPError, ModelFileError, NonFiniteError, StructureError
+from mlip_md.potential import Potential
+
+KJ_PER_MOL_PER_EV = 1.602176634e-19 * 6.02214076e23 / 1000.0
+"""1 eV in kJ/mol; exact since the SI of 2019 (e and N_A are defined numbers)."""
+
+ANGSTROM_PER_NM = 10.0
+
+_potentials: weakref.WeakValueDictionary[str, Potential] = weakref.WeakValueDictionary()
+_potentials_lock = threading.Lock()
+
+
+def open_potential(
+    model: str, sha256: str | None = None, content: bytes | None = None
+) -> Potential:
+    """Open a potential, or find it among those that this process has open.
+
+    Args:
+        model: what ``mlip_md.load`` opens.
+        sha256: identity that the potential must have; None takes what is there.
+        content: the model file itself; it is read instead of ``model``.
+
+    Raises:
+        ModelFileError: if there is no such model, or it is another one than ``sha256`` says.
+    """
+    with _potentials_lock:
+        if sha256 is not None and sha256 in _potentials:
+            return _potentials[sha256]
+        potential = mlip_md.load(model) if content is None else _unpack(content)
+        if sha256 is not None and potential.sha256 != sha256:
+            raise ModelFileError(
+                f"{model} holds another model (sha256 {potential.sha256[:12]}…) than this System "
+                f"was made with ({sha256[:12]}…); put the original file back, or make the System "
+                "anew"
+            )
+        return _potentials.setdefault(potential.sha256, potential)
+
+
+def pack(potential: Potential) -> bytes:
+    """The model file of a potential."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        model_file.save(potential, path)
+        return path.read_bytes()
+
+
+def _unpack(content: bytes) -> Potential:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        path.write_bytes(content)
+        return model_file.load(path)
+
+
+class MLForce:
+    """Energy and forces of some or all particles of a System.
+
+    Pickles as a token (model path, content hash, options) and opens the model at its first use, so
+    that XML files stay small and the copies that OpenMM makes cost nothing and cannot fail.
+
+    Args:
+        model: what ``mlip_md.load`` opens.
+        sha256: identity of the potential.
+        atomic_numbers: (n,) of the particles of this force.
+        particles: their indices in the System; None is all.
+        periodic: whether the State carries a box.
+        total_energy: whether the energy includes that of the isolated atoms.
+        engine_options: keywords of ``Engine``.
+        content: the model file, if it is to travel with the System.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        sha256: str,
+        atomic_numbers: np.ndarray,
+        particles: Sequence[int] | None,
+        periodic: bool,
+        total_energy: bool,
+        engine_options: dict[str, Any],
+        content: bytes | None = None,
+    ) -> None:
+        self.__setstate__(
+            {
+                "model": model,
+                "sha256": sha256,
+                "numbers": np.asarray(atomic_numbers, np.uint8).tobytes(),
+                "particles": None if particles is None else np.array(particles, np.int32).tobytes(),
+                "periodic": periodic,
+                "total_energy": total_energy,
+                "engine_options": engine_options,
+                "content": content,
+            }
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._token
+
+    def __setstate__(self, token: dict[str, Any]) -> None:
+        self._token = token
+        self._engine: Engine | None = None
+        self._lock = threading.Lock()
+        # Barostats, reporters and getState ask for the two latest geometries again.
+        self._memo: collections.deque[tuple[bytes, float, np.ndarray]] = collections.deque(maxlen=2)
+
+    @property
+    def engine(self) -> Engine:
+        """The compiled potential; engines of one potential share weights and compiled functions.
+
+        Raises:
+            ModelFileError: if the model file is gone or holds another model.
+            ConfigError: if the options are not allowed or the device does not exist here.
+        """
+        if self._engine is None:
+            token = self._token
+            self._engine = Engine(
+                _reopen(token["model"], token["sha256"], token["content"]),
+                **token["engine_options"],
+            )
+            self._atomic_numbers = np.frombuffer(token["numbers"], np.uint8).astype(np.int32)
+        return self._engine
+
+    def __call__(self, state: openmm.State) -> tuple[float, np.ndarray]:
+        """Energy (kJ/mol) and forces (n, 3) (kJ/mol/nm) of a State.
+
+        Raises:
+            RuntimeError: with the whole story in its text, because OpenMM passes on nothing else.
+        """
+        try:
+            return self._evaluate(state)
+        except KeyboardInterrupt:
+            message = "interrupted (Ctrl-C) inside the ML potential; the last step is incomplete"
+        except BaseException as error:
+            message = self._story(error, state)
+        # Raised outside the handler and without the State: OpenMM never frees what the exception
+        # holds on to.
+        del state
+        raise RuntimeError(message)
+
+    def _evaluate(self, state: openmm.State) -> tuple[float, np.ndarray]:
+        positions = state.getPositions(asNumpy=True)._value
+        box = None
+        if self._token["periodic"]:
+            box = state.getPeriodicBoxVectors(asNumpy=True)._value
+        key = positions.tobytes() + (b"" if box is None else box.tobytes())
+        with self._lock:
+            for known, energy, forces in self._memo:
+                if known == key:
+                    return energy, forces
+            energy, forces = self._compute(positions, box)
+            self._memo.append((key, energy, forces))
+            return energy, forces
+
+    def _compute(self, positions: np.ndarray, box: np.ndarray | None) -> tuple[float, np.ndarray]:
+        """Energy in kJ/mol and forces in kJ/mol/nm at positions and box in nm."""
+        engine = self.engine
+        result = engine.evaluate(
+            positions * ANGSTROM_PER_NM,
+            self._atomic_numbers,
+            None if box is None else box * ANGSTROM_PER_NM,
+            box is not None,
+        )
+        total = self._token["total_energy"]
+        energy = (result.energy if total else result.interaction_energy) * KJ_PER_MOL_PER_EV
+        forces = np.multiply(
+            result.forces, KJ_PER_MOL_PER_EV * ANGSTROM_PER_NM, dtype=np.float64, order="C"
+        )
+        # GPU platforms turn NaN forces into huge numbers and go on.
+        if not (np.isfinite(energy) and np.isfinite(forces).all()):
+            bad = np.flatnonzero(~np.isfinite(forces).all(axis=1)).tolist()
+            raise NonFiniteError(f"the potential's energy or forces (atoms {bad}) are not finite")
+        return float(energy), forces
+
+    def _story(self, error: BaseException, state: openmm.State) -> str:
+        """Type, message, place, step and a hint, as one text."""
+        lines = [f"mlip-md at step {state.getStepCount()}: {type(error).__name__}: {error}"]
+        if isinstance(error, (NonFiniteError, StructureError)):
+            if self._token["particles"] is not None:
+                particles = np.frombuffer(self._token["particles"], np.int32).tolist()
+                lines.append(f"Among the System's particles, ML atoms {_runs(particles)}.")
+            lines.append(
+                "The simulation has probably become unstable: minimize first, use a smaller time "
+                "step, or look at the structure of the last saved frame."
+            )
+        if not isinstance(error, MLIPError):
+            frames = traceback.extract_tb(error.__traceback__)[-3:]
+            lines += [f"  {Path(f.filename).name}:{f.lineno} in {f.name}: {f.line}" for f in frames]
+        return "\n".join(lines)
+
+
+def _reopen(model: str, sha256: str, content: bytes | None) -> Potential:
+    """Open the model of a System that may have been made elsewhere."""
+    try:
+        return open_potential(model, sha256, content)
+    except ModelFileError as error:
+        raise ModelFileError(
+            f"the model of this System cannot be opened: {error}. If the file has moved, open it "
+            "before the System is used, and keep it: potential = "
+            "MLPotential('mlip-md', modelPath='...')"
+        ) from error
+
+
+def _runs(particles: list[int]) -> str:
+    """Which particles the ML atoms are: "0-3 are 8-11, 4 is 20"."""
+    starts = [i for i, p in enumerate(particles) if i == 0 or p != particles[i - 1] + 1]
+    runs = [
+        f"{i}-{j - 1} are {particles[i]}-{particles[j - 1]}"
+        if j - i > 1
+        else f"{i} is {particles[i]}"
+        for i, j in zip(starts, [*starts[1:], len(particles)], strict=True)
+    ]
+    return ", ".join(runs[:8] + ["…"] * (len(runs) > 8))
