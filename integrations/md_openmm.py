@@ -22,7 +22,7 @@ from mlip_md.integrations.md_ase import MINIMIZE_FORCE, degrees_of_freedom, draw
 from mlip_md.integrations.models import DTYPES
 from mlip_md.integrations.openmm_force import ANGSTROM_PER_NM, KJ_PER_MOL_PER_EV
 from mlip_md.integrations.report import Frame
-from mlip_md.integrations.structures import Structure, make_topology
+from mlip_md.integrations.structures import Structure, make_topology, whole_molecules
 
 if TYPE_CHECKING:
     from mlip_md.integrations.md import MDSettings
@@ -33,7 +33,8 @@ NM_PER_PS = ANGSTROM_PER_NM * 1e-3
 """1 nm/ps in Å/fs."""
 
 MINIMIZE_STEPS = 300
-BAROSTAT_INTERVAL = 25
+MOVE_INTERVAL = 25
+"""Steps between moves of the volume, as OpenMM's barostats have it."""
 
 
 def openmm_cell(structure: Structure) -> Structure:
@@ -62,8 +63,90 @@ def openmm_cell(structure: Structure) -> Structure:
     return dataclasses.replace(structure, atoms=atoms)
 
 
+class VolumeMoves:
+    """Monte Carlo moves of the volume at constant pressure; molecules keep their shape.
+
+    A random walk in ln V; a move to V' is accepted with the probability min(1, exp(-w / kT)),
+    w = ΔE + P (V' - V) - (N + 1) kT ln(V' / V) for N molecules (Frenkel and Smit, Understanding
+    Molecular Simulation, section 5.4). OpenMM's MonteCarloBarostat samples the same ensemble, but
+    its checkpoints lack the size of its moves, and so a continued run would be another one.
+
+    Args:
+        context: of a periodic System.
+        labels: (n,) molecule of each atom, counted from 0; every molecule is in one piece.
+        pressure: bar.
+        temperature: K.
+        seed: of the random numbers.
+
+    Attributes:
+        scale: largest |ln(V' / V)|.
+    """
+
+    def __init__(
+        self,
+        context: openmm.Context,
+        labels: np.ndarray,
+        pressure: float,
+        temperature: float,
+        seed: int,
+    ) -> None:
+        self.labels = np.unique(labels, return_inverse=True)[1]
+        self.scale, self._attempted, self._accepted = 0.01, 0, 0
+        self._context = context
+        self._rng = np.random.default_rng(seed)
+        per_mole = pressure * unit.bar * unit.AVOGADRO_CONSTANT_NA
+        self._pressure = per_mole.value_in_unit(unit.kilojoule_per_mole / unit.nanometer**3)
+        self._kT = temperature * unit.MOLAR_GAS_CONSTANT_R.value_in_unit(
+            unit.kilojoule_per_mole / unit.kelvin
+        )
+
+    def attempt(self) -> None:
+        """Try one move."""
+        state = self._context.getState(positions=True, energy=True)
+        positions = state.getPositions(asNumpy=True)._value
+        box = state.getPeriodicBoxVectors(asNumpy=True)._value
+        volume, counts = abs(np.linalg.det(box)), np.bincount(self.labels)
+        change = self.scale * self._rng.uniform(-1.0, 1.0)  # of ln V
+        factor = np.exp(change / 3.0)
+        centers = [np.bincount(self.labels, x) / counts for x in positions.T]
+        moved = positions + (factor - 1.0) * np.transpose(centers)[self.labels]
+        self._set(moved, box * factor)
+        energy = self._context.getState(energy=True).getPotentialEnergy()
+        work = (energy - state.getPotentialEnergy())._value
+        work += self._pressure * volume * np.expm1(change)
+        work -= (len(counts) + 1) * self._kT * change
+        accepted = work <= 0 or self._rng.random() < np.exp(-work / self._kT)
+        if not accepted:
+            self._set(positions, box)
+        self._adapt(accepted)
+
+    def _set(self, positions: np.ndarray, box: np.ndarray) -> None:
+        self._context.setPeriodicBoxVectors(*box)
+        self._context.setPositions(positions)
+
+    def _adapt(self, accepted: bool) -> None:
+        """Aim at an acceptance between a quarter and three quarters."""
+        self._attempted, self._accepted = self._attempted + 1, self._accepted + bool(accepted)
+        share = self._accepted / self._attempted
+        if self._attempted >= 10 and not 0.25 <= share <= 0.75:
+            self.scale = min(self.scale * 1.1, 0.3) if share > 0.75 else self.scale / 1.1
+            self._attempted = self._accepted = 0
+
+    def state(self) -> dict[str, Any]:
+        """JSON values from which ``restore`` goes on exactly."""
+        return {
+            "rng": self._rng.bit_generator.state,
+            "moves": [self.scale, self._attempted, self._accepted],
+        }
+
+    def restore(self, values: dict[str, Any]) -> None:
+        """Go on where ``state`` was taken."""
+        self._rng.bit_generator.state = values["rng"]
+        self.scale, self._attempted, self._accepted = values["moves"]
+
+
 class OpenMMBackend:
-    """Verlet or Langevin dynamics of OpenMM, with a Monte Carlo barostat for npt.
+    """Verlet or Langevin dynamics of OpenMM, with Monte Carlo moves of the volume for npt.
 
     Args:
         settings: ensemble, temperature, time step, precision, platform.
@@ -83,7 +166,20 @@ class OpenMMBackend:
         # is compiled with the one behind the force.
         dtype = DTYPES[settings.precision]
         self._engine = Engine(self.potential, dtype=dtype, device=settings.device)
+        self._moves: VolumeMoves | None = None
+        labels = np.zeros(0)
+        if settings.ensemble == "npt":
+            self.structure.atoms.positions, labels = whole_molecules(self.structure.atoms)
+            self.atoms.positions = self.structure.atoms.positions
         self._simulation = self._make_simulation()
+        if settings.ensemble == "npt":
+            self._moves = VolumeMoves(
+                self._simulation.context,
+                labels,
+                settings.pressure,
+                settings.temperature,
+                settings.seed,
+            )
 
     def _make_simulation(self) -> openmm.app.Simulation:
         settings = self.settings
@@ -93,13 +189,6 @@ class OpenMMBackend:
         system = MLPotential("mlip-md", modelPath=settings.model).createSystem(
             topology, removeCMMotion=False, precision=settings.precision, device=settings.device
         )
-        if settings.ensemble == "npt":
-            barostat = openmm.MonteCarloBarostat(
-                settings.pressure * unit.bar, settings.temperature * unit.kelvin, BAROSTAT_INTERVAL
-            )
-            barostat.setRandomNumberSeed(settings.seed + 2)
-            system.addForce(barostat)
-            system.addForce(_molecule_bonds(topology))
         integrator = self._integrator()
         with _as_simulation_error():
             if settings.platform is None:
@@ -155,9 +244,17 @@ class OpenMMBackend:
         self._simulation.context.setVelocities(velocities)
 
     def advance(self, steps: int) -> None:
-        """Integrate a number of steps."""
+        """Integrate a number of steps; for npt with a move of the volume every so often."""
         with _as_simulation_error():
-            self._simulation.step(steps)
+            if self._moves is None:
+                self._simulation.step(steps)
+                return
+            end = self._simulation.currentStep + steps
+            while self._simulation.currentStep < end:
+                step = self._simulation.currentStep
+                self._simulation.step(min(MOVE_INTERVAL - step % MOVE_INTERVAL, end - step))
+                if self._simulation.currentStep % MOVE_INTERVAL == 0:
+                    self._moves.attempt()
 
     def frame(self) -> Frame:
         """The present state."""
@@ -208,7 +305,11 @@ class OpenMMBackend:
             "cell": cell,
             "checkpoint": np.frombuffer(context.createCheckpoint(), np.uint8),
         }
-        return arrays, {"platform": context.getPlatform().getName()}
+        values: dict[str, Any] = {"platform": context.getPlatform().getName()}
+        if self._moves is not None:
+            arrays["molecules"] = self._moves.labels
+            values["moves"] = self._moves.state()
+        return arrays, values
 
     def restore(self, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> None:
         """Go on from a checkpoint; on another machine or platform, with fresh thermostat noise."""
@@ -225,13 +326,17 @@ class OpenMMBackend:
             self._set_positions(self._simulation, arrays["positions"], arrays["cell"])
             context.setVelocities(arrays["velocities"] / NM_PER_PS)
         self._simulation.currentStep = int(values["step"])
+        if self._moves is not None:
+            self._moves.labels = arrays["molecules"]
+            self._moves.restore(values["moves"])
 
     def describe(self) -> dict[str, Any]:
         """Engine, integrator, platform."""
         context = self._simulation.context
         return {
             "engine": f"OpenMM {openmm.version.short_version}",
-            "integrator": type(self._simulation.integrator).__name__,
+            "integrator": type(self._simulation.integrator).__name__
+            + (" and Monte Carlo barostat" if self._moves else ""),
             "platform": context.getPlatform().getName(),
             "precision": self.settings.precision,
         }
@@ -239,16 +344,6 @@ class OpenMMBackend:
     def compilations(self) -> int:
         """How often the potential has been compiled so far."""
         return self._engine.num_compilations
-
-
-def _molecule_bonds(topology: openmm.app.Topology) -> openmm.Force:
-    """Bonds without strength: they tell the barostat which atoms move as one molecule."""
-    force = openmm.HarmonicBondForce()
-    force.setName("molecules for the barostat")
-    for first, second in topology.bonds():
-        force.addBond(first.index, second.index, 0.1, 0.0)
-    force.setUsesPeriodicBoundaryConditions(True)
-    return force
 
 
 def _platform(name: str) -> openmm.Platform:

@@ -138,6 +138,37 @@ def molecules(n_atoms: int, pairs: np.ndarray) -> np.ndarray:
     return np.argsort(np.argsort(first))[inverse]
 
 
+def whole_molecules(atoms: Atoms) -> tuple[np.ndarray, np.ndarray]:
+    """Put molecules together that the periodic boundary cuts.
+
+    Args:
+        atoms: a periodic structure.
+
+    Returns:
+        Positions (n, 3) Å in which each molecule is in one piece, and labels (n,) of the molecules.
+        In a network without end (a covalent crystal) every atom counts as one and stays in place.
+    """
+    from ase.neighborlist import natural_cutoffs, neighbor_list
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import breadth_first_order
+
+    i, j, shifts = neighbor_list("ijS", atoms, natural_cutoffs(atoms, mult=_BOND_MARGIN))
+    labels = molecules(len(atoms), np.stack([i, j], axis=1))
+    graph = coo_matrix((np.ones(len(i)), (i, j)), shape=(len(atoms),) * 2).tocsr()
+    shift_of = {(a, b): s for a, b, s in zip(i.tolist(), j.tolist(), shifts, strict=True)}
+    cells = np.zeros((len(atoms), 3), int)
+    for first in np.unique(labels, return_index=True)[1]:
+        order, parents = breadth_first_order(graph, first, directed=False)
+        for atom in order[1:].tolist():
+            parent = int(parents[atom])
+            cells[atom] = cells[parent] + shift_of[parent, atom]
+    endless = np.unique(labels[i[(cells[j] - cells[i] != shifts).any(axis=1)]])
+    alone = np.isin(labels, endless)
+    cells[alone] = 0
+    labels[alone] = labels.max() + 1 + np.arange(alone.sum())
+    return atoms.positions + cells @ atoms.cell.array, labels
+
+
 def make_topology(structure: Structure) -> Any:
     """OpenMM topology of a structure: its own, or one residue per molecule.
 
