@@ -58,7 +58,6 @@ _BOUNDS: Mapping[str, int] = {
     "avg_r_min": 1_000_000,
     "scalar_mlp_std": 1_000_000,
 }
-_MAX_COUPLINGS = 400_000
 _MAX_TEXT = 1000
 """Bounds of what a description may ask for; no sensible network comes near."""
 
@@ -424,12 +423,6 @@ def _check_bounds(config: NetworkConfig) -> None:
     top = max((ir.l for _, ir in irreps), default=0)
     large = top > _BOUNDS["l_max"] or irreps.dim > _BOUNDS["num_channels"]
     _require(not large, f"node_irreps = {irreps!s:.60} are larger than any that are read")
-    couplings = (config.l_max + 1) ** (2 * getattr(config, "correlation", 1))
-    _require(
-        couplings <= _MAX_COUPLINGS,
-        f"l_max = {config.l_max} with that correlation makes {couplings} couplings; files with at "
-        f"most {_MAX_COUPLINGS} are read",
-    )
 
 
 def _some(names: list[str]) -> str:

@@ -397,7 +397,7 @@ def test_reading_runs_nothing_and_opens_nothing_else(target):
             events, _events = _events, None
         opened = {str(arguments[0]) for event, arguments in events if event == "open"}
         assert opened == {str(target.file)}
-        assert {event for event, _ in events} <= {"open", "object.__getattr__"}
+        assert {event for event, _ in events} <= {"open", "object.__getattr__", "builtins.id"}
 
 
 def understated(archive: bytes, name: str, size: int) -> bytes:
@@ -444,7 +444,7 @@ def test_a_directory_of_a_hundred_thousand_members_is_not_read(foreign):
     end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 65535, 65535, size, 0, 0)
     directory = entry * 100_000 + end
     assert foreign.peak(directory, "lists 100000 members") < 3 * len(directory) / MEBIBYTE
-    assert foreign.peak(wrapped(text, directory), "lists 100000 members") < 30
+    assert foreign.peak(wrapped(text, directory), "lists 100002 members") < 30
 
 
 @pytest.mark.parametrize(

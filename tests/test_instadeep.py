@@ -215,7 +215,7 @@ def first_array(change):
         (edit("config", radial_mlp_hidden=[64]), "second-generation MACE"),
         (drop("config", "num_channels"), "neither num_channels"),
         (edit("config", off_diagonal=True), "no hyperparameter 'off_diagonal'"),
-        (edit("config", activation="none"), "activation"),
+        (edit("config", activation="softsign"), "activation"),
         (edit("config", correlation="2"), "correlation"),
         (edit("config", num_layers=3), "missing: .*layer_1"),
         (edit("config", num_species=20), "num_species = 20"),

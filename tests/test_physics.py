@@ -135,7 +135,7 @@ class Subject:
         need = len(atoms), len(prepared.edges.senders)
         sizes = Sizes(nodes(need[0]), edges(need[1]), graphs)
         packed = engine_module._pack([prepared], sizes, self.engine._runtime.dtype)
-        values = self.engine._runtime.run(*packed, sizes, None).values
+        values = self.engine._runtime.run(*packed, sizes, None)[0].values
         parts = np.split(values, [sizes.nodes, 4 * sizes.nodes])
         return parts[0], parts[1].reshape(-1, 3), parts[2].reshape(-1, 3, 3)
 

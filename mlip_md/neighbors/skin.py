@@ -65,9 +65,12 @@ def nothing_kept(n_nodes: int, search: Search, dtype: np.dtype) -> Kept | None:
     """What to start from: a list of positions that are no numbers, and so never safe."""
     if not search.skin:
         return None
-    index, zero = jnp.zeros(search.candidates, jnp.int32), jnp.zeros((), jnp.int32)
-    shifts, reach = jnp.zeros((search.candidates, 3), jnp.int32), jnp.zeros(3, jnp.int32)
-    pairs = Pairs(index, index, shifts, index > 0, zero, reach, zero)
+    room = search.candidates
+    # An array for each field: a call takes them over for its results, and none twice.
+    senders, receivers, shifts, count, reach, slots = (
+        jnp.zeros(shape, jnp.int32) for shape in (room, room, (room, 3), (), 3, ())
+    )
+    pairs = Pairs(senders, receivers, shifts, jnp.zeros(room, bool), count, reach, slots)
     return Kept(jnp.full((n_nodes, 3), jnp.nan, dtype), jnp.zeros((3, 3), dtype), pairs)
 
 
