@@ -214,7 +214,8 @@ def test_every_imported_package_is_declared():
     distributions = importlib.metadata.packages_distributions()
     for file in ALL_SOURCES:
         for name in third_party(file) - {"mlip_md"}:
-            providers = {normalized(d) for d in distributions.get(name, [OPTIONAL_PACKAGES.get(name, name)])}
+            by_name = [OPTIONAL_PACKAGES.get(name, name)]
+            providers = {normalized(d) for d in distributions.get(name, by_name)}
             assert providers & declared, f"{file} imports {name}, which is not declared"
 
 
