@@ -137,27 +137,50 @@ def convert(
         typer.Argument(help="Bundled name, .safetensors file, InstaDeep .zip or run folder."),
     ],
     destination: Annotated[
-        Path, typer.Argument(help="File to write: .safetensors (mlip-md) or .zip (InstaDeep).")
-    ],
+        Path | None, typer.Argument(help="File to write; by default SOURCE's name, in this folder.")
+    ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(metavar="FORMAT", help="mlip-md (.safetensors) or instadeep (.zip)."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Write a model in the other format; its weights and energies stay the same."""
+    """Write a model in the other format; its weights and energies stay the same.
+
+    An InstaDeep zip (read by mlip 0.1 and, as models_v1, 0.2) has no place for a model's origin.
+    """
+    destination = _converted_name(source, destination, to)
+    if destination.exists() and not force:
+        raise errors.ConfigError(f"{destination} exists; give --force to replace it")
     from mlip_md.instadeep import save_zip
     from mlip_md.model_file import save
 
-    writers = {".safetensors": save, ".zip": save_zip}
-    if destination.suffix not in writers:
-        raise errors.ConfigError(
-            f"{destination}: the ending decides the format; write .safetensors (mlip-md) or .zip "
-            "(InstaDeep)"
-        )
-    if destination.exists() and not force:
-        raise errors.ConfigError(f"{destination} exists; give --force to replace it")
     potential = mlip_md.load(source)
-    writers[destination.suffix](potential, destination)
+    (save_zip if destination.suffix == _ENDINGS["instadeep"] else save)(potential, destination)
     mlip_md.load(str(destination))  # reads and checks what was written
     network = f"{potential.config.architecture}, {potential.num_parameters:,} parameters"
     typer.echo(f"{destination}: {network}")
+
+
+_ENDINGS = {"mlip-md": ".safetensors", "instadeep": ".zip"}
+
+
+def _converted_name(source: str, destination: Path | None, to: str | None) -> Path:
+    """The file that ``convert`` writes; its ending decides the format."""
+    if to is not None and to not in _ENDINGS:
+        raise errors.ConfigError(f"unknown format {to!r}; write --to {' or --to '.join(_ENDINGS)}")
+    if destination is None:
+        if to is None:
+            raise errors.ConfigError("give a file to write, or a format with --to")
+        name = Path(source).resolve().name
+        destination = Path(name.removesuffix(Path(source).suffix) + _ENDINGS[to])
+    endings = tuple(_ENDINGS.values()) if to is None else (_ENDINGS[to],)
+    if destination.suffix not in endings:
+        raise errors.ConfigError(
+            f"{destination}: the ending decides the format; write {' or '.join(endings)} "
+            "(.safetensors is mlip-md's, .zip InstaDeep's)"
+        )
+    return destination
 
 
 def _model_table(potential: Potential, name: str) -> Table:

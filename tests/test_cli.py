@@ -122,9 +122,25 @@ def test_convert_there_and_back(run, tiny, tmp_path):
     assert run("convert", there, back, "--force")[0] == 0
 
 
+def test_convert_to_a_format_names_the_file_itself(run, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("convert", tiny, "--to", "instadeep")[1].startswith("tiny.zip: ")
+    assert run("convert", tmp_path / "tiny.zip", "--to", "mlip-md")[0] == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["tiny.safetensors", "tiny.zip"]
+    np.testing.assert_array_equal(
+        load(tmp_path / "tiny.safetensors").atomic_energies, load(tiny).atomic_energies
+    )
+
+
 def test_convert_refuses_unknown_formats_and_folders(run, tiny, tmp_path):
     code, _, err = run("convert", tiny, tmp_path / "m.onnx")
-    assert (code, ".safetensors (mlip-md) or .zip" in err) == (2, True)
+    assert (code, "write .safetensors or .zip" in err) == (2, True)
+    code, _, err = run("convert", tiny, tmp_path / "m.safetensors", "--to", "instadeep")
+    assert (code, "write .zip" in err) == (2, True)
+    code, _, err = run("convert", tiny, "--to", "torch")
+    assert (code, "unknown format 'torch'" in err) == (2, True)
+    code, _, err = run("convert", tiny)
+    assert (code, "a format with --to" in err) == (2, True)
     code, _, err = run("convert", tiny, tmp_path / "none" / "m.zip")
     assert (code, "no such folder" in err) == (2, True)
     assert list(tmp_path.iterdir()) == []

@@ -365,6 +365,17 @@ def test_paths_as_names_lead_nowhere(foreign):
     assert [file.name for file in foreign.file.parent.iterdir()] == ["m.zip"]
 
 
+ACTIONS = (
+    "compile",
+    "exec",
+    "import",
+    "marshal.",
+    "pickle.",
+    "os.",
+    "shutil.",
+    "subprocess.",
+    "ctypes.",
+)
 _events: list[tuple[str, tuple]] | None = None
 
 
@@ -397,7 +408,7 @@ def test_reading_runs_nothing_and_opens_nothing_else(target):
             events, _events = _events, None
         opened = {str(arguments[0]) for event, arguments in events if event == "open"}
         assert opened == {str(target.file)}
-        assert {event for event, _ in events} <= {"open", "object.__getattr__", "builtins.id"}
+        assert not [event for event, _ in events if event.startswith(ACTIONS)]
 
 
 def understated(archive: bytes, name: str, size: int) -> bytes:
@@ -444,7 +455,8 @@ def test_a_directory_of_a_hundred_thousand_members_is_not_read(foreign):
     end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 65535, 65535, size, 0, 0)
     directory = entry * 100_000 + end
     assert foreign.peak(directory, "lists 100000 members") < 3 * len(directory) / MEBIBYTE
-    assert foreign.peak(wrapped(text, directory), "lists 100002 members") < 30
+    inside = wrapped(text, directory, zipfile.ZIP_DEFLATED)
+    assert foreign.peak(inside, "lists 100000 members") < 30
 
 
 @pytest.mark.parametrize(
