@@ -9,15 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+from reference_library import jit
 
 from mlip_md.errors import ConfigError
 from mlip_md.graph import Graph
 from mlip_md.networks import NequIPConfig, layers
 from mlip_md.networks.nequip import NequIP, contract, plan_layers
 from mlip_md.potential import predict
-
-# Little optimization: what is tested here compiles far longer than it runs.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 CUTOFF = 4.0
 SMALL = NequIPConfig(
@@ -267,62 +265,3 @@ def test_irreps_without_energies_are_refused(node_irreps, message):
     with pytest.raises(ConfigError, match="node_irreps") as error:
         NequIPConfig(node_irreps=node_irreps)
     assert message in str(error.value)
-
-
-VARIANTS = {
-    "unsorted": {"node_irreps": "4x1o + 6x0e + 2x2e + 3x1e + 4x0o"},
-    "scalars": {"node_irreps": "6x0e", "l_max": 0},
-    "unreachable": {"node_irreps": "6x0e + 2x0o + 3x1o + 2x3o", "l_max": 1},
-    "high": {"node_irreps": "4x0e + 2x1o + 2x2e + 2x3o", "l_max": 3},
-    "radial": {
-        "node_irreps": "6x0e + 3x1o",
-        "l_max": 1,
-        "num_bessel": 5,
-        "radial_net_nonlinearity": "tanh",
-        "radial_net_n_layers": 3,
-        "radial_envelope": "soft_envelope",
-        "avg_num_neighbors": 3.5,
-    },
-}
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_other_hyperparameters_match_the_reference_library(name):
-    models_v1 = pytest.importorskip("mlip.models_v1")
-    from mlip.data.dataset_info import DatasetInfo
-
-    from mlip_md.graph import edge_vectors
-    from mlip_md.networks import build_network
-
-    fields = {
-        "num_layers": 2,
-        "num_bessel": 4,
-        "radial_net_n_hidden": 8,
-        "radial_net_n_layers": 1,
-        "l_max": 2,
-        **VARIANTS[name],
-    }
-    graph = cluster(5)
-    network = build_network(
-        NequIPConfig(**fields),
-        num_species=3,
-        cutoff=CUTOFF,
-        avg_num_neighbors=7.0,
-        avg_r_min=None,
-    )
-    params = random_params(network, graph)
-    info = DatasetInfo(
-        atomic_energies_map={1: 0.0, 6: 0.0, 8: 0.0},
-        graph_cutoff_angstrom=CUTOFF,
-        avg_num_neighbors=7.0,
-    )
-    reference = models_v1.Nequip(models_v1.Nequip.Config(**fields), info)
-    with jax.enable_x64(True):
-        inputs = (edge_vectors(graph), graph.species, graph.senders, graph.receivers)
-        shapes = jax.eval_shape(reference.init, jax.random.key(0), *inputs)
-        assert jax.tree_util.tree_map(jnp.shape, params) == jax.tree_util.tree_map(
-            lambda leaf: leaf.shape, shapes
-        )
-        expected = jit(reference.apply)(params, *inputs)
-        energies = jit(network.apply)(params, graph)
-    np.testing.assert_allclose(energies, expected, rtol=1e-11)

@@ -10,15 +10,13 @@ import e3nn_jax as e3nn
 import jax
 import numpy as np
 import pytest
+from reference_library import applied, graph_of, jit, library_network, strong_weights
 
-from mlip_md.graph import Graph, edge_vectors, pad_graphs
+from mlip_md.graph import edge_vectors, pad_graphs
 from mlip_md.instadeep import load_zip
 from mlip_md.networks import MACEConfig, NequIPConfig, build_network, layers, nequip
 from mlip_md.networks.nequip import NequIP
 from mlip_md.potential import predict
-
-# Little optimization: what is tested here compiles far longer than it runs.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 NETWORKS = ("mace", "nequip")
 FILES = {
@@ -43,22 +41,6 @@ FORCE_TOLERANCE = 1e-9
 
 def float64(tree):
     return jax.tree_util.tree_map(lambda leaf: np.asarray(leaf, np.float64), tree)
-
-
-def graph_of(positions, cell, species, senders, receivers, shifts):
-    order = np.argsort(receivers, kind="stable")
-    return Graph(
-        positions=np.asarray(positions, np.float64),
-        species=np.asarray(species, np.int32),
-        cell=np.asarray(cell, np.float64).reshape(1, 3, 3),
-        senders=np.asarray(senders, np.int32)[order],
-        receivers=np.asarray(receivers, np.int32)[order],
-        shifts=np.asarray(shifts, np.int32).reshape(-1, 3)[order],
-        node_graph=np.zeros(len(positions), np.int32),
-        node_mask=np.ones(len(positions), bool),
-        edge_mask=np.ones(len(senders), bool),
-        graph_mask=np.ones(1, bool),
-    )
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
@@ -209,42 +191,20 @@ def random_periodic(seed=0):
     return graph_of(positions, cell, species, senders, receivers, images[image])
 
 
-def strong_weights(network, graph, seed=0):
-    """Random weights of the drawn spread; NequIP's radial networks as strong as trained ones."""
-    shapes = jax.eval_shape(network.init, jax.random.key(0), graph)
-    rng = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        name = jax.tree_util.keystr(path)
-        weights = rng.standard_normal(leaf.shape)
-        if "MLP_0" in name:
-            weights *= 2.0 / np.sqrt(leaf.shape[0])
-        return weights * (10.0 if "Dense_2" in name and "MLP_0" in name else 1.0)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+def random_weights(network, graph):
+    return float64(strong_weights(jax.eval_shape(network.init, jax.random.key(0), graph)))
 
 
-def reference_library(name, config):
-    """The network of the reference library with our face: apply(params, graph)."""
-    models_v1 = pytest.importorskip("mlip.models_v1")
-    from mlip.data.dataset_info import DatasetInfo
-
-    network_class = {"mace": models_v1.Mace, "nequip": models_v1.Nequip}[name]
-    fields = set(network_class.Config.model_fields)
-    values = {k: v for k, v in vars(config).items() if k in fields}
-    info = DatasetInfo(
-        atomic_energies_map={1: 0.0, 6: 0.0, 7: 0.0, 8: 0.0, 17: 0.0},
-        graph_cutoff_angstrom=CUTOFF,
-        avg_num_neighbors=AVG_NUM_NEIGHBORS,
-        avg_r_min_angstrom=AVG_R_MIN,
-    )
-    network = network_class(network_class.Config(**values), info)
-
-    def apply(params, graph):
-        inputs = edge_vectors(graph), graph.species, graph.senders, graph.receivers
-        return network.apply(params, *inputs)
-
-    return apply
+def reference(config):
+    """The network of the library with our face: apply(params, graph)."""
+    values = dict(vars(config))
+    info = {
+        "atomic_energies_map": {1: 0.0, 6: 0.0, 7: 0.0, 8: 0.0, 17: 0.0},
+        "graph_cutoff_angstrom": CUTOFF,
+        "avg_num_neighbors": AVG_NUM_NEIGHBORS,
+        "avg_r_min_angstrom": AVG_R_MIN,
+    }
+    return applied(library_network(config.architecture, values, info))
 
 
 def our_network(config):
@@ -284,7 +244,7 @@ def live(request):
     """Our network with adjustable harmonics and paths, and the reference library's numbers."""
     name, config, graph = request.param, SLIM[request.param], random_periodic()
     network = our_network(config)
-    params = strong_weights(network, graph)
+    params = random_weights(network, graph)
     harmonics, coupling, matrix = layers.spherical_harmonics, layers.coupling, nequip._coupling
 
     def adjustable(params, degree_factors, path_factors):
@@ -312,9 +272,9 @@ def live(request):
                 patch.setattr(nequip, "_coupling", scaled_matrix)
             return predict(network.apply, params, graph)
 
-    reference = reference_library(name, config)
+    library = reference(config)
     with jax.enable_x64(True):
-        expected = jit(lambda params: predict(reference, params, graph))(params)
+        expected = jit(lambda params: predict(library, params, graph))(params)
     return name, params, jit(adjustable), jax.device_get(expected)
 
 
@@ -349,10 +309,10 @@ def test_one_percent_in_one_path_would_be_seen(live, path):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_live_reference_library_at_card_size(name):
     graph, network = random_periodic(), our_network(CARD[name])
-    params = strong_weights(network, graph)
-    reference = reference_library(name, CARD[name])
+    params = random_weights(network, graph)
+    library = reference(CARD[name])
     with jax.enable_x64(True):
-        expected = jit(lambda params: predict(reference, params, graph))(params)
+        expected = jit(lambda params: predict(library, params, graph))(params)
         result = jit(lambda params: predict(network.apply, params, graph))(params)
     assert max(deviations(result, expected).values()) < 1.0
     assert np.abs(expected.forces).max() > 1e-3

@@ -71,9 +71,15 @@ def _check_readout_irreps(value: tuple[Any, ...]) -> None:
     _require(output == Irreps("0e"), name, value, "0e in the output layer, one energy")
 
 
+def _check_positive(name: str, value: object, allowed: str) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    _require(number and 0 < typing.cast(float, value) < math.inf, name, value, allowed)
+
+
 def _check_positive_or_none(name: str, value: object) -> None:
-    valid = value is None or (isinstance(value, (int, float)) and 0 < value < float("inf"))
-    _require(valid, name, value, "a positive number, or null to take it from the training set")
+    if value is not None:
+        allowed = "a positive number, or null to take it from the training set"
+        _check_positive(name, value, allowed)
 
 
 def _check_atomic_energies(value: AtomicEnergies) -> None:
@@ -215,7 +221,7 @@ class NequIPConfig:
         _check_node_irreps(self.node_irreps)
         _check_choice("radial_net_nonlinearity", self.radial_net_nonlinearity, ACTIVATIONS)
         _check_choice("radial_envelope", self.radial_envelope, RADIAL_ENVELOPES)
-        _require(self.scalar_mlp_std > 0, "scalar_mlp_std", self.scalar_mlp_std, "positive")
+        _check_positive("scalar_mlp_std", self.scalar_mlp_std, "a positive number")
         _check_positive_or_none("avg_num_neighbors", self.avg_num_neighbors)
         _check_atomic_energies(self.atomic_energies)
 
