@@ -274,16 +274,18 @@ def grown(search: Search, status: Any) -> Search:
         status: a ``NeighborStatus``, or anything else with its ``required_…`` fields.
     """
     slots, candidates = int(status.required_slots), int(status.required_candidates)
-    reach = np.maximum(np.asarray(status.required_reach), search.reach)
+    needed = np.asarray(status.required_reach)
+    # In steps of a quarter: a few thin bins more are cheaper than to compile for each.
+    reach = np.where(needed > search.reach, needed + needed // 4, search.reach)
     new = search._replace(
         reach=(int(reach[0]), int(reach[1]), int(reach[2])),
         slots=_slots(ladder(slots)) if slots > search.slots else search.slots,
         candidates=max(search.candidates, ladder(candidates) if search.skin else 0),
     )
-    needs = {"reach": reach.tolist(), "slots": slots, "candidates": candidates}
-    for what, needed in needs.items():
+    needs = {"reach": needed.tolist(), "slots": slots, "candidates": candidates}
+    for what, need in needs.items():
         if getattr(new, what) != getattr(search, what):
-            log_growth(what, getattr(search, what), getattr(new, what), needed)
+            log_growth(what, getattr(search, what), getattr(new, what), need)
     return new
 
 
