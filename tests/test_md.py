@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import re
-import runpy
-from pathlib import Path
 
 import ase.io
 import mdtraj
@@ -410,15 +407,6 @@ def test_bundled_molecule_is_whole():
     assert len(pairs) == 20  # 19 bonds and one ring
     assert set(molecules(20, pairs)) == {0}
     assert make_topology(structure).getNumBonds() == 20
-
-
-@pytest.mark.parametrize("name", ["ase_molecule", "openmm_molecule"])
-def test_examples_run(name, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", [name, "--steps", "20"])
-    script = Path(__file__).parents[1] / "examples" / f"{name}.py"
-    runpy.run_path(str(script), run_name="__main__")
-    assert re.search(r"C=O distance: [1-3]\.\d+ ± 0\.\d+ Å", capsys.readouterr().out)
 
 
 def test_checkpoint_of_another_machine(cluster, tmp_path, caplog):
