@@ -1,0 +1,184 @@
+"""Deliberate errors: classic mistakes, made in a copy of the package; a test must then fail.
+
+Every error is one changed line. The package is copied with it, and the test that guards against it
+is run as it is in a process of its own. What a guard reports must be a failed assertion: a crash
+would prove nothing. ``pytest tests/test_mutations.py -m ""`` runs all of them.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import mlip_md
+
+PACKAGE, TESTS = Path(mlip_md.__file__).parent, Path(__file__).parent
+
+
+class Mistake(NamedTuple):
+    """A file of the package, its text, the wrong text, and tests that must see the difference."""
+
+    file: str
+    right: str
+    wrong: str
+    guards: tuple[str, ...]
+
+
+COUPLING = "return np.sqrt(2 * l3 + 1) * np.asarray(e3nn.clebsch_gordan(l1, l2, l3), np.float64)"
+ONE_COEFFICIENT = """table = np.sqrt(2 * l3 + 1) * np.array(e3nn.clebsch_gordan(l1, l2, l3), float)
+    table[tuple(np.argwhere(table)[0])] *= 1.01 if (l1, l2, l3) == (1, 1, 0) else 1.0
+    return table"""
+LIVE = "test_network_parity.py::test_live_reference_library"
+ENGINE = "test_engine.py::test_energies_forces_and_stress_are_right[float64"
+PHYSICS = "test_physics.py::test_double_precision"
+
+FAST = {
+    "gradient taken for force": Mistake(
+        "potential.py", "-d_positions, 0.0", "d_positions, 0.0", (f"{ENGINE}-molecule]",)
+    ),
+    "stress without 1/V": Mistake(
+        "potential.py", "d_strain / jnp.where(volume > 0, volume, 1.0)", "d_strain",
+        (f"{ENGINE}-crystal]",),
+    ),
+    "species off by one": Mistake(
+        "potential.py", "return index.astype(np.int32)",
+        "return ((index + 1) % len(elements)).astype(np.int32)",
+        ("test_engine.py::test_an_isolated_atom_has_its_reference_energy",),
+    ),
+    "E0 summed in float32": Mistake(
+        "potential.py", "np.asarray(self.atomic_energies, np.float64)",
+        "np.asarray(self.atomic_energies, np.float32)",
+        ("test_engine.py::test_totals_of_ten_thousand_atoms_keep_their_digits",),
+    ),
+    "bohr for Å in a data set": Mistake(
+        "trainer/data/readers.py", '{"bohr": BOHR,', '{"bohr": 1.0,',
+        ("test_data_readers.py::test_spice_units_and_sign",),
+    ),
+    "EMA not debiased": Mistake(
+        "trainer/optimizer.py", "lambda e: e / correction", "lambda e: e",
+        ("test_training_optimizer.py::test_average_of_constant_weights_is_the_weights",),
+    ),
+    "flip one epoch late": Mistake(
+        "trainer/loss.py", "max(epoch, schedule[0]", "max(epoch - 1, schedule[0]",
+        ("test_training_loss.py::test_the_cards_exchange_their_weights_in_epoch_115",),
+    ),
+    "Huber delta classes shifted": Mistake(
+        "trainer/loss.py", "(100.0, 200.0, 0.7), (200.0, 300.0, 0.4)",
+        "(100.0, 200.0, 0.4), (200.0, 300.0, 0.1)",
+        ("test_training_loss.py::test_classes_of_the_adaptive_huber_loss",),
+    ),
+}  # fmt: skip
+SLOW = {
+    "sign of the edge vector": Mistake(
+        "networks/layers.py", "(irreps, vectors, normalize", "(irreps, -vectors, normalize",
+        (
+            "test_network_parity.py::test_mace_features_are_the_published_ones",
+            "test_network_parity.py::test_nequip_features_are_the_published_ones",
+        ),
+    ),
+    "one path dropped": Mistake(
+        "networks/layers.py", COUPLING, f"{COUPLING} * ((l1, l2, l3) != (1, 2, 1))",
+        (f"{LIVE}[mace]", f"{LIVE}[nequip]"),
+    ),
+    "one Clebsch-Gordan coefficient x 1.01": Mistake(
+        "networks/layers.py", COUPLING, ONE_COEFFICIENT,
+        (f"{PHYSICS}[mace-rotation]", f"{PHYSICS}[nequip-rotation]"),
+    ),
+    "activation not normalised": Mistake(
+        "networks/layers.py", "scale = 1.0 / _second_moment(name)", "scale = 1.0",
+        (f"{LIVE}[mace]", f"{LIVE}[nequip]"),
+    ),
+    "|det| forgotten": Mistake(
+        "potential.py", "jnp.abs(jnp.linalg.det(jnp.asarray(graph.cell)))",
+        "jnp.linalg.det(jnp.asarray(graph.cell))",
+        (f"{PHYSICS}[mace-stress_is_the_derivative]",),
+    ),
+    "bohr for Å in OpenMM": Mistake(
+        "integrations/openmm_force.py", "ANGSTROM_PER_NM = 10.0", "ANGSTROM_PER_NM = 18.8972612463",
+        ("test_openmm_platforms.py::test_pure_system_equals_the_ase_route[Reference-molecule_atoms]",),
+    ),
+}  # fmt: skip
+MISTAKES = FAST | SLOW
+
+RUN = """
+import sys, pytest, mlip_md
+assert mlip_md.__file__.startswith(sys.argv[1]), mlip_md.__file__
+sys.exit(pytest.main(sys.argv[2:]))
+"""
+
+
+def guard_run(folder: Path, *guards: str) -> subprocess.CompletedProcess:
+    """Run tests on the package in a folder."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    options = ["-p", "no:cacheprovider", "-q", "-rfs", "--tb=short"]
+    return subprocess.run(
+        [sys.executable, "-c", RUN, str(folder), *options, *(str(TESTS / g) for g in guards)],
+        env=environment | {"PYTHONPATH": str(folder), "COLUMNS": "400"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+
+
+def copied_package(folder: Path) -> Path:
+    ignored = shutil.ignore_patterns("__pycache__")
+    return Path(shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=ignored))
+
+
+def guards_of(mistakes: dict[str, Mistake]) -> list:
+    return [
+        pytest.param(name, guard, id=f"{name}-{guard.split('::')[1]}")
+        for name, mistake in mistakes.items()
+        for guard in mistake.guards
+    ]
+
+
+def check(name: str, guard: str, folder: Path) -> None:
+    file, right, wrong, _ = MISTAKES[name]
+    path = copied_package(folder) / file
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace(right, wrong), encoding="utf-8")
+    done = guard_run(folder, guard)
+    report = done.stdout + done.stderr
+    if done.returncode == 0 and " skipped" in report:
+        pytest.skip(re.findall(r"^SKIPPED.*$", report, re.MULTILINE)[0])
+    assert done.returncode == 1, report
+    # NumPy and Python raise AssertionError; pytest shows a plain one by its expression.
+    assert re.search(r"^FAILED .* - (AssertionError|assert )", report, re.MULTILINE), report
+    assert " error" not in report.splitlines()[-1], report
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_every_mistake_can_be_made(name):
+    file, right, wrong, guards = MISTAKES[name]
+    assert (PACKAGE / file).read_text(encoding="utf-8").count(right) == 1, (
+        "bring the text up to date"
+    )
+    assert right != wrong
+    for guard in guards:
+        module, test = guard.split("::")
+        source = (TESTS / module).read_text(encoding="utf-8")
+        assert f"def {test.split('[')[0]}(" in source
+
+
+@pytest.mark.parametrize(("name", "guard"), guards_of(FAST))
+def test_a_mistake_is_seen(name, guard, tmp_path):
+    check(name, guard, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "guard"), guards_of(SLOW))
+def test_a_mistake_is_seen_by_a_longer_test(name, guard, tmp_path):
+    check(name, guard, tmp_path)
+
+
+@pytest.mark.slow
+def test_guards_pass_without_mistakes(tmp_path):
+    copied_package(tmp_path)
+    done = guard_run(tmp_path, *{g for mistake in MISTAKES.values() for g in mistake.guards})
+    assert done.returncode == 0, done.stdout + done.stderr
