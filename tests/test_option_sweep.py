@@ -198,7 +198,10 @@ def record(request):
 @pytest.mark.parametrize("architecture", OPTIONS)
 def test_random_options(library, record, tmp_path, architecture, seed):
     case = random_case(architecture, seed)
-    record.append((case, compared(case, tmp_path / "model.zip")))
+    print(case)
+    found = compared(case, tmp_path / "model.zip")
+    print(found)
+    record.append((case, found))
 
 
 @pytest.mark.slow
