@@ -1,7 +1,7 @@
 """Deliberate errors: classic mistakes, made in a copy of the package; a test must then fail.
 
 Every error is one changed line. The package is copied with it, and the test that guards against it
-is run as it is in a process of its own. What a guard reports must be a failed assertion: a crash
+is run as it is, in a process of its own. What a guard reports must be a failed assertion: a crash
 would prove nothing. ``pytest tests/test_mutations.py -m ""`` runs all of them.
 """
 
@@ -16,6 +16,8 @@ from typing import NamedTuple
 import pytest
 
 import mlip_md
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 PACKAGE, TESTS = Path(mlip_md.__file__).parent, Path(__file__).parent
 
@@ -99,35 +101,58 @@ SLOW = {
         (f"{PHYSICS}[mace-stress_is_the_derivative]",),
     ),
     "bohr for Å in OpenMM": Mistake(
-        "integrations/openmm_force.py", "ANGSTROM_PER_NM = 10.0", "ANGSTROM_PER_NM = 18.8972612463",
+        "integrations/openmm_force.py", "ANGSTROM_PER_NM = 10.0",
+        "ANGSTROM_PER_NM = 18.8972612463",
         ("test_openmm_platforms.py::test_pure_system_equals_the_ase_route[Reference-molecule_atoms]",),
     ),
 }  # fmt: skip
 MISTAKES = FAST | SLOW
 
-RUN = """
-import sys, pytest, mlip_md
-assert mlip_md.__file__.startswith(sys.argv[1]), mlip_md.__file__
-sys.exit(pytest.main(sys.argv[2:]))
+FORKER = """
+import os, sys
+import ase.io, e3nn_jax, flax.linen, h5py, jax, optax, pydantic, pytest  # once: this takes longest
+for line in sys.stdin:
+    folder, *tests = line.rstrip("\\n").split("\\t")
+    child = os.fork()
+    if child == 0:
+        os.chdir(folder)
+        output = os.open("report", os.O_WRONLY | os.O_CREAT)
+        os.dup2(output, 1), os.dup2(output, 2)
+        sys.path.insert(0, folder)
+        import mlip_md
+        assert mlip_md.__file__.startswith(folder), mlip_md.__file__
+        code = pytest.main(["-p", "no:cacheprovider", "-q", "-rfs", "--tb=short", *tests])
+        sys.stdout.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-def guard_run(folder: Path, *guards: str) -> subprocess.CompletedProcess:
-    """Run tests on the package in a folder."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    options = ["-p", "no:cacheprovider", "-q", "-rfs", "--tb=short"]
-    return subprocess.run(
-        [sys.executable, "-c", RUN, str(folder), *options, *(str(TESTS / g) for g in guards)],
-        env=environment | {"PYTHONPATH": str(folder), "COLUMNS": "400"},
-        cwd=folder,
-        capture_output=True,
+@pytest.fixture(scope="module")
+def run():
+    """Runs tests on the package in a folder, in a fork that has imported the libraries already."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKER],
+        env=clean | {"COLUMNS": "400", "PYTHONPATH": ""},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-    )
+    ) as forker:
+
+        def run(folder: Path, *guards: str) -> tuple[int, str]:
+            assert forker.stdin is not None
+            assert forker.stdout is not None
+            tests = (TESTS / guard for guard in guards)
+            print(folder, *tests, sep="\t", file=forker.stdin, flush=True)
+            code = int(forker.stdout.readline())
+            return code, (folder / "report").read_text(encoding="utf-8")
+
+        yield run
 
 
 def copied_package(folder: Path) -> Path:
-    ignored = shutil.ignore_patterns("__pycache__")
-    return Path(shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=ignored))
+    return Path(shutil.copytree(PACKAGE, folder / PACKAGE.name))
 
 
 def guards_of(mistakes: dict[str, Mistake]) -> list:
@@ -138,16 +163,15 @@ def guards_of(mistakes: dict[str, Mistake]) -> list:
     ]
 
 
-def check(name: str, guard: str, folder: Path) -> None:
+def check(run, name: str, guard: str, folder: Path) -> None:
     file, right, wrong, _ = MISTAKES[name]
     path = copied_package(folder) / file
     text = path.read_text(encoding="utf-8")
     path.write_text(text.replace(right, wrong), encoding="utf-8")
-    done = guard_run(folder, guard)
-    report = done.stdout + done.stderr
-    if done.returncode == 0 and " skipped" in report:
+    code, report = run(folder, guard)
+    if code == 0 and " skipped" in report:
         pytest.skip(re.findall(r"^SKIPPED.*$", report, re.MULTILINE)[0])
-    assert done.returncode == 1, report
+    assert code == 1, report
     # NumPy and Python raise AssertionError; pytest shows a plain one by its expression.
     assert re.search(r"^FAILED .* - (AssertionError|assert )", report, re.MULTILINE), report
     assert " error" not in report.splitlines()[-1], report
@@ -167,18 +191,18 @@ def test_every_mistake_can_be_made(name):
 
 
 @pytest.mark.parametrize(("name", "guard"), guards_of(FAST))
-def test_a_mistake_is_seen(name, guard, tmp_path):
-    check(name, guard, tmp_path)
+def test_a_mistake_is_seen(run, name, guard, tmp_path):
+    check(run, name, guard, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "guard"), guards_of(SLOW))
-def test_a_mistake_is_seen_by_a_longer_test(name, guard, tmp_path):
-    check(name, guard, tmp_path)
+def test_a_mistake_is_seen_by_a_longer_test(run, name, guard, tmp_path):
+    check(run, name, guard, tmp_path)
 
 
 @pytest.mark.slow
-def test_guards_pass_without_mistakes(tmp_path):
+def test_guards_pass_without_mistakes(run, tmp_path):
     copied_package(tmp_path)
-    done = guard_run(tmp_path, *{g for mistake in MISTAKES.values() for g in mistake.guards})
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, report = run(tmp_path, *{g for mistake in MISTAKES.values() for g in mistake.guards})
+    assert code == 0, report

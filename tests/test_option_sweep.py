@@ -143,9 +143,10 @@ def compared(case, path):
         if dtype == "float64":
             assert_sound(ours, rows)
         elif max(found[dtype].values()) >= tolerance:
-            # Contributions cancel, more than its digits, in the library too.
+            # Contributions cancel, more than its digits, in the library too, but not to the same
+            # last one.
             single = deviations(evaluated(library, params, strict, dtype), theirs, rows)
-            tolerance = max(tolerance, *single.values())
+            tolerance = max(tolerance, 2 * max(single.values()))
             found["library in float32"] = single
         assert max(found[dtype].values()) < tolerance, found
     assert_single_precision(function, potential.params, graph)
@@ -175,7 +176,7 @@ def record(request):
     """Collects deviations of random cases; at the end shows the worst by option and value."""
     rows = []
     yield rows
-    worst = collections.defaultdict(lambda: collections.defaultdict(lambda: (0.0, None)))
+    worst = collections.defaultdict(lambda: collections.defaultdict(lambda: (0.0, -1)))
     for case, found in rows:
         for option, value in (*case.hyperparameters.items(), ("any", "")):
             for dtype, quantities in found.items():
