@@ -217,6 +217,14 @@ def our_network(config):
     )
 
 
+def test_mace_card_has_the_published_number_of_parameters():
+    network = build_network(
+        CARD["mace"], num_species=15, cutoff=5.0, avg_num_neighbors=14.375, avg_r_min=0.984375
+    )
+    shapes = jax.eval_shape(network.init, jax.random.key(0), random_periodic())
+    assert sum(leaf.size for leaf in jax.tree_util.tree_leaves(shapes)) == 2_139_152
+
+
 def deviations(result, expected):
     """Largest deviations of energies, forces and stress, in units of their tolerances."""
 

@@ -101,7 +101,8 @@ class MACEConfig:
         num_readout_heads: readout heads, summed.
         include_pseudotensors: keep features of both parities instead of (-1)^l only.
         num_bessel: radial basis functions.
-        activation: nonlinearity of the radial network and of the last readout.
+        activation: nonlinearity of the radial network and of the last readout; with sigmoid, which
+            is not 0 at 0, messages end abruptly at the cutoff.
         radial_envelope: smooth cutoff function.
         symmetric_tensor_product_basis: product basis of permutation-symmetric couplings only.
         atomic_energies: E0 per element: None or "average" from the data set, "zero", or {Z: eV}.
@@ -188,10 +189,11 @@ class NequIPConfig:
 
     Attributes:
         num_layers: interaction layers, at least 1.
-        node_irreps: irreps of the node features.
+        node_irreps: irreps of the node features, in any order and repeated at will.
         l_max: highest degree of the spherical harmonics.
         num_bessel: radial basis functions.
-        radial_net_nonlinearity: nonlinearity of the radial network (not normalised).
+        radial_net_nonlinearity: nonlinearity of the radial network (not normalised); with sigmoid
+            messages end abruptly at the cutoff.
         radial_net_n_hidden: width of its hidden layers.
         radial_net_n_layers: number of its hidden layers.
         radial_envelope: smooth cutoff function.
