@@ -13,6 +13,7 @@ from pair_potential import PairNetwork, pair_potential
 from mlip_md import engine as engine_module
 from mlip_md.engine import Engine, find_device
 from mlip_md.errors import (
+    CapacityError,
     ConfigError,
     MLIPError,
     NonFiniteError,
@@ -357,16 +358,20 @@ def test_an_isolated_atom_has_its_reference_energy(engine, potential):
 # Search on the device
 
 
+@pytest.mark.parametrize("backend", ["dense", "cells", "nvalchemi"])
 @pytest.mark.parametrize("name", STRUCTURES)
-def test_searching_on_the_device_gives_the_same(dtype, engine, name):
-    searching = Engine(pair_potential(), dtype, backend="dense")
+def test_searching_on_the_device_gives_the_same(dtype, engine, name, backend):
+    if backend == "nvalchemi":
+        pytest.importorskip("nvalchemiops", reason="the extra nvalchemi is not installed")
+    searching = Engine(pair_potential(), dtype, backend=backend)
     structure = STRUCTURES[name]()
     assert_same(searching.evaluate(*structure), engine.evaluate(*structure), TOLERANCE[dtype])
 
 
-def test_searching_survives_overflow(caplog, double):
+@pytest.mark.parametrize("backend", ["dense", "cells"])
+def test_searching_survives_overflow(caplog, double, backend):
     """Edges treble and images appear between two calls: the second call is right all the same."""
-    engine = Engine(pair_potential(), "float64", backend="dense")
+    engine = Engine(pair_potential(), "float64", backend=backend)
     positions, numbers, cell, pbc = crystal(3, 4.2)
     engine.evaluate(positions, numbers, cell, pbc)
     with caplog.at_level(logging.INFO, "mlip_md"):
@@ -382,6 +387,174 @@ def test_searching_survives_overflow(caplog, double):
             here = engine.evaluate(where, numbers)
             assert_same(here, double.evaluate(where, numbers), 1e-10)
     assert "grown from" in caplog.text
+
+
+def test_a_list_that_never_fits_is_refused(potential, monkeypatch):
+    engine = Engine(potential, backend="dense")
+    runs = counted(engine, monkeypatch)
+    monkeypatch.setattr(engine_module, "complete", lambda *_: False)
+    with pytest.raises(CapacityError, match=r"did not fit after 8 growths.*backend='vesin'"):
+        engine.evaluate(*crystal())
+    assert len(runs) == 8
+    assert not engine._systems
+
+
+def test_memory_that_ends_is_a_named_error(potential, monkeypatch):
+    """A real allocation that must fail, in the place of the network's."""
+    engine = Engine(potential)
+    monkeypatch.setattr(engine._runtime, "_run", lambda *_: jax.numpy.zeros(2**46))
+    with pytest.raises(CapacityError, match=r"16 atoms with 192 edges do not fit.*RESOURCE"):
+        engine.evaluate(*crystal())
+
+
+def counted(engine, monkeypatch):
+    """A list that receives the sizes of every call to the device."""
+    runs, run = [], engine._runtime.run
+
+    def counting(*arguments):
+        runs.append(arguments[2])
+        return run(*arguments)
+
+    monkeypatch.setattr(engine._runtime, "run", counting)
+    return runs
+
+
+@pytest.mark.parametrize("backend", ["vesin", "dense", "cells"])
+def test_one_round_trip_per_step(potential, backend, monkeypatch):
+    """Energy, forces and flags come back together; a kept list never leaves the device."""
+    engine = Engine(potential, backend=backend, skin=0.5)
+    positions, numbers, cell, pbc = crystal(3)
+    engine.evaluate(positions, numbers, cell, pbc)
+    runs, fetched, get = counted(engine, monkeypatch), [], jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda tree: fetched.append(tree) or get(tree))
+    rng = np.random.default_rng(0)
+    for step in range(1, 6):
+        positions = positions + rng.normal(scale=0.01, size=positions.shape)
+        engine.evaluate(positions, numbers, cell, pbc)
+        assert len(runs) == len(fetched) == step
+    values = sum(leaf.size for leaf in jax.tree_util.tree_leaves(fetched[-1]))
+    assert values <= 4 * runs[-1].nodes + 9 + 8
+
+
+def walk(engine, steps, seed=0):
+    """A barostat and thermostat of a kind: the cell breathes and shears, atoms shake."""
+    rng = np.random.default_rng(seed)
+    positions, numbers, cell, pbc = crystal(3, 3.0)
+    fractions = positions @ np.linalg.inv(cell)
+    strain = np.zeros((3, 3))
+    for _ in range(steps):
+        strain = 0.98 * strain + rng.normal(scale=0.004, size=(3, 3))
+        fractions = fractions + rng.normal(scale=0.002, size=fractions.shape)
+        box = cell @ (np.eye(3) + strain)
+        result = engine.evaluate(fractions @ box, numbers, box, pbc)
+        assert np.isfinite(result.energy)
+    return fractions @ box, numbers, box, pbc
+
+
+@pytest.mark.parametrize("backend", ["vesin", "dense", "cells"])
+def test_a_breathing_cell_compiles_a_handful_of_times(backend, double):
+    engine = Engine(pair_potential(info={"test": f"npt {backend}"}), backend=backend, skin=0.5)
+    last = walk(engine, 100)
+    assert engine.num_compilations <= 4
+    assert_same(engine.evaluate(*last), double.evaluate(*last), 2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["vesin", "dense", "cells"])
+def test_ten_thousand_steps_compile_a_handful_of_times(backend, double):
+    engine = Engine(pair_potential(info={"test": f"long npt {backend}"}), backend=backend, skin=0.5)
+    last = walk(engine, 10_000, seed=1)
+    assert engine.num_compilations <= 8
+    assert_same(engine.evaluate(*last), double.evaluate(*last), 2e-5)
+
+
+@pytest.mark.parametrize("backend", ["dense", "cells"])
+def test_a_gas_compressed_to_a_third(backend, double):
+    """Three times as many edges in one run: right all the way, log₁.₂₅ 3 = 5 capacities each."""
+    engine = Engine(pair_potential(info={"test": f"gas {backend}"}), "float64", backend=backend)
+    positions, numbers, cell, pbc = crystal(4, 3.6)
+    for scale in np.linspace(1.0, 3 ** (-1 / 3), 12):
+        now = positions * scale, numbers, cell * scale, pbc
+        assert_same(engine.evaluate(*now), double.evaluate(*now), 1e-10)
+    assert engine.num_compilations <= 10
+
+
+def total_energies(engine, wrapping):
+    """400 steps of 0.5 fs of NVE from the same start, atoms put back anywhere between steps."""
+    positions, numbers, cell, pbc = crystal(3)
+    rng = np.random.default_rng(0)
+    mass, step = 12.0, 0.5 / 10.18  # u, fs in ASE's unit of time
+    velocities = rng.normal(scale=0.02, size=positions.shape)
+    result = engine.evaluate(positions, numbers, cell, pbc)
+    totals, lists = [], set()
+    for _ in range(400):
+        velocities += 0.5 * step * result.forces / mass
+        positions = positions + step * velocities
+        if wrapping:
+            hops = rng.integers(-2, 3, positions.shape)
+            positions = (positions @ np.linalg.inv(cell) % 1.0 + hops) @ cell
+        result = engine.evaluate(positions, numbers, cell, pbc)
+        velocities += 0.5 * step * result.forces / mass
+        totals.append(result.interaction_energy + 0.5 * mass * (velocities**2).sum())
+        (system,) = engine._systems.values()
+        lists.add(float(np.asarray(system.kept.positions).sum()))
+    assert 1 < len(lists) < 200, "the list was not kept, or never made anew"
+    return np.array(totals) / len(numbers)
+
+
+def test_energy_is_conserved_whether_atoms_are_wrapped_or_not():
+    engine = Engine(pair_potential(), "float64", backend="cells", skin=0.5)
+    totals = total_energies(engine, wrapping=False)
+    drift = np.polyfit(np.arange(400) * 0.5e-3, totals, 1)[0]
+    assert abs(drift) < 1e-5, "eV per atom and ps"
+    assert np.ptp(totals) < 3e-5
+    assert np.abs(totals - total_energies(engine, wrapping=True)).max() < 1e-9
+
+
+def test_systems_in_turn_with_kept_lists(double, monkeypatch):
+    """Same atoms in other places and cells, other atoms: no list is used for the wrong system."""
+    monkeypatch.setattr(engine_module, "MOST_SYSTEMS", 3)
+    engine = Engine(pair_potential(), "float64", backend="cells", skin=0.5)
+    positions, numbers, cell, pbc = crystal(3)
+    systems = [
+        (positions, numbers, cell, pbc),
+        (positions[::-1], numbers, cell, pbc),
+        (positions * 1.1, numbers, cell * 1.1, pbc),
+        (positions, numbers, cell, [True, True, False]),
+        (positions, numbers[::-1], cell, pbc),
+    ]
+    for _ in range(2):
+        for system in systems:
+            assert_same(engine.evaluate(*system), double.evaluate(*system), 1e-10)
+    before = engine.num_compilations
+    for system in systems:
+        engine.evaluate(*system)
+    assert engine.num_compilations == before
+    assert len(engine._systems) == 3
+    first, second = systems[:2]
+    for _ in range(2):
+        assert_same(engine.evaluate(*first), double.evaluate(*first), 1e-10)
+        assert_same(engine.evaluate(*second), double.evaluate(*second), 1e-10)
+
+
+@pytest.mark.parametrize("backend", ["dense", "cells"])
+def test_capacities_of_a_search_change_nothing(potential, double, backend, monkeypatch):
+    """Need, need + 1 and four times need of edges, and of candidates, give the same numbers."""
+    structure = crystal(3)
+    home = double.evaluate(*structure)
+    engine = Engine(potential, "float64", backend=backend, skin=0.3)
+    engine.evaluate(*structure)
+    ((key, system),) = engine._systems.items()
+    edges = len(neighbor_list(*(structure[k] for k in (0, 2, 3)), potential.cutoff)[0])
+    candidates = int(system.kept.pairs.n_pairs)
+    for change in (lambda n: n, lambda n: n + 1, lambda n: 4 * n):
+        search = system.search._replace(candidates=change(candidates))
+        engine._systems[key] = system._replace(search=search, kept=None)
+        sizes = engine_module.Sizes(32, change(edges), 1)
+        monkeypatch.setattr(engine._runtime, "sizes", lambda *_, sizes=sizes: sizes)
+        result = engine.evaluate(*structure)
+        assert_same(result, home, 1e-12)
+        assert np.isfinite(result.forces).all()
 
 
 def test_an_incomplete_search_gives_no_numbers(potential):

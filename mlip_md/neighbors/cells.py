@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from typing import NamedTuple
 
 import jax
@@ -162,7 +163,7 @@ def _sort(
 ) -> _Atoms:
     """Wrap atoms into the cell, and sort them by bin; padding comes last, in no bin."""
     real = jnp.arange(positions.shape[0]) < n_atoms
-    periodic, grid = np.array(search.pbc), np.array(search.grid)
+    periodic, grid = np.array(search.pbc), np.array(search.grid, np.int32)
     rows = axes_frame(cell, search.pbc)
     offsets = jnp.where(periodic, jnp.floor(project(positions, rows)), 0)
     wrapped = positions - combine(offsets[:, search.axes], cell[search.axes])
@@ -174,8 +175,9 @@ def _sort(
     low = jnp.where(periodic, 0.0, low)
     bins = jnp.clip(jnp.floor((places - low) / width).astype(jnp.int32), 0, grid - 1)
     key = (bins[:, 0] * grid[1] + bins[:, 1]) * grid[2] + bins[:, 2]
-    key = jnp.where(real, key, grid.prod())
-    sizes = jnp.zeros(grid.prod() + 1, jnp.int32).at[key + 1].add(1, mode="drop")
+    n_bins = math.prod(search.grid)
+    key = jnp.where(real, key, n_bins)
+    sizes = jnp.zeros(n_bins + 1, jnp.int32).at[key + 1].add(1, mode="drop")
     spacings = 1.0 / jnp.linalg.norm(rows, axis=1)
     needed = jnp.ceil(cutoff / (spacings * width) + ROUNDING_SLACK).astype(jnp.int32)
     return _Atoms(
