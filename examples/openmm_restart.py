@@ -42,7 +42,9 @@ def main(model: str, steps: int) -> None:
     first.reporters.clear()
     first.step(steps)  # what an interrupted run would have missed
 
-    again = simulate(topology, openmm.XmlSerializer.deserialize(Path("system.xml").read_text()))
+    again = simulate(
+        topology, openmm.XmlSerializer.deserialize(Path("system.xml").read_text(encoding="utf-8"))
+    )
     again.loadCheckpoint("restart.chk")
     print(f"going on at step {again.currentStep}")
     again.step(steps)

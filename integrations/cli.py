@@ -272,7 +272,7 @@ def _conclusion(folder: Path) -> None:
     from mlip_md.integrations import report
 
     console = Console(highlight=False)
-    summary = json.loads((folder / report.SUMMARY).read_text())
+    summary = json.loads((folder / report.SUMMARY).read_text(encoding="utf-8"))
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, text in report.summary_lines(summary):
         table.add_row(f"[bold]{name}[/bold]", text)

@@ -302,7 +302,7 @@ def read_settings(folder: Path) -> MDSettings:
         CheckpointError: if there are none or they are damaged.
     """
     try:
-        return MDSettings(**json.loads((folder / report.SETTINGS).read_text()))
+        return MDSettings(**json.loads((folder / report.SETTINGS).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{folder} holds no usable settings of a run: {error}") from error
 

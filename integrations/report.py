@@ -118,8 +118,8 @@ class RunFiles:
         self._mass = float(atoms.get_masses().sum())
         for name, size in (sizes or {}).items():
             _cut(folder / name, size)
-        self._log = (folder / LOG).open("a" if sizes else "w", newline="")
-        self._ase = (folder / TRAJECTORY_ASE).open("a" if sizes else "w")
+        self._log = (folder / LOG).open("a" if sizes else "w", newline="", encoding="utf-8")
+        self._ase = (folder / TRAJECTORY_ASE).open("a" if sizes else "w", encoding="utf-8")
         self._binary = (folder / TRAJECTORY).open("r+b" if sizes else "w+b")
         self._dcd = _dcd(self._binary, topology, timestep, interval, sizes is not None)
         if not sizes:
@@ -187,7 +187,7 @@ def _write_topology(path: Path, topology: Any, atoms: Atoms) -> None:
     from openmm import unit
     from openmm.app import PDBFile
 
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         PDBFile.writeFile(topology, atoms.get_positions() * unit.angstrom, file, keepIds=True)
 
 
@@ -257,7 +257,7 @@ def _replace(path: Path, content: bytes) -> None:
 
 def read_log(path: Path) -> dict[str, np.ndarray]:
     """Columns of a log as float arrays; empty cells are NaN."""
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return {c: np.array([float(row[c] or "nan") for row in rows]) for c in COLUMNS}
 

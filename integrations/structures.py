@@ -74,7 +74,7 @@ def _is_mmcif(path: Path) -> bool:
     """Whether a .cif file is of the PDB's kind, which ASE does not read."""
     if path.suffix.lower() != ".cif":
         return False
-    with path.open(errors="replace") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         return any("_atom_site.Cartn_x" in line for line in file)
 
 

@@ -24,7 +24,7 @@ def test_file_is_small_and_describes_itself():
     assert NAME in bundled.names()
     assert bundled.path(NAME).stat().st_size <= 3_000_000
     assert [int(z) for z in potential.elements] == [1, 6, 7, 8, 9, 15, 16, 17, 35]
-    card = bundled.path(NAME).with_suffix(".md").read_text()
+    card = bundled.path(NAME).with_suffix(".md").read_text(encoding="utf-8")
     for fact in ("GFN2-xTB", "not DFT", "mlip-md make-dataset", "seed", "held-out", "Not for"):
         assert fact in card
     assert potential.sha256 in card  # the numbers in the card are of this very file

@@ -174,7 +174,9 @@ def test_automatic_budget(structures):
 
 
 def test_published_packing(reference_data):
-    golden = json.loads((reference_data / "golden" / "training_golden.json").read_text())["packing"]
+    golden = json.loads(
+        (reference_data / "golden" / "training_golden.json").read_text(encoding="utf-8")
+    )["packing"]
     sizes = np.array(golden["sizes"])
     budget = BatchBudget.from_card(golden["batch_size"], golden["max_n_node"], golden["max_n_edge"])
     assert dataclasses.astuple(budget) == tuple(

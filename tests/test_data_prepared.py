@@ -158,7 +158,7 @@ def test_damaged_folders(path, tmp_path):
         stream.truncate(100)
     with pytest.raises(DataError, match="has 100 bytes"):
         open_prepared(folder)
-    index = json.loads((folder / "prepared.json").read_text())
+    index = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
     (folder / "prepared.json").write_text(json.dumps(index | {"format_version": 99}))
     with pytest.raises(DataError, match="format version 99"):
         open_prepared(folder)

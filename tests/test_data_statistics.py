@@ -30,7 +30,9 @@ def labeled(name, shift=0.0, scale=1.0):
 
 
 def test_published_fit(reference_data):
-    numbers = json.loads((reference_data / "golden" / "training_golden.json").read_text())["e0_fit"]
+    numbers = json.loads(
+        (reference_data / "golden" / "training_golden.json").read_text(encoding="utf-8")
+    )["e0_fit"]
     arrays = np.load(reference_data / "golden" / "training_golden.npz")
     counts = np.zeros((4, 3))
     owner = np.repeat(np.arange(4), arrays["e0_n_node"])

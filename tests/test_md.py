@@ -81,7 +81,7 @@ def test_folder_opens_in_mdtraj_and_ase(cluster, tmp_path, engine):
     )
     energy = PairEngine(None).evaluate(frames[-1].positions, frames[-1].numbers).energy
     np.testing.assert_allclose(log["potential_eV"][-1], energy, atol=1e-5)
-    summary = json.loads((folder / report.SUMMARY).read_text())
+    summary = json.loads((folder / report.SUMMARY).read_text(encoding="utf-8"))
     assert summary["status"] == "finished"
     assert summary["step"] == 40
     assert summary["ns_per_day"] > 0
@@ -160,12 +160,14 @@ def test_restart_continues_exactly(cluster, crystal, tmp_path, engine, ensemble)
     half = run_md(settings(structure, steps=first, **common), tmp_path / "2")
     restart_md(half, steps=total - first)
     for name in (report.LOG, report.TRAJECTORY_ASE):
-        assert (whole / name).read_text() == (half / name).read_text()
+        assert (whole / name).read_text(encoding="utf-8") == (half / name).read_text(
+            encoding="utf-8"
+        )
     first, second = (
         mdtraj.load(f / report.TRAJECTORY, top=f / report.TOPOLOGY) for f in (whole, half)
     )
     np.testing.assert_array_equal(first.xyz, second.xyz)
-    assert json.loads((half / report.SUMMARY).read_text())["step"] == total
+    assert json.loads((half / report.SUMMARY).read_text(encoding="utf-8"))["step"] == total
 
 
 def test_volume_moves_of_an_ideal_gas():
@@ -255,8 +257,12 @@ def test_seeds(cluster, tmp_path):
         run_md(settings(cluster, seed=seed, steps=10), tmp_path / str(i))
         for i, seed in enumerate((1, 1, 2))
     )
-    assert (one / report.LOG).read_text() == (same / report.LOG).read_text()
-    assert (one / report.LOG).read_text() != (other / report.LOG).read_text()
+    assert (one / report.LOG).read_text(encoding="utf-8") == (same / report.LOG).read_text(
+        encoding="utf-8"
+    )
+    assert (one / report.LOG).read_text(encoding="utf-8") != (other / report.LOG).read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -278,7 +284,7 @@ def test_unstable_run_keeps_its_good_frames(cluster, tmp_path, engine, factor, m
     assert len(frames) in (2, 3)
     assert all(np.isfinite(f.positions).all() for f in frames)
     assert max(f.get_temperature() for f in frames) < 1000
-    assert json.loads((folder / report.SUMMARY).read_text())["status"] == "failed"
+    assert json.loads((folder / report.SUMMARY).read_text(encoding="utf-8"))["status"] == "failed"
     arrays, values = report.read_restart(folder / report.RESTART)
     assert values["step"] == frames[-1].info["step"]
     np.testing.assert_allclose(arrays["positions"], frames[-1].positions, atol=1e-6)
@@ -293,7 +299,10 @@ def test_interrupted_run_can_go_on(cluster, tmp_path, engine):
 
     with pytest.raises(KeyboardInterrupt):
         run_md(settings(cluster, engine=engine), tmp_path / "run", progress=Interrupt())
-    assert json.loads((tmp_path / "run" / report.SUMMARY).read_text())["status"] == "interrupted"
+    assert (
+        json.loads((tmp_path / "run" / report.SUMMARY).read_text(encoding="utf-8"))["status"]
+        == "interrupted"
+    )
     restart_md(tmp_path / "run")
     log = report.read_log(tmp_path / "run" / report.LOG)
     np.testing.assert_array_equal(log["step"], [0, 10, 20, 30, 40])

@@ -97,7 +97,7 @@ def test_card_has_the_published_number_of_parameters(card_shapes):
 
 
 def test_card_has_the_published_parameter_tree(card_shapes, reference_data):
-    text = (reference_data / "golden" / "nequip_param_tree.txt").read_text()
+    text = (reference_data / "golden" / "nequip_param_tree.txt").read_text(encoding="utf-8")
     published = {line for line in text.splitlines() if line.startswith("params#")}
     assert set(tree_lines(card_shapes)) == published
 

@@ -91,7 +91,7 @@ def test_the_evaluate_command_prints_and_writes(potential, labeled, tmp_path, mo
     arguments = ["model", str(tmp_path / "set.xyz"), "--output", str(tmp_path / "errors.json")]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    errors = json.loads((tmp_path / "errors.json").read_text())
+    errors = json.loads((tmp_path / "errors.json").read_text(encoding="utf-8"))
     expected = evaluate(potential, labeled).overall
     assert errors["overall"]["forces_rmse"] == pytest.approx(expected["forces_rmse"], rel=1e-4)
     assert f"{1000 * expected['forces_rmse']:.3f}" in result.output
@@ -111,7 +111,10 @@ def test_pictures_are_drawn_without_a_global_backend(potential, labeled, tmp_pat
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     assert "matplotlib.pyplot" not in sys.modules
     write_json(evaluate(potential, labeled), tmp_path / "errors.json")
-    assert set(json.loads((tmp_path / "errors.json").read_text())["by_subset"]) == {"A", "B"}
+    assert set(json.loads((tmp_path / "errors.json").read_text(encoding="utf-8"))["by_subset"]) == {
+        "A",
+        "B",
+    }
 
 
 def test_commands_check_and_prepare(tmp_path):
@@ -220,11 +223,13 @@ def test_from_recipe_to_a_potential_that_loads(kind, tmp_path):
     assert {p.name for p in (tmp_path / "run" / "report").iterdir()} == {
         "curves.png", "errors-test.json", "parity.png"
     }  # fmt: skip
-    errors = json.loads((tmp_path / "run" / "report" / "errors-test.json").read_text())["overall"]
+    errors = json.loads(
+        (tmp_path / "run" / "report" / "errors-test.json").read_text(encoding="utf-8")
+    )["overall"]
     test = [s for s in read(path) if s.name in set(data.test.names)]
     again = evaluate(potential, test).overall
     for name, value in errors.items():
         assert again[name] == pytest.approx(value, rel=1e-3)
-    resolved = (tmp_path / "run" / "config.resolved.yaml").read_text()
+    resolved = (tmp_path / "run" / "config.resolved.yaml").read_text(encoding="utf-8")
     assert "default" in resolved
     assert dump_resolved(*load_recipe(str(tmp_path / "run" / "config.resolved.yaml")))

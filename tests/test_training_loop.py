@@ -81,7 +81,10 @@ def rows(folder):
 
 
 def events(folder):
-    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def fingerprint(trainer):

@@ -51,7 +51,9 @@ def write(tmp_path):
 
 def card_rows(path):
     """Name and value of every row of a card's tables: three lines each, closed by bars."""
-    rows = re.findall(r"^([a-z_]+) \|\n(.+) \|\n.+ \|$", path.read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^([a-z_]+) \|\n(.+) \|\n.+ \|$", path.read_text(encoding="utf-8"), re.MULTILINE
+    )
     return dict(rows)
 
 
@@ -62,7 +64,7 @@ def test_every_row_of_the_cards_is_in_its_recipe(reference_data, name, card):
         pytest.skip("the cards are not there")
     rows = card_rows(path)
     assert len(rows) == {"mace": 26, "nequip": 23}[card]
-    tree = YAML(typ="safe").load((RECIPES / f"{card}_spice2.yaml").read_text())
+    tree = YAML(typ="safe").load((RECIPES / f"{card}_spice2.yaml").read_text(encoding="utf-8"))
     given = {key: value for section in tree.values() if isinstance(section, dict)
              for key, value in section.items()}  # fmt: skip
     for key, value in rows.items():

@@ -83,7 +83,7 @@ def golden(reference_data):
     """Reference numbers of losses and of optimizer steps."""
     folder = reference_data / "golden"
     return np.load(folder / "training_golden.npz"), json.loads(
-        (folder / "training_golden.json").read_text()
+        (folder / "training_golden.json").read_text(encoding="utf-8")
     )
 
 

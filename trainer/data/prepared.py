@@ -138,7 +138,7 @@ def open_prepared(folder: str | Path, verify: bool = False) -> PreparedData:
     """
     folder = Path(folder)
     try:
-        index = json.loads((folder / "prepared.json").read_text())
+        index = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
         if index["format_version"] != FORMAT_VERSION:
             raise DataError(
                 f"{folder}: format version {index['format_version']}, this program reads "

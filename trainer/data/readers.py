@@ -202,7 +202,8 @@ def formal_charge(smiles: str) -> int:
 
 
 def _open_text(path: Path) -> TextIO:
-    return cast(TextIO, gzip.open(path, "rt") if path.suffix == ".gz" else open(path))
+    opener = gzip.open if path.suffix == ".gz" else open
+    return cast(TextIO, opener(path, "rt", encoding="utf-8"))
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -244,7 +244,7 @@ def open_store(folder: str | Path, verify: bool = False) -> GraphStore:
     """
     folder = Path(folder)
     try:
-        index = json.loads((folder / "index.json").read_text())
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         if index["format_version"] != FORMAT_VERSION:
             raise DataError(
                 f"{folder}: format version {index['format_version']}, this program reads "
@@ -257,7 +257,7 @@ def open_store(folder: str | Path, verify: bool = False) -> GraphStore:
                         f"{folder / name} is damaged (checksum); prepare the data again"
                     )
         arrays = {name: _mapped(folder, name, spec) for name, spec in index["arrays"].items()}
-        with open(folder / "structures.jsonl") as stream:
+        with open(folder / "structures.jsonl", encoding="utf-8") as stream:
             origins = [_origin(*json.loads(line)) for line in stream]
         return _store(arrays, origins, tuple(index["elements"]), float(index["cutoff"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -397,7 +397,7 @@ class _Spool:
                     if not isinstance(block, np.ndarray) and isinstance(block[0], Path):
                         block[0].unlink()
             specs[name] = {"dtype": kind.str, "shape": [length, *shape]}
-        with open(folder / "structures.jsonl", "w") as stream:
+        with open(folder / "structures.jsonl", "w", encoding="utf-8") as stream:
             stream.writelines(json.dumps(origin) + "\n" for origin in self.origins)
         files = [*(f"{name}.bin" for name in specs), "structures.jsonl"]
         index = {

@@ -292,7 +292,7 @@ def _open_parts(output: Path, settings: dict[str, object], resume: bool) -> Path
     if parts.exists() and not resume:
         shutil.rmtree(parts)
     if manifest.exists():
-        _compare(json.loads(manifest.read_text()), settings, parts)
+        _compare(json.loads(manifest.read_text(encoding="utf-8")), settings, parts)
         return parts
     parts.mkdir(parents=True, exist_ok=True)
     temporary = parts / "settings.json.tmp"
