@@ -191,7 +191,7 @@ class MLForce:
         )
         # GPU platforms turn NaN forces into huge numbers and go on.
         if not (np.isfinite(energy) and np.isfinite(forces).all()):
-            bad = np.flatnonzero(~np.isfinite(forces).all(axis=1)).tolist()
+            bad = np.flatnonzero(~np.isfinite(forces).all(axis=1))[:8].tolist()
             raise NonFiniteError(f"the potential's energy or forces (atoms {bad}) are not finite")
         return float(energy), forces
 

@@ -105,22 +105,24 @@ def test_pure_system_equals_the_ase_route(platform, model, potential, make):
 
 
 def test_mixed_system_equals_the_ase_route(platform, model, potential, peptide):
-    """A whole peptide; then its side chain with a link atom and one water."""
+    """A whole peptide; its side chain with a link atom and a water; a link atom further out."""
     topology, positions, mm = peptide
-    side_chain = [a.index for a in topology.atoms() if a.name in ("CB", "HB1", "HB2", "HB3")]
-    for atoms in (range(22), [*side_chain, 337, 338, 339]):
+    index = {atom.name: atom.index for atom in list(topology.atoms())[:22]}
+    side_chain = [index[name] for name in ("CB", "HB1", "HB2", "HB3")]
+    far = {"linkAtomDistances": [(index["CB"], index["CA"], 1.3 * unit.angstrom)]}
+    for atoms, link in ((range(22), {}), ([*side_chain, 337, 338, 339], {}), (side_chain, far)):
         contexts = []
         for name, keywords, options in (
             ("mlip-md", {"modelPath": model}, {}),
             ("ase", {}, {"calculator": MLIPCalculator(potential), "mlLongRange": False}),
         ):
             info = MLPotential(name, **keywords).createMixedSystem(
-                topology, mm, atoms, returnInfo=True, **options
+                topology, mm, atoms, returnInfo=True, **options, **link
             )
             full = np.zeros((info["system"].getNumParticles(), 3))
             full[info["oldToNew"]] = positions
             contexts.append(context_of(info["system"], full, platform))
-        assert len(full) == len(positions) + (len(atoms) == 7)
+        assert len(full) == len(positions) + (len(atoms) < 22)
         assert info["system"].getNumConstraints() < mm.getNumConstraints()
         one, other = map(energy_and_forces, contexts)
         assert_same(one, other)
