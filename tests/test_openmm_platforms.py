@@ -1,6 +1,7 @@
 """On every OpenMM platform: the numbers of OpenMM-ML's own route through ASE, barostats, faults."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,9 @@ from small_models import random_mace
 
 from mlip_md import model_file
 from mlip_md.errors import ConfigError
-from mlip_md.integrations import openmm_force
+from mlip_md.integrations import openmm_force, report
 from mlip_md.integrations.ase import MLIPCalculator
+from mlip_md.integrations.md import MDSettings, run_md
 from mlip_md.integrations.openmm_force import open_potential
 
 PEPTIDE = Path(__file__).parents[1] / "examples" / "alanine_dipeptide.pdb"
@@ -258,3 +260,45 @@ def test_pressure_is_that_of_the_stress(platform, model, potential):
     atoms.calc = MLIPCalculator(potential, dtype="float64")
     expected = -atoms.get_stress()[:3].mean() * EV * 1e6 / 6.02214076e23 * 1e24 * 1e-2
     np.testing.assert_allclose(pressure, expected, rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["single", "double"])
+@pytest.mark.parametrize("name", ["molecule", "water"])
+def test_ten_thousand_steps_keep_the_energy(name, precision, tmp_path):
+    """Drift of NVE with the bundled potential: 0.1 and 0.01 meV/atom/ps."""
+    structure = None
+    if name == "water":
+        structure = water_file(tmp_path)
+    settings = MDSettings(
+        structure=structure, engine="openmm", ensemble="nve", steps=10_000, precision=precision,
+        platform="CPU",
+    )  # fmt: skip
+    folder = run_md(settings, tmp_path / "run")
+    log = report.read_log(folder / report.LOG)
+    drift = json.loads((folder / report.SUMMARY).read_text())["drift_meV_per_atom_ps"]
+    assert np.ptp(log["kinetic_eV"]) > 0.1
+    assert abs(drift) < {"single": 0.1, "double": 0.01}[precision]
+
+
+@pytest.mark.slow
+def test_two_thousand_steps_of_npt_compile_little(tmp_path):
+    settings = MDSettings(
+        structure=water_file(tmp_path), engine="openmm", ensemble="npt", steps=2000, platform="CPU"
+    )
+    folder = run_md(settings, tmp_path / "run")
+    volumes = report.read_log(folder / report.LOG)["volume_A3"]
+    assert np.ptp(volumes) > 0.01 * volumes.mean()
+    assert json.loads((folder / report.SUMMARY).read_text())["compilations"] <= 5
+
+
+def water_file(folder):
+    """23 waters in a box of 9 Å."""
+    modeller = openmm.app.Modeller(openmm.app.Topology(), [] * unit.nanometer)
+    modeller.addSolvent(
+        openmm.app.ForceField("amber14/tip3p.xml"), boxSize=openmm.Vec3(0.9, 0.9, 0.9)
+    )
+    path = folder / "water.pdb"
+    with path.open("w") as file:
+        openmm.app.PDBFile.writeFile(modeller.topology, modeller.positions, file)
+    return str(path)
