@@ -9,11 +9,12 @@ never frees what an exception holds, and lets several Contexts and threads share
 from __future__ import annotations
 
 import collections
+import operator
 import tempfile
 import threading
 import traceback
 import weakref
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,51 @@ def _unpack(content: bytes) -> Potential:
         return model_file.load(path)
 
 
+class _Calls(threading.local):
+    """How a thread calls a force: ``send``, of a generator that waits for the next State.
+
+    Ctrl-C strikes where Python code is entered, before the first line of a function can catch it,
+    and OpenMM then says ``<NULL>``. A waiting generator is entered inside its ``try``, and what
+    leads to ``send`` is not Python code.
+    """
+
+    def __init__(self, force: Any) -> None:
+        self._force = force  # a weak proxy: threads keep what they are given
+        self.renew()
+
+    def renew(self) -> None:
+        """Wait for the next State, anew after an error has ended the generator."""
+        answers = _answers(self._force)
+        next(answers)
+        self.send = answers.send
+
+
+def _answers(
+    force: MLForce,
+) -> Generator[tuple[float, np.ndarray] | None, openmm.State | None, None]:
+    """Answer one State after the other.
+
+    Raises:
+        RuntimeError: with the whole story in its text, because OpenMM passes on nothing else.
+    """
+    answer = state = None
+    try:
+        while True:
+            state = yield answer
+            answer, state = force.evaluate(state), None
+    except GeneratorExit:
+        return
+    except KeyboardInterrupt:
+        message = "interrupted (Ctrl-C) inside the ML potential; the last step is incomplete"
+    except BaseException as error:
+        message = force.story(error, state)
+    # Raised outside the handler and without the State: OpenMM never frees what the exception
+    # holds on to.
+    del answer, state
+    force._calls.renew()
+    raise RuntimeError(message)
+
+
 class MLForce:
     """Energy and forces of some or all particles of a System.
 
@@ -124,6 +170,7 @@ class MLForce:
         self._token = token
         self._engine: Engine | None = None
         self._lock = threading.Lock()
+        self._calls = _Calls(weakref.proxy(self))
         # Barostats, reporters and getState ask for the two latest geometries again.
         self._memo: collections.deque[tuple[bytes, float, np.ndarray]] = collections.deque(maxlen=2)
 
@@ -144,24 +191,11 @@ class MLForce:
             self._atomic_numbers = np.frombuffer(token["numbers"], np.uint8).astype(np.int32)
         return self._engine
 
-    def __call__(self, state: openmm.State) -> tuple[float, np.ndarray]:
-        """Energy (kJ/mol) and forces (n, 3) (kJ/mol/nm) of a State.
+    __call__ = property(operator.attrgetter("_calls.send"))
+    """Energy (kJ/mol) and forces (n, 3) (kJ/mol/nm) of a State; RuntimeError if there are none."""
 
-        Raises:
-            RuntimeError: with the whole story in its text, because OpenMM passes on nothing else.
-        """
-        try:
-            return self._evaluate(state)
-        except KeyboardInterrupt:
-            message = "interrupted (Ctrl-C) inside the ML potential; the last step is incomplete"
-        except BaseException as error:
-            message = self._story(error, state)
-        # Raised outside the handler and without the State: OpenMM never frees what the exception
-        # holds on to.
-        del state
-        raise RuntimeError(message)
-
-    def _evaluate(self, state: openmm.State) -> tuple[float, np.ndarray]:
+    def evaluate(self, state: openmm.State) -> tuple[float, np.ndarray]:
+        """Energy (kJ/mol) and forces (n, 3) (kJ/mol/nm) of a State."""
         positions = state.getPositions(asNumpy=True)._value
         box = None
         if self._token["periodic"]:
@@ -195,9 +229,10 @@ class MLForce:
             raise NonFiniteError(f"the potential's energy or forces (atoms {bad}) are not finite")
         return float(energy), forces
 
-    def _story(self, error: BaseException, state: openmm.State) -> str:
+    def story(self, error: BaseException, state: openmm.State | None) -> str:
         """Type, message, place, step and a hint, as one text."""
-        lines = [f"mlip-md at step {state.getStepCount()}: {type(error).__name__}: {error}"]
+        step = "" if state is None else f" at step {state.getStepCount()}"
+        lines = [f"mlip-md{step}: {type(error).__name__}: {error}"]
         if isinstance(error, (NonFiniteError, StructureError)):
             if self._token["particles"] is not None:
                 particles = np.frombuffer(self._token["particles"], np.int32).tolist()
