@@ -13,10 +13,12 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 if TYPE_CHECKING:
+    import os
+
     from mlip_md.potential import Potential
 
 
-def load(name_or_path: str) -> Potential:
+def load(name_or_path: str | os.PathLike[str]) -> Potential:
     """Open a potential.
 
     Args:
@@ -27,7 +29,8 @@ def load(name_or_path: str) -> Potential:
         The potential.
 
     Raises:
-        ModelFileError: if there is no such potential or its file is unusable.
+        ModelFileError: if this is no name or path, there is no such potential, or its file is
+            unusable.
     """
     from mlip_md.model_file import open_potential
 

@@ -237,7 +237,7 @@ def _with_own_names(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _without_device_axis(
     arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, np.ndarray]:
-    """Drop the leading axis that training with pmap left: a copy per device, of which the first."""
+    """Drop the leading axis that training with pmap left: a copy per device, all of them equal."""
     if arrays.keys() != shapes.keys() or any(
         arrays[name].ndim != len(shapes[name]) + 1 for name in arrays
     ):
@@ -245,6 +245,13 @@ def _without_device_axis(
     devices = {array.shape[0] for array in arrays.values()}
     if len(devices) != 1 or 0 in devices:
         raise ModelFileError(f"its arrays have leading device axes of different sizes: {devices}")
+    for name, array in arrays.items():
+        bits = array.view(np.uint32)
+        if (bits != bits[:1]).any():
+            raise ModelFileError(
+                f"array {name!r} has a leading device axis whose {len(array)} copies differ; which "
+                "of them is meant cannot be told"
+            )
     return {name: array[0] for name, array in arrays.items()}
 
 

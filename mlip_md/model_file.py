@@ -31,9 +31,14 @@ from safetensors import SafetensorError
 import mlip_md
 from mlip_md import bundled
 from mlip_md.elements import symbol
-from mlip_md.errors import ModelFileError
+from mlip_md.errors import ConfigError, ModelFileError
 from mlip_md.graph import Graph
-from mlip_md.networks.config import NetworkConfig, config_from_dict
+from mlip_md.networks.config import (
+    HIGHEST_ATOMIC_NUMBER,
+    NetworkConfig,
+    check_number,
+    config_from_dict,
+)
 from mlip_md.potential import Params, Potential
 
 FORMAT_VERSION = 1
@@ -54,12 +59,25 @@ _BOUNDS: Mapping[str, int] = {
     "radial_net_n_hidden": 100_000,
     "num_channels": 100_000,
     "species_embedding_dim": 100_000,
-    "avg_num_neighbors": 1_000_000,
-    "avg_r_min": 1_000_000,
-    "scalar_mlp_std": 1_000_000,
 }
 _MAX_TEXT = 1000
 """Bounds of what a description may ask for; no sensible network comes near."""
+_LEAST_STDEV = 1e-8
+
+_INDEX = np.zeros(1, np.int32)
+_ONE_EDGE = Graph(
+    positions=np.zeros((1, 3), np.float32),
+    species=_INDEX,
+    cell=np.zeros((1, 3, 3), np.float32),
+    senders=_INDEX,
+    receivers=_INDEX,
+    shifts=np.zeros((1, 3), np.int32),
+    node_graph=_INDEX,
+    node_mask=np.ones(1, bool),
+    edge_mask=np.ones(1, bool),
+    graph_mask=np.ones(1, bool),
+)
+"""Types and ranks of a graph, for tracing; its values are never looked at."""
 
 
 def open_potential(name_or_path: str | os.PathLike[str]) -> Potential:
@@ -74,15 +92,19 @@ def open_potential(name_or_path: str | os.PathLike[str]) -> Potential:
         The potential.
 
     Raises:
-        ModelFileError: if there is no such potential or its file is unusable.
+        ModelFileError: if this is no name or path, there is no such potential, or its file is
+            unusable.
     """
-    if os.fspath(name_or_path) in bundled.names():
-        return load(bundled.path(os.fspath(name_or_path)))
-    path = Path(os.path.expanduser(name_or_path))
+    name = os.fspath(name_or_path) if isinstance(name_or_path, (str, os.PathLike)) else None
+    if not name or not isinstance(name, str):  # Path("") would be the current folder
+        raise ModelFileError(f"{name_or_path!r:.60} names no model; {_known_models()}")
+    if name in bundled.names():
+        return load(bundled.path(name))
+    path = Path(os.path.expanduser(name))
     if os.path.isdir(path):  # unlike Path.is_dir it knows names that no file can have
         return load(_file_of_run(path))
     if not os.path.exists(path):
-        raise ModelFileError(f"there is no model {os.fspath(name_or_path)!r}; {_known_models()}")
+        raise ModelFileError(f"there is no model {name!r}; {_known_models()}")
     if path.suffix == ".zip":
         from mlip_md.instadeep import load_zip
 
@@ -154,44 +176,49 @@ def check_potential(potential: Potential) -> None:
 
 
 def check_statistics(potential: Potential) -> None:
-    """Check a potential's elements, E0, cutoff (Å) and numbers taken from its training set.
+    """Check a potential's elements, E0, cutoff, scaling and what is from its training set.
 
     Raises:
         ModelFileError: naming the first value that is not allowed.
     """
     elements = potential.elements
     _require(len(elements) > 0, "it has no elements")
-    ascending = all(a < b for a, b in itertools.pairwise((0, *elements, 119)))
+    bounded = (0, *elements, HIGHEST_ATOMIC_NUMBER + 1)
+    ascending = all(a < b for a, b in itertools.pairwise(bounded))
     _require(ascending, f"elements = {elements}; they must be atomic numbers, ascending")
     energies = np.asarray(potential.atomic_energies)
     _require(energies.shape == (len(elements),), "atomic_energies must be one per element")
-    _require(bool(np.isfinite(energies).all()), "atomic_energies must be finite")
-    for name in ("cutoff", "avg_num_neighbors"):
-        value = getattr(potential, name)
-        _require(0 < value < 1e6, f"{name} = {value}; it must be positive and below a million")
-    r_min = potential.avg_r_min
+    r_min, stdev = potential.avg_r_min, potential.scaling_stdev
+    try:
+        for z, energy in zip(elements, energies.tolist(), strict=True):
+            check_number(f"atomic_energies[{symbol(z)}]", energy, "atomic_energies")
+        for name in ("cutoff", "avg_num_neighbors", "scaling_mean", "scaling_stdev"):
+            check_number(name, getattr(potential, name))
+        if r_min is not None:
+            check_number("avg_r_min", r_min)
+    except ConfigError as error:
+        raise ModelFileError(str(error)) from error
     _require(
-        r_min is None or 0 < r_min < potential.cutoff,
-        f"avg_r_min = {r_min}; it must lie between 0 and the cutoff, {potential.cutoff} Å",
+        r_min is None or r_min < potential.cutoff,
+        f"avg_r_min = {r_min}; it must be below the cutoff, {potential.cutoff} Å",
     )
-    for name in ("scaling_mean", "scaling_stdev"):
-        value = getattr(potential, name)
-        _require(math.isfinite(value), f"{name} = {value}; it must be finite")
+    _require(
+        abs(stdev) >= _LEAST_STDEV,
+        f"scaling_stdev = {stdev}; its magnitude must be at least {_LEAST_STDEV}",
+    )
 
 
 def expected_shapes(potential: Potential) -> dict[str, tuple[int, ...]]:
     """Shapes of the weights that a potential's network has, by '#'-joined path.
 
-    The network is traced on two atoms; nothing is compiled or computed.
+    The network is only traced; nothing is compiled or computed.
 
     Raises:
         ModelFileError: if its hyperparameters describe no network.
     """
     try:
         _check_bounds(potential.config)
-        tree = jax.eval_shape(
-            lambda: potential.network.init(jax.random.key(0), _two_atoms(potential.cutoff))
-        )
+        tree = jax.eval_shape(potential.network.init, jax.random.key(0), _ONE_EDGE)
     except ModelFileError:
         raise
     except Exception as error:  # of JAX, flax or e3nn: a network is built from foreign numbers
@@ -396,22 +423,6 @@ def _file_of_run(folder: Path) -> Path:
             f"{_known_models()}"
         )
     return file
-
-
-def _two_atoms(cutoff: float) -> Graph:
-    """Two atoms at half the cutoff: the smallest graph that passes through every layer."""
-    return Graph(
-        positions=np.array([[0, 0, 0], [0, 0, cutoff / 2]], np.float32),
-        species=np.zeros(2, np.int32),
-        cell=np.zeros((1, 3, 3), np.float32),
-        senders=np.array([1, 0], np.int32),
-        receivers=np.array([0, 1], np.int32),
-        shifts=np.zeros((2, 3), np.int32),
-        node_graph=np.zeros(2, np.int32),
-        node_mask=np.ones(2, bool),
-        edge_mask=np.ones(2, bool),
-        graph_mask=np.ones(1, bool),
-    )
 
 
 def _check_bounds(config: NetworkConfig) -> None:

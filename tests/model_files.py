@@ -1,9 +1,12 @@
-"""Tiny potentials and refusals for the tests of model files."""
+"""Tiny potentials, zips and refusals for the tests of model files."""
 
 import contextlib
 import dataclasses
+import io
 import re
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,10 +24,10 @@ CONFIGS = {
 }
 
 
-def make_potential(architecture: str) -> Potential:
+def make_potential(architecture: str, **hyperparameters: Any) -> Potential:
     """A tiny potential whose weights are random but of the network's shapes."""
     shell = Potential(
-        config=CONFIGS[architecture],
+        config=dataclasses.replace(CONFIGS[architecture], **hyperparameters),
         params={},
         elements=(1, 6, 8),
         atomic_energies=np.array([-13.587222780835477, -1029.4889999142, 0.1 + 0.2]),
@@ -40,6 +43,15 @@ def make_potential(architecture: str) -> Potential:
     leaves = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     backwards = dict(reversed(leaves.items()))  # the order of a dict must not matter
     return dataclasses.replace(shell, params=unflatten(backwards))
+
+
+def zipped(members: Mapping[str, bytes | str], compression: int = zipfile.ZIP_STORED) -> bytes:
+    """A zip of members by name."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return stream.getvalue()
 
 
 @contextlib.contextmanager

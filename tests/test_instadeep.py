@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from ase.build import molecule
-from model_files import make_potential, refused
+from model_files import make_potential, refused, zipped
 
 from mlip_md import instadeep
 from mlip_md.engine import Engine
@@ -52,14 +52,6 @@ def parts_of(potential: Potential) -> tuple[dict, dict[str, np.ndarray]]:
         for name, leaf in flatten(potential.params).items()
     }
     return hyperparameters, arrays
-
-
-def zipped(members: dict[str, bytes | str], compression: int = zipfile.ZIP_STORED) -> bytes:
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w", compression) as archive:
-        for name, text in members.items():
-            archive.writestr(name, text)
-    return content.getvalue()
 
 
 def npz(arrays: dict[str, np.ndarray]) -> bytes:
@@ -158,6 +150,20 @@ def test_a_leading_device_axis_is_dropped(potentials, tmp_path, devices):
         load_zip(file)
 
 
+@pytest.mark.parametrize("value", [np.nan, 0.5, -0.0])
+def test_copies_of_devices_that_differ_are_refused(potentials, tmp_path, value):
+    hyperparameters, arrays = parts_of(potentials["mace"])
+    arrays = {name: np.stack([a] * 3) for name, a in arrays.items()}
+    first = next(name for name in arrays if name.endswith("embeddings"))
+    arrays[first][:, -1, -1] = 0.0
+    file = write_zip(tmp_path / "m.zip", hyperparameters, arrays)
+    load_zip(file)
+    arrays[first][-1, -1, -1] = value
+    write_zip(file, hyperparameters, arrays)
+    with refused(r"embeddings' has a leading device axis whose 3 copies differ"):
+        load_zip(file)
+
+
 @pytest.mark.parametrize(
     ("choice", "expected"),
     [
@@ -228,10 +234,17 @@ def first_array(change):
         (edit("dataset_info", atomic_energies_map={"1": "low"}), "number is needed"),
         (edit("dataset_info", atomic_energies_map=[{"1": 1.0}, {"1": 2.0}]), "every data set"),
         (edit("dataset_info", atomic_energies_map={"1": 1.0, "6": 2.0}), "w"),
+        (edit("dataset_info", atomic_energies_map={"1": 1.0, "6": 2.0, "8": 1e308}), r"gies\[O\]"),
+        (edit("config", atomic_energies={"2": -1e308}), r"atomic_energies\[8\] = -1e\+308"),
+        (edit("config", gate_nodes=0), "gate_nodes = 0 .* true or false"),
         (edit("dataset_info", cutoff_distance_angstrom=0), "cutoff"),
+        (edit("dataset_info", cutoff_distance_angstrom=999999.0), "from 0.1 to 100 Å"),
         (drop("dataset_info", "cutoff_distance_angstrom"), "graph_cutoff_angstrom = None"),
         (edit("dataset_info", avg_num_neighbors=-1.0), "avg_num_neighbors"),
         (edit("dataset_info", scaling_stdev=float("nan")), "NaN is not allowed"),
+        (edit("dataset_info", scaling_stdev=1e308), r"scaling_stdev = 1e\+308"),
+        (edit("dataset_info", scaling_stdev=0.0), "scaling_stdev = 0"),
+        (edit("dataset_info", scaling_mean=1e308), r"scaling_mean = 1e\+308"),
         (edit("dataset_info", long_range_cutoff_angstrom=9.0), "long-range"),
         (edit(None, dataset_info=None), "dataset_info"),
         (edit(None, config=[]), "config"),

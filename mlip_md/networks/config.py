@@ -24,6 +24,25 @@ RADIAL_ENVELOPES = ("polynomial_envelope", "soft_envelope")
 MAX_MONOMIALS = 10_000
 """Products of feature components that MACE's product basis may have in its highest order."""
 
+LIMITS: Mapping[str, tuple[float, float, str]] = types.MappingProxyType(
+    {
+        "cutoff": (0.1, 100.0, " Å"),
+        "avg_num_neighbors": (1e-3, 1e6, ""),
+        "avg_r_min": (0.01, 100.0, " Å"),
+        "atomic_energies": (-1e8, 1e8, " eV"),
+        "scaling_mean": (-1e8, 1e8, " eV"),
+        "scaling_stdev": (-1e8, 1e8, ""),
+        "scalar_mlp_std": (1e-6, 1e6, ""),
+    }
+)
+"""Lowest and highest value, and unit, of a potential's numbers.
+
+Far beyond anything physical, yet within them sums stay finite and neighbor lists fit into memory.
+"""
+
+HIGHEST_ATOMIC_NUMBER = 118
+_NUMBER_OF_KEY = {str(z): z for z in range(1, HIGHEST_ATOMIC_NUMBER + 1)}  # JSON has text for keys
+
 AtomicEnergies = str | Mapping[int, float] | None
 
 
@@ -37,12 +56,32 @@ def _check_integer(name: str, value: object, minimum: int) -> None:
     _require(valid, name, value, f"an integer of at least {minimum}")
 
 
-def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    _require(value in choices, name, value, "one of " + ", ".join(map(str, choices)))
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    valid = isinstance(value, str) and value in choices
+    _require(valid, name, value, "one of " + ", ".join(choices))
+
+
+def check_number(name: str, value: object, quantity: str = "", alternative: str = "") -> None:
+    """Check that a value is a number within ``LIMITS``.
+
+    Args:
+        name: of the value, for the message.
+        value: to check.
+        quantity: its key in ``LIMITS``; empty if that is its name.
+        alternative: what else is allowed, for the message.
+
+    Raises:
+        ConfigError: if it is no number (bool, text, NaN) or beyond its limits.
+    """
+    lowest, highest, unit = LIMITS[quantity or name]
+    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    allowed = f"a number from {lowest:g} to {highest:g}{unit}{alternative}"
+    _require(lowest <= number <= highest, name, value, allowed)
 
 
 def _check_node_irreps(value: object) -> None:
     """Irreps that can be read, without empty blocks, and with scalars to read energies from."""
+    _require(isinstance(value, str), "node_irreps", value, "a text such as 64x0e + 32x1o + 4x2e")
     irreps = _irreps("node_irreps", value)
     _require(all(mul > 0 for mul, _ in irreps), "node_irreps", value, "without empty blocks")
     # Energies come from half of the last 0e block, as in the published models.
@@ -61,30 +100,35 @@ def _irreps(name: str, value: Any) -> Irreps:
         ) from error
 
 
-def _check_readout_irreps(value: tuple[Any, ...]) -> None:
+def _check_readout_irreps(value: Any) -> None:
     """A hidden layer of scalars, whatever their blocks, and one energy."""
     name = "readout_irreps"
-    _require(len(value) == 2, name, value, "of two entries, such as 16x0e and 0e")
+    texts = isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value)
+    _require(texts and len(value) == 2, name, value, "of two entries, such as 16x0e and 0e")
     hidden, output = (_irreps(name, part) for part in value)
     scalars = hidden.dim > 0 and {str(ir) for _, ir in hidden} == {"0e"}
     _require(scalars, name, value, "scalars such as 16x0e in the hidden layer")
     _require(output == Irreps("0e"), name, value, "0e in the output layer, one energy")
 
 
-def _check_positive(name: str, value: object, allowed: str) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    _require(number and 0 < typing.cast(float, value) < math.inf, name, value, allowed)
-
-
-def _check_positive_or_none(name: str, value: object) -> None:
+def _check_number_or_none(name: str, value: object) -> None:
     if value is not None:
-        allowed = "a positive number, or null to take it from the training set"
-        _check_positive(name, value, allowed)
+        check_number(name, value, alternative=", or null to take it from the training set")
 
 
-def _check_atomic_energies(value: AtomicEnergies) -> None:
-    valid = value is None or value in ("average", "zero") or isinstance(value, Mapping)
-    _require(valid, "atomic_energies", value, "null, average, zero or a map of Z to eV")
+def _checked_energies(value: AtomicEnergies) -> AtomicEnergies:
+    """E0 as given; a map as a new one of int to float."""
+    name = "atomic_energies"
+    if not isinstance(value, Mapping):
+        valid = value in (None, "average", "zero")
+        _require(valid, name, value, "null, average, zero or a map of Z to eV")
+        return value
+    for z, energy in value.items():
+        valid = type(z) is int and 0 < z <= HIGHEST_ATOMIC_NUMBER  # True and 1.0 are no keys
+        allowed = f"an atomic number, 1 to {HIGHEST_ATOMIC_NUMBER}"
+        _require(valid, f"a key of {name}", z, allowed)
+        check_number(f"{name}[{z}]", energy, name)
+    return {z: float(energy) for z, energy in value.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,17 +196,18 @@ class MACEConfig:
                 self.node_symmetry,
                 f"at most l_max = {self.l_max}",
             )
-        object.__setattr__(self, "readout_irreps", tuple(self.readout_irreps))
         _check_readout_irreps(self.readout_irreps)
+        object.__setattr__(self, "readout_irreps", tuple(self.readout_irreps))
         _check_choice("activation", self.activation, ACTIVATIONS)
         _check_choice("radial_envelope", self.radial_envelope, RADIAL_ENVELOPES)
-        _check_positive_or_none("avg_num_neighbors", self.avg_num_neighbors)
-        _check_positive_or_none("avg_r_min", self.avg_r_min)
+        _check_number_or_none("avg_num_neighbors", self.avg_num_neighbors)
+        _check_number_or_none("avg_r_min", self.avg_r_min)
         if self.species_embedding_dim is not None:
             _check_integer("species_embedding_dim", self.species_embedding_dim, 1)
         for name in ("include_pseudotensors", "symmetric_tensor_product_basis", "gate_nodes"):
-            _check_choice(name, getattr(self, name), (True, False))
-        _check_atomic_energies(self.atomic_energies)
+            value = getattr(self, name)
+            _require(isinstance(value, bool), name, value, "true or false")
+        object.__setattr__(self, "atomic_energies", _checked_energies(self.atomic_energies))
 
     def _check_product_basis(self) -> None:
         """Refuse a product basis that would take minutes to build and gigabytes to hold."""
@@ -223,9 +268,9 @@ class NequIPConfig:
         _check_node_irreps(self.node_irreps)
         _check_choice("radial_net_nonlinearity", self.radial_net_nonlinearity, ACTIVATIONS)
         _check_choice("radial_envelope", self.radial_envelope, RADIAL_ENVELOPES)
-        _check_positive("scalar_mlp_std", self.scalar_mlp_std, "a positive number")
-        _check_positive_or_none("avg_num_neighbors", self.avg_num_neighbors)
-        _check_atomic_energies(self.atomic_energies)
+        check_number("scalar_mlp_std", self.scalar_mlp_std)
+        _check_number_or_none("avg_num_neighbors", self.avg_num_neighbors)
+        object.__setattr__(self, "atomic_energies", _checked_energies(self.atomic_energies))
 
     @property
     def receptive_layers(self) -> int:
@@ -265,7 +310,9 @@ def config_from_dict(architecture: str, fields: Mapping[str, Any]) -> NetworkCon
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     energies = values.get("atomic_energies")
     if isinstance(energies, Mapping):
-        values["atomic_energies"] = {int(z): float(e) for z, e in energies.items()}
+        by_number = {_NUMBER_OF_KEY.get(z, z): energy for z, energy in energies.items()}
+        _require(len(by_number) == len(energies), "atomic_energies", energies, "one per element")
+        values["atomic_energies"] = by_number
     return typing.cast(NetworkConfig, typing.cast(Any, config_class)(**values))
 
 
