@@ -70,12 +70,22 @@ def main() -> None:
     except (errors.MLIPError, OSError) as error:
         if len(arguments) < len(sys.argv[1:]):
             raise
-        _print_error(f"Error: {error}")
+        _print_error(f"Error: {_told(error)}")
         sys.exit(next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind)))
     except SystemExit as end:
-        if end.code == 130:
+        # A command that has said so itself, and how to go on, ends without KeyboardInterrupt.
+        if isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):
             _print_error("Interrupted.")
         raise
+
+
+def _told(error: Exception) -> str:
+    """An error's text; of an operating system's error the file that the user named, and why."""
+    if isinstance(error, errors.MLIPError) or not isinstance(error, OSError):
+        return str(error)
+    name = error.filename2 or error.filename
+    why = error.strerror or str(error)
+    return why if name is None else f"{name}: {why}"
 
 
 def _print_error(message: str) -> None:
@@ -150,6 +160,8 @@ def convert(
     An InstaDeep zip (read by mlip 0.1 and, as models_v1, 0.2) has no place for a model's origin.
     """
     destination = _converted_name(source, destination, to)
+    if destination.is_dir():
+        raise errors.ConfigError(f"{destination} is a folder; name a file")
     if destination.exists() and not force:
         raise errors.ConfigError(f"{destination} exists; give --force to replace it")
     from mlip_md.instadeep import save_zip

@@ -39,13 +39,17 @@ from mlip_md.neighbors.geometry import (
     Float64,
     check_cell,
     check_positions,
+    close_gaps,
     dual_vectors,
     has_volume,
     wrap,
 )
 from mlip_md.neighbors.host import HostEdges, host_edges
 from mlip_md.neighbors.lists import (
+    LONGEST_SKIN,
+    MOST_GROWTHS,
     NeighborSpec,
+    Plan,
     check_size,
     choose_backend,
     grown,
@@ -63,8 +67,6 @@ Structure = tuple[ArrayLike, ArrayLike, ArrayLike | None, ArrayLike]
 DTYPES = ("float32", "float64")
 COINCIDENT = 0.05
 """Å; atoms closer than this are one atom written twice, or a structure in the wrong units."""
-MOST_GROWTHS = 8
-"""Times a capacity may grow within one call."""
 MOST_SYSTEMS = 8
 """Systems whose neighbour lists an engine keeps on the device."""
 MOST_WASTE = 1.6
@@ -319,8 +321,8 @@ class _Runtime:
         with self._precision(), jax.default_device(self._device):
             return jax.device_put(nothing_kept(n_nodes, search, self.dtype), self._device)
 
-    def plan(self, structure: _Prepared, spec: NeighborSpec, backend: str) -> tuple[Search, int]:
-        """How the device searches a structure, and its number of edges."""
+    def plan(self, structure: _Prepared, spec: NeighborSpec, backend: str) -> Plan:
+        """How the device searches a structure, and how many edges it must find."""
         with self._precision(), jax.default_device(self._device):
             return plan(spec, backend, structure.positions, structure.cell, structure.pbc)
 
@@ -533,8 +535,10 @@ class Engine:
         key = (backend, structure.pbc.tobytes(), structure.species.tobytes())
         with self._lock:
             system = self._systems.pop(key, None)
+        planned = None
         if system is None:
-            system = _System(*self._runtime.plan(structure, self.spec, backend), None)
+            planned = self._runtime.plan(structure, self.spec, backend)
+            system = _System(planned.search, planned.most, None)
         n_atoms = len(structure.species)
         for _ in range(MOST_GROWTHS):
             search, edges, kept = system
@@ -550,7 +554,14 @@ class Engine:
             if not needed <= edges <= MOST_WASTE * needed:
                 edges = needed  # else the capacity stays: a number that breathes fits again
             system = _System(wider, edges, kept if wider == search else None)
+            if not output.finite:
+                raise StructureError(
+                    f"positions or cell are not finite in {self.dtype}, or the cell has no volume "
+                    "there; an earlier step blew up, or the units are not Å"
+                )
             if complete(output, search, sizes.edges):
+                if planned is not None:
+                    planned.check(needed)
                 with self._lock:
                     if len(self._systems) >= MOST_SYSTEMS:
                         del self._systems[next(iter(self._systems))]
@@ -569,11 +580,11 @@ def _check(
     cell: ArrayLike | None,
     pbc: ArrayLike,
 ) -> _Prepared:
-    """Check a structure in float64, wrap it into its cell and center it.
+    """Check a structure in float64, wrap it into its cell, close its gaps and center it.
 
-    Centered, coordinates are as small as they can be and lose least when cast to float32; where
-    the structure lies in space cannot matter. The center is that of the cell along periodic axes,
-    and of the atoms along open ones: neither jumps when an atom is wrapped.
+    Coordinates are then as small as they can be and lose least when cast to float32; where
+    the structure lies in space cannot matter. The center is that of the cell along periodic
+    axes, and of the atoms along open ones: neither jumps when an atom is wrapped.
     """
     checked = check_positions(positions)
     numbers = np.asarray(atomic_numbers)
@@ -586,9 +597,10 @@ def _check(
     species = potential.species(numbers)
     checked_cell, periodic = check_cell(cell, pbc)
     wrapped, _ = wrap(checked, checked_cell, periodic)
-    middle, vectors = wrapped.mean(axis=0), checked_cell[periodic]
+    closed = close_gaps(wrapped, checked_cell, periodic, 2.0 * (potential.cutoff + LONGEST_SKIN))
+    middle, vectors = closed.mean(axis=0), checked_cell[periodic]
     middle = middle + (0.5 - dual_vectors(vectors) @ middle) @ vectors
-    return _Prepared(wrapped - middle, numbers, species, checked_cell, periodic, None)
+    return _Prepared(closed - middle, numbers, species, checked_cell, periodic, None)
 
 
 def _coincidence(structure: _Prepared, edges: HostEdges) -> StructureError:
@@ -643,9 +655,15 @@ def _results(
             _check_finite(structure, energies[nodes], forces[nodes], stress[index])
         reference = potential.reference_energies(structure.species)
         interaction = float(energies[nodes].sum())
+        energy = interaction + float(reference.sum())
+        if not math.isfinite(energy):
+            raise NonFiniteError(
+                f"the energies of the atoms add up to {energy} eV; look at the potential's "
+                "reference energies: mlip-md show"
+            )
         results.append(
             Result(
-                energy=interaction + float(reference.sum()),
+                energy=energy,
                 interaction_energy=interaction,
                 energies=energies[nodes] + reference,
                 forces=forces[nodes],

@@ -33,6 +33,10 @@ class CapacityError(MLIPError, MemoryError):
     """A neighbour list would need more memory than it may have."""
 
 
+class NeighborError(MLIPError, RuntimeError):
+    """A neighbour list on the device contradicts the host's."""
+
+
 class NonFiniteError(MLIPError, FloatingPointError):
     """A potential gave NaN or infinite energies or forces."""
 

@@ -1,6 +1,7 @@
 """The engine: independent of where a structure lies, how it is padded, batched or threaded."""
 
 import copy
+import dataclasses
 import logging
 import pickle
 import threading
@@ -16,6 +17,7 @@ from mlip_md.errors import (
     CapacityError,
     ConfigError,
     MLIPError,
+    NeighborError,
     NonFiniteError,
     StructureError,
     UnsupportedElementError,
@@ -389,6 +391,33 @@ def test_searching_survives_overflow(caplog, double, backend):
     assert "grown from" in caplog.text
 
 
+@pytest.mark.parametrize("backend", ["vesin", "dense", "cells"])
+@pytest.mark.parametrize("offset", [(3000.0, 1500.0, 1.0), (1e6, 0.0, 0.0), (2e7, -3e7, 1e8)])
+def test_a_fragment_that_flew_away_costs_no_digits(potential, backend, offset):
+    """Two molecules far apart in float32: each as precise as alone, on every backend."""
+    engine = Engine(potential, backend=backend)
+    positions, numbers, _, _ = molecule()
+    alone = engine.evaluate(positions, numbers)
+    both = engine.evaluate(np.vstack([positions, positions + offset]), np.tile(numbers, 2))
+    # The distance itself is rounded: 1e-8 Å at 1e8 Å, in float64.
+    assert abs(both.energy - 2 * alone.energy) < 1e-5 * abs(alone.energy)
+    assert np.abs(both.forces - np.tile(alone.forces, (2, 1))).max() < 1e-5 * np.ptp(alone.forces)
+
+
+def test_a_search_that_contradicts_the_host_is_refused(potential, monkeypatch):
+    """The first list of a system on the device is compared with the host's."""
+    engine = Engine(potential, "float64", backend="dense")
+    plan = engine._runtime.plan
+
+    def more(*arguments):
+        planned = plan(*arguments)
+        return planned._replace(fewest=planned.fewest + 1, most=planned.most + 1)
+
+    monkeypatch.setattr(engine._runtime, "plan", more)
+    with pytest.raises(NeighborError, match="report the structure"):
+        engine.evaluate(*crystal())
+
+
 def test_a_list_that_never_fits_is_refused(potential, monkeypatch):
     engine = Engine(potential, backend="dense")
     runs = counted(engine, monkeypatch)
@@ -606,9 +635,11 @@ def test_engines_share_weights_and_compilations(potential):
     assert other.num_compilations == before
 
 
-def test_threads(potential, dtype):
-    """Several threads on new shapes: no double compilation, no mixed results."""
-    engine = Engine(pair_potential(info={"test": "threads", "dtype": dtype}), dtype)
+@pytest.mark.parametrize("backend", ["vesin", "cells"])
+def test_threads(potential, dtype, backend):
+    """Several threads on new shapes: no double compilation, no mixed results, no shared list."""
+    info = {"test": "threads", "dtype": dtype, "backend": backend}
+    engine = Engine(pair_potential(info=info), dtype, backend=backend)
     structures = [crystal(), molecule(), slab(), molecule(27, seed=3)]
     expected = [Engine(potential, dtype).evaluate(*s) for s in structures]
     failures = []
@@ -627,7 +658,7 @@ def test_threads(potential, dtype):
     for thread in threads:
         thread.join()
     assert not failures
-    assert engine.num_compilations <= len(structures)
+    assert engine.num_compilations <= len(structures) + (backend == "cells")
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))])
@@ -734,6 +765,13 @@ def test_a_diverging_network_is_caught(potential):
     )
     with pytest.raises(NonFiniteError, match="not finite"):
         Engine(diverging).evaluate(*crystal())
+
+
+def test_energies_beyond_float64_are_refused(potential):
+    heavy = dataclasses.replace(potential, atomic_energies=np.full(3, 1e308))
+    positions, numbers, cell, pbc = crystal()
+    with pytest.raises(NonFiniteError, match="reference energies"):
+        Engine(heavy).evaluate(positions, numbers, cell, pbc)
 
 
 def test_every_error_is_ours(engine):

@@ -5,20 +5,37 @@ import logging
 
 import hypothesis
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
 from neighbor_truth import brute_force, compare
 from scipy.spatial import cKDTree
 
-from mlip_md.errors import CapacityError, ConfigError, StructureError
-from mlip_md.neighbors import NeighborSpec, allocate, grow, ladder, neighbor_list, update
+from mlip_md.errors import CapacityError, ConfigError, NeighborError, StructureError
+from mlip_md.neighbors import (
+    NeighborSpec,
+    allocate,
+    grow,
+    host,
+    ladder,
+    lists,
+    neighbor_list,
+    nvalchemi,
+    update,
+)
 from mlip_md.neighbors.cells import BINS_PER_CUTOFF
-from mlip_md.neighbors.dense import required_images
-from mlip_md.neighbors.geometry import plane_spacings, wrap
+from mlip_md.neighbors.dense import dense_pairs, required_images
+from mlip_md.neighbors.geometry import (
+    check_cell,
+    close_gaps,
+    open_directions,
+    plane_spacings,
+    wrap,
+)
 from mlip_md.neighbors.lists import plan_images
 from mlip_md.neighbors.search import Search
-from mlip_md.neighbors.skin import BUILDERS
+from mlip_md.neighbors.skin import BUILDERS, find_edges
 
 CUTOFF = 4.0
 
@@ -318,6 +335,90 @@ def test_seventy_thousand_atoms_stay_sorted():
     assert set(zip(i, j, strict=True)) == set(zip(j, i, strict=True))
 
 
+# Shapes that no grid of bins likes
+
+
+def far_apart():
+    """Structures of a few groups of atoms with nothing in between, in open directions."""
+    group = random_in(np.eye(3) * 5, 6)
+    for offset in ([5.1e5, 0, 0], [3000.0, 1500.0, 1.0], [1e8, -1e8, 0], [0, 0, 9.0], [7e9] * 3):
+        yield np.vstack([group, group + offset]), None, False
+    slab = np.vstack([group + offset for offset in ([0, 0, 0], [3, 3, 4e5], [1, 2, 4e5 + 3])])
+    yield slab, np.diag([5.0, 6.0, 20.0]), [True, True, False]
+    wire = np.vstack([group + offset for offset in ([0, 0, 0], [2, 1e6, 1e7])])
+    yield wire, np.array([[6.0, 1, 1], [0, 1, 0], [0, 0, 1]]), [True, False, False]
+
+
+@pytest.mark.parametrize(("positions", "cell", "pbc"), [*far_apart()])
+def test_groups_far_apart(positions, cell, pbc):
+    """A fragment that flies away costs nothing: same list, small coordinates, small grid."""
+    band = max(1e-9, 1e-15 * np.abs(positions).max())
+    found = neighbor_list(positions, cell, pbc, CUTOFF)
+    assert compare(found, positions, cell, pbc, CUTOFF, band) == (0, 0, 0)
+    checked, periodic = check_cell(cell, pbc)
+    closed = close_gaps(positions, checked, periodic, 10.0)
+    assert compare(found, closed, cell, pbc, CUTOFF, 1e-6) == (0, 0, 0)
+    assert np.ptp(closed @ open_directions(checked, periodic).T, axis=0).max() < 60.0
+    for backend in ("dense", "cells"):
+        spec = NeighborSpec(CUTOFF, backend=backend, skin=0.0)
+        if np.ptp(positions) < 1e4:  # beyond it float32 is the caller's choice
+            found = edges_of(allocate(spec, positions, cell, pbc))
+            assert compare(found, positions, cell, pbc, CUTOFF, 1e-3) == (0, 0, 0)
+
+
+def test_gaps_are_closed_as_far_as_allowed():
+    """Groups keep their distances within, their order, and the widest gap between them."""
+    x = np.array([0.0, 1.0, 500.0, 501.0, 503.0, 1e6])
+    closed = close_gaps(np.stack([x, 0 * x, 0 * x], 1), np.zeros((3, 3)), np.zeros(3, bool), 20.0)
+    assert np.allclose(closed[:, 0], [0, 1, 21, 22, 24, 44])
+    near = random_in(np.eye(3) * 9, 5)
+    assert close_gaps(near, np.zeros((3, 3)), np.zeros(3, bool), 20.0) is near
+    assert close_gaps(near * 1e3, np.eye(3), np.ones(3, bool), 20.0) is not None
+
+
+@pytest.mark.parametrize("sides", [(5.1e5, 6, 6), (1700, 1700, 6), (6, 2e5, 2), (400, 400, 400)])
+def test_needles_and_plates(sides):
+    """Large thin cells, of which a grid of bins as wide as the cutoff would be too fine."""
+    cell = np.diag(np.array(sides, float))
+    positions = random_in(np.diag([9.0, 9.0, 9.0]), 15)
+    found = neighbor_list(positions, cell, True, CUTOFF)
+    assert len(found[0]) > 10
+    assert compare(found, positions, cell, True, CUTOFF, 1e-9) == (0, 0, 0)
+    spec = NeighborSpec(CUTOFF, backend="cells", skin=0.0)
+    neighbors = allocate(spec, positions, cell, True)
+    assert np.prod(neighbors.search.grid) <= 4096
+    assert compare(edges_of(neighbors), positions, cell, True, CUTOFF, 1e-4) == (0, 0, 0)
+
+
+def test_cells_that_are_too_sparse_are_refused():
+    with pytest.raises(CapacityError, match="spread over"):
+        neighbor_list(np.eye(3), np.diag([1e9, 6.0, 6.0]), True, CUTOFF)
+
+
+@pytest.mark.parametrize("backend", ["vesin", "dense", "cells"])
+def test_atoms_many_cells_away_lose_nothing(backend):
+    """Positions on the host are wrapped in float64 before the device gets them in float32."""
+    cell = CASES["triclinic"][1]
+    near = random_in(cell, 20)
+    moves = np.random.default_rng(6).integers(-100_000, 100_001, near.shape)
+    neighbors = allocate(NeighborSpec(CUTOFF, backend=backend), near + moves @ cell, cell, True)
+    for positions in (near + moves @ cell, near + 2 * moves @ cell):
+        neighbors = update(neighbors, positions, cell)
+        found = edges_of(neighbors)
+        assert compare(found, positions, cell, True, CUTOFF, 1e-5) == (0, 0, 0)
+    with pytest.raises(StructureError, match="cells away"):
+        update(neighbors, near + 2**31 * cell[0], cell)
+
+
+@pytest.mark.parametrize("backend", ["vesin", "dense", "cells"])
+def test_whole_numbers_are_positions_too(backend):
+    positions = np.random.default_rng(0).integers(0, 7, (12, 3))
+    cell = np.eye(3) * 7.9
+    for where in (positions, jnp.asarray(positions), positions.astype(np.float16)):
+        neighbors = allocate(NeighborSpec(CUTOFF, backend=backend), where, cell, True)
+        assert compare(edges_of(neighbors), positions, cell, True, CUTOFF, 1e-5) == (0, 0, 0)
+
+
 # Capacities
 
 
@@ -365,7 +466,7 @@ def test_all_atoms_in_one_bin():
     drop = crowd(30, 1.5)[0] + 50.0
     first = update(neighbors, drop, cell)
     assert bool(first.status.overflow)
-    assert int(first.status.required_slots) == 30 or neighbors.search.slots >= 30
+    assert int(first.status.required_slots) >= 30 > int(neighbors.status.required_slots)
     assert compare(edges_of(settled(first, drop, cell)), drop, cell, True, CUTOFF, 1e-5) == (
         0,
         0,
@@ -435,11 +536,13 @@ def test_the_device_reports_what_is_not_finite(bad):
     spoiled[3, 1] = bad
     flat = cell * [[1], [1], [0]]
     for where, box in ((spoiled, cell), (positions, cell + bad), (positions, flat)):
-        now = update(neighbors, where, box)
+        now = update(neighbors, jnp.asarray(where, np.float32), box)
         assert bool(now.status.overflow)
         assert not bool(now.status.finite)
         with pytest.raises(StructureError, match="not finite"):
             grow(now, now.status)
+        with pytest.raises(StructureError):  # on the host there is more to say
+            update(neighbors, where, box)
 
 
 def test_ladder():
@@ -449,6 +552,8 @@ def test_ladder():
     assert all(ladder(n) >= n for n in (0, 1, 8, 9, 1024, 1025, 5_343_032, 2**31 - 1))
     assert all(ladder(rung) == rung for rung in rungs)
     assert len(rungs) < 50
+    with pytest.raises(CapacityError, match="counted"):
+        ladder(2**31)
 
 
 # Input that cannot be worked with
@@ -486,12 +591,136 @@ def test_a_cell_in_the_wrong_units_does_not_eat_the_memory():
             neighbor_list(positions * tiny, cell * tiny, True, CUTOFF)
 
 
+def test_dependent_vectors_are_no_cell():
+    """Integer vectors in one plane, whose determinant is rounding: refused, whatever the hand."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        a, b = rng.integers(-5, 6, (2, 3)).astype(float)
+        c = a * rng.integers(-3, 4) + b * rng.integers(-3, 4)
+        cell = np.array([a, b, c])[rng.permutation(3)] @ rotation(1)
+        with pytest.raises(StructureError, match="linearly dependent"):
+            check_cell(cell, True)
+        with pytest.raises(StructureError, match="linearly dependent"):
+            check_cell(np.array([a, 2 * a, b]) @ rotation(2), [True, True, False])
+    thin = np.array([[5.0, 0, 0], [5.0, 1e-3, 0], [0, 0, 5.0]])
+    assert check_cell(thin, True)[0] is not None
+
+
+@pytest.mark.parametrize("backend", ["vesin", "dense", "cells"])
+def test_too_many_pairs_are_refused_before_the_memory_is_gone(backend):
+    """Nanometers taken for ångströms, open or periodic, evenly spread or in a heap."""
+    spec = NeighborSpec(5.0, backend=backend)
+    everywhere = random_in(np.eye(3) * 10, 100_000)
+    heap = np.vstack([everywhere[:40_000] * 0.1, everywhere[:10] * 1e3])
+    slab = np.diag([0.05, 0.05, 1.0])
+    for positions, cell, pbc in [
+        (everywhere, None, False),
+        (heap, None, False),
+        (heap, np.eye(3) * 1e4, True),
+        (everywhere[:20_000], slab, [True, True, False]),
+        (everywhere[:20_000], slab, [True, False, False]),
+        (everywhere[:9], np.eye(3) * 1e-3, True),
+    ]:
+        with pytest.raises(CapacityError, match="Å"):
+            allocate(spec, positions, cell, pbc)
+
+
+def test_estimates_of_pairs_do_not_refuse_what_fits(monkeypatch):
+    """Judged from counts in cubes, a liquid has the pairs that it has, to a factor of two."""
+    monkeypatch.setattr(host, "_memory", lambda: host.BYTES_PER_EDGE * 300_000)
+    positions, cell = crowd(5000, 36.8)  # 0.1 atoms/Å³, like water: 167,000 pairs
+    for pbc in (True, [True, True, False], False):
+        assert len(neighbor_list(positions, cell, pbc, CUTOFF)[0]) > 100_000
+    monkeypatch.setattr(host, "_memory", lambda: host.BYTES_PER_EDGE * 80_000)
+    with pytest.raises(CapacityError, match="pairs within 4"):
+        neighbor_list(positions, cell, True, CUTOFF)
+
+
+def test_a_list_of_other_atoms_is_refused():
+    positions, cell = crowd(30)
+    neighbors = allocate(NeighborSpec(CUTOFF, backend="cells"), positions, cell, True)
+    with pytest.raises(StructureError, match="of 30 atoms, but there are positions of 29"):
+        update(neighbors, positions[:-1], cell)
+
+
+@pytest.mark.parametrize("backend", ["dense", "cells"])
+def test_a_box_that_vanishes_is_refused_by_name(backend):
+    positions, cell = crowd(12, 7.9)
+    neighbors = allocate(NeighborSpec(CUTOFF, backend=backend, skin=0.0), positions, cell, True)
+    tiny = update(neighbors, jnp.asarray(positions * 1e-12), cell * 1e-12)
+    assert bool(tiny.status.overflow)
+    with pytest.raises((CapacityError, StructureError)):
+        settled(tiny, jnp.asarray(positions * 1e-12), cell * 1e-12)
+
+
+def test_the_first_list_is_compared_with_the_host(monkeypatch):
+    """A search that loses or invents an edge is found out when the list is made."""
+    positions, cell = crowd(25)
+    spec = NeighborSpec(CUTOFF, backend="dense", skin=0.0)
+    build = BUILDERS["dense"]
+    for change in (-1, 1):
+
+        def wrong(*arguments, change=change):
+            pairs = build(*arguments)
+            mask = jnp.arange(len(pairs.mask)) < pairs.n_pairs + change
+            return pairs._replace(n_pairs=pairs.n_pairs + change, mask=mask)
+
+        monkeypatch.setitem(BUILDERS, "dense", wrong)
+        monkeypatch.setattr(lists, "find_edges_jit", find_edges)
+        with pytest.raises(NeighborError, match="where the host's list has"):
+            allocate(spec, positions, cell, True)
+
+
+def test_choice_of_backend(monkeypatch, caplog):
+    """By device and size, as measured; what is asked for is taken; each choice is logged once."""
+    monkeypatch.setattr(lists, "_logged", set())
+    monkeypatch.setattr(nvalchemi, "trusted", lambda: True)
+    with caplog.at_level(logging.INFO, "mlip_md"):
+        for _ in range(3):
+            assert lists.choose_backend("auto", "cpu", 10**6, (1, 1, 1)) == "vesin"
+            assert lists.choose_backend("auto", "gpu", 1500, (0, 0, 0)) == "dense"
+            assert lists.choose_backend("auto", "gpu", 300, (1, 1, 1)) == "dense"
+            assert lists.choose_backend("auto", "gpu", 10**5, (0, 0, 0)) == "nvalchemi"
+            assert lists.choose_backend("auto", "tpu", 10**5, (0, 0, 0)) == "cells"
+            assert lists.choose_backend("cells", "cpu", 10, (0, 0, 0)) == "cells"
+    assert len(caplog.records) == 4
+    monkeypatch.setattr(nvalchemi, "trusted", lambda: False)
+    assert lists.choose_backend("auto", "gpu", 10**5, (0, 0, 0)) == "cells"
+
+
+def test_a_foreign_search_is_trusted_only_after_its_self_check(monkeypatch, caplog):
+    """Not installed, failing, wrong, right: only the last is used."""
+    trusted = nvalchemi.trusted.__wrapped__
+    monkeypatch.setattr(nvalchemi.importlib.util, "find_spec", lambda _: None)
+    assert not trusted()
+    monkeypatch.setattr(nvalchemi.importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(nvalchemi, "nvalchemi_pairs", dense_pairs)
+    assert trusted()
+
+    def lossy(*arguments):
+        pairs = dense_pairs(*arguments)
+        return pairs._replace(mask=pairs.mask & (jnp.arange(len(pairs.mask)) != 7))
+
+    def failing(*arguments):
+        raise ImportError("libcuda.so")
+
+    for broken in (lossy, failing):
+        monkeypatch.setattr(nvalchemi, "nvalchemi_pairs", broken)
+        with caplog.at_level(logging.WARNING, "mlip_md"):
+            assert not trusted()
+        assert "not used" in caplog.text
+        caplog.clear()
+
+
 def test_specifications_are_checked():
-    for wrong in ({"skin": -1.0}, {"backend": "cuda"}, {"capacity_margin": 0.5}):
+    for wrong in (
+        {"skin": -1.0}, {"skin": "1"}, {"skin": True}, {"skin": 1e9}, {"backend": "cuda"},
+        {"capacity_margin": 0.5}, {"capacity_margin": "a"}, {"capacity_margin": np.nan},
+    ):  # fmt: skip
         with pytest.raises(ConfigError):
             NeighborSpec(CUTOFF, **wrong)
     with pytest.raises(CapacityError, match="candidates to try"):
-        allocate(NeighborSpec(60.0, backend="dense"), *crowd(1500, 10.0), True)
+        allocate(NeighborSpec(CUTOFF, backend="dense"), *crowd(50_000, 200.0), False)
 
 
 def test_wrapping():

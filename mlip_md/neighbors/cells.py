@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlip_md.neighbors.compact import true_entries
-from mlip_md.neighbors.geometry import Bool, Float64, plane_spacings
+from mlip_md.neighbors.geometry import Bool, Float64, open_directions, plane_spacings
 from mlip_md.neighbors.search import (
     ROUNDING_SLACK,
     Pairs,
@@ -43,19 +43,15 @@ def plan_grid(
     heights = np.zeros(3)
     heights[pbc] = plane_spacings(cell, pbc)
     if not pbc.all():
-        normals = _open_directions(cell, pbc)
+        normals = open_directions(cell, pbc)
         heights[~pbc] = np.ptp(positions @ normals.T, axis=0)
     grid = np.maximum(1.0, shrink * heights / cutoff * BINS_PER_CUTOFF)
-    crowding = np.prod(grid) / max(4096, MOST_BINS_PER_ATOM * len(positions))
-    grid = np.maximum(1, grid / max(1.0, crowding) ** (1 / 3)).astype(int)
+    while np.prod(grid) > max(4096, MOST_BINS_PER_ATOM * len(positions)):
+        grid[np.argmax(grid)] *= 0.8
+    grid = np.maximum(1, grid).astype(int)
     reach = np.array(BINS_PER_CUTOFF)  # along open axes bins are made wide enough
     reach[pbc] = np.ceil(cutoff * grid[pbc] / (shrink * heights[pbc]) + ROUNDING_SLACK)
     return tuple(grid.tolist()), tuple(reach.tolist())
-
-
-def _open_directions(cell: Float64, pbc: Bool) -> Float64:
-    """Orthonormal rows perpendicular to the periodic vectors."""
-    return np.linalg.svd(np.vstack([cell[pbc], np.zeros((1, 3))]))[2][pbc.sum() :]
 
 
 class _Atoms(NamedTuple):

@@ -12,8 +12,10 @@ from mlip_md.errors import StructureError
 Float64 = NDArray[np.float64]
 Bool = NDArray[np.bool_]
 
-SMALLEST_VOLUME_RATIO = 1e-8
+SMALLEST_VOLUME_RATIO = 1e-7
 """Periodic vectors whose volume is below this part of their lengths' product span no lattice."""
+LARGEST_COORDINATE = 1e12
+"""Å; beyond it float64 resolves less than a thousandth of a bond."""
 
 _ANY_PBC = np.zeros(3, bool), np.ones(3, bool)
 
@@ -46,6 +48,12 @@ def check_positions(positions: ArrayLike) -> Float64:
             f"positions of {len(bad)} of {len(array)} atoms are not finite, first atom {bad[0]} at "
             f"{array[bad[0]].tolist()}; an earlier step blew up or the file is damaged"
         )
+    if array.size and np.abs(array).max() > LARGEST_COORDINATE:
+        far = int(np.argmax(np.abs(array).max(axis=1)))
+        raise StructureError(
+            f"atom {far} is at {array[far].tolist()} Å, where float64 no longer resolves "
+            "distances; an earlier step blew up, or the positions are not in Å"
+        )
     return array
 
 
@@ -75,6 +83,8 @@ def check_cell(cell: ArrayLike | None, pbc: ArrayLike) -> tuple[Float64, Bool]:
         raise StructureError(f"the cell has the shape {array.shape}; it must be (3, 3), rows in Å")
     if not np.isfinite(array).all():
         raise StructureError(f"the cell {array.tolist()} is not finite")
+    if np.abs(array).max() > LARGEST_COORDINATE:
+        raise StructureError(f"the cell {array.tolist()} is too large; is it in Å?")
     if periodic.any():
         _check_span(array, periodic)
     return array, periodic
@@ -82,15 +92,23 @@ def check_cell(cell: ArrayLike | None, pbc: ArrayLike) -> tuple[Float64, Bool]:
 
 def _check_span(cell: Float64, pbc: Bool) -> None:
     vectors = cell[pbc]
-    gram = vectors @ vectors.T
-    lengths = np.sqrt(np.diagonal(gram))
-    volume = math.sqrt(max(np.linalg.det(gram), 0.0)) if len(gram) > 1 else float(lengths[0])
-    if volume <= SMALLEST_VOLUME_RATIO * float(np.prod(lengths)) or volume == 0.0:
+    lengths = np.linalg.norm(vectors, axis=1)
+    if not lengths.all() or _volume(vectors / lengths[:, None]) <= SMALLEST_VOLUME_RATIO:
         axes = ", ".join("abc"[axis] for axis in np.flatnonzero(pbc))
         raise StructureError(
             f"the structure is periodic along {axes} but these cell vectors are zero or linearly "
             f"dependent: {vectors.tolist()}; give a cell, or set pbc to False there"
         )
+
+
+def _volume(vectors: Float64) -> float:
+    """Volume, area or length that one to three vectors span.
+
+    Not from the determinant of their products, whose rounding would pass for a volume of 1e-8.
+    """
+    if len(vectors) == 3:
+        return abs(float(np.linalg.det(vectors)))
+    return float(np.linalg.norm(np.cross(*vectors) if len(vectors) == 2 else vectors))
 
 
 def has_volume(cell: Float64) -> bool:
@@ -111,6 +129,44 @@ def plane_spacings(cell: Float64, pbc: Bool) -> Float64:
     """Distances (p,) in Å between lattice planes along the p periodic axes."""
     dual = dual_vectors(cell[pbc])
     return 1.0 / np.sqrt(np.einsum("ij,ij->i", dual, dual))
+
+
+def open_directions(cell: Float64, pbc: Bool) -> Float64:
+    """Orthonormal rows (3 - p, 3) perpendicular to the p periodic vectors."""
+    if not pbc.any():
+        return np.eye(3)
+    return np.asarray(np.linalg.svd(np.vstack([cell[pbc], np.zeros((1, 3))]))[2][pbc.sum() :])
+
+
+def close_gaps(positions: Float64, cell: Float64, pbc: Bool, widest: float) -> Float64:
+    """Bring groups of atoms together that are more than ``widest`` (Å) apart in an open direction.
+
+    Each group is moved as a whole and stays ``widest`` away from the others, so that whoever looks
+    no further sees no change; but coordinates stay as small as they can be, however far a fragment
+    has flown: float32 keeps its digits, and a grid of bins its size.
+
+    Args:
+        positions: (n, 3) Å.
+        cell: (3, 3) Å, checked.
+        pbc: (3,).
+        widest: Å, beyond all distances that matter.
+
+    Returns:
+        Positions (n, 3) Å; the same array if nothing was to be moved.
+    """
+    if pbc.all() or len(positions) < 2:
+        return positions
+    for direction in open_directions(cell, pbc):
+        places = positions @ direction
+        if np.ptp(places) <= widest:
+            continue
+        order = np.argsort(places)
+        excess = np.maximum(np.diff(places[order]) - widest, 0.0)
+        if excess.any():
+            moves = np.empty_like(places)
+            moves[order] = np.concatenate([[0.0], np.cumsum(excess)])
+            positions = positions - moves[:, None] * direction
+    return positions
 
 
 def wrap(positions: Float64, cell: Float64, pbc: Bool) -> tuple[Float64, NDArray[np.int64]]:

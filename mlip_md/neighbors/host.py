@@ -10,20 +10,28 @@ import numpy as np
 import vesin
 from numpy.typing import ArrayLike, NDArray
 
-from mlip_md.errors import CapacityError
+from mlip_md.errors import CapacityError, StructureError
 from mlip_md.neighbors.geometry import (
     Bool,
     Float64,
     check_cell,
     check_cutoff,
     check_positions,
+    close_gaps,
+    open_directions,
     plane_spacings,
+    wrap,
 )
 
 MOST_EDGES = 2**31 - 1
 """Edges are counted and indexed in int32 on the device."""
 BYTES_PER_EDGE = 60
 """Memory of a list on the host while it is sorted."""
+
+MOST_IMAGES = 2e7
+"""Periodic images of atoms that are tried as neighbours of one."""
+MOST_BINS = 50_000
+"""Bins of vesin's grid. From 100,000 on it divides by zero where the grid is thin."""
 
 _SERIAL_BELOW = 5000  # atoms; threads that wait for each other cost more than they save
 
@@ -62,19 +70,29 @@ def neighbor_list(
     """
     checked = check_positions(positions)
     checked_cell, periodic = check_cell(cell, pbc)
-    edges = host_edges(checked, checked_cell, periodic, check_cutoff(cutoff))
-    return edges.senders, edges.receivers, edges.shifts
+    wrapped, offsets = wrap(checked, checked_cell, periodic)
+    edges = host_edges(wrapped, checked_cell, periodic, check_cutoff(cutoff))
+    shifts = edges.shifts
+    if offsets.any():
+        check_offsets(offsets)
+        shifts = (shifts + offsets[edges.senders] - offsets[edges.receivers]).astype(np.int32)
+    return edges.senders, edges.receivers, shifts
 
 
 def host_edges(positions: Float64, cell: Float64, pbc: Bool, cutoff: float) -> HostEdges:
-    """The same list, with lengths, for input that has been checked."""
-    _check_density(len(positions), cell, pbc, cutoff)
+    """The same list, with lengths, for input that has been checked and wrapped."""
+    positions = close_gaps(positions, cell, pbc, 2.0 * cutoff)
+    reach = _reach(positions, cell, pbc, cutoff)
+    check_density(positions, cell, pbc, reach)
     # A list object of its own in every call: vesin's keep their results and are not thread-safe.
     search = vesin.NeighborList(
-        cutoff=cutoff, full_list=True, n_threads=1 if len(positions) < _SERIAL_BELOW else 0
+        cutoff=reach, full_list=True, n_threads=1 if len(positions) < _SERIAL_BELOW else 0
     )
     # It never reads the vectors of open axes.
     pairs, shifts, lengths = search.compute(positions, cell, pbc, "PSd", copy=False)
+    if reach > cutoff:
+        near = lengths < cutoff
+        pairs, shifts, lengths = pairs[near], shifts[near], lengths[near]
     # A full list holds the reverse of every pair, so reading pairs backwards gives the same list.
     receivers = pairs[:, 0].astype(np.uint16 if len(positions) <= 2**16 else np.int32)
     order = np.argsort(receivers, kind="stable")  # a radix sort for 16 bits
@@ -86,6 +104,40 @@ def host_edges(positions: Float64, cell: Float64, pbc: Bool, cutoff: float) -> H
     )
 
 
+def _reach(positions: Float64, cell: Float64, pbc: Bool, cutoff: float) -> float:
+    """Å, the smallest cutoff from the given one on whose grid of bins vesin can work with."""
+    if len(positions) == 0:
+        return cutoff
+    heights = np.empty(3)
+    heights[pbc] = plane_spacings(cell, pbc)
+    heights[~pbc] = 0.0
+    if not pbc.all():
+        heights[~pbc] = np.ptp(positions @ open_directions(cell, pbc).T, axis=0)
+    reach = cutoff
+    while np.prod(np.maximum(heights / reach, 1.0)) > MOST_BINS:
+        reach *= 1.25
+    if reach > cutoff and np.prod(2.0 * reach / heights[pbc] + 1.0) > 1000.0:
+        raise CapacityError(
+            f"{len(positions)} atoms are spread over {np.round(heights, 1).tolist()} Å; no grid of "
+            f"{MOST_BINS} bins covers that within the cutoff of {cutoff} Å. Is the cell in Å?"
+        )
+    return reach
+
+
+def check_offsets(offsets: NDArray[np.int64]) -> None:
+    """Refuse atoms so many cells away that int32 could not count the shifts.
+
+    Raises:
+        StructureError: on whole cells of 2³⁰ or more.
+    """
+    most = int(np.abs(offsets).max())
+    if most >= 2**30:
+        raise StructureError(
+            f"an atom is {most:.1e} cells away from the origin; shifts are counted up to 2³⁰. Wrap "
+            "the atoms into the cell first, and check that the cell is in Å"
+        )
+
+
 def _memory() -> int:
     """Bytes of memory that this machine has, or more where it does not say."""
     try:
@@ -94,24 +146,39 @@ def _memory() -> int:
         return 2**62
 
 
-def _check_density(n_atoms: int, cell: Float64, pbc: Bool, cutoff: float) -> None:
-    """Refuse cells so dense (wrong units, mostly) that a list would exhaust the memory."""
-    if not pbc.any() or n_atoms == 0:
-        return
+def check_density(positions: Float64, cell: Float64, pbc: Bool, cutoff: float) -> None:
+    """Refuse structures so dense (wrong units, mostly) that a list would exhaust the memory.
+
+    Args:
+        positions: (n, 3) Å, wrapped.
+        cell: (3, 3) Å, checked.
+        pbc: (3,).
+        cutoff: Å.
+
+    Raises:
+        CapacityError: if there are more pairs than can be handled.
+    """
+    n_atoms = len(positions)
     spacings = plane_spacings(cell, pbc)
-    images = float(np.prod(np.maximum(1.0, 2.0 * cutoff / spacings)))
-    if images * n_atoms > MOST_EDGES:
+    images = float(np.prod(2.0 * cutoff / spacings + 1.0))
+    most = min(MOST_EDGES, _memory() // BYTES_PER_EDGE)
+    if images * n_atoms > MOST_IMAGES:
         raise CapacityError(
             f"{n_atoms} atoms with lattice planes {np.round(spacings, 6).tolist()} Å apart have "
-            f"about {images * n_atoms:.1e} images within the cutoff of {cutoff} Å of each; is the "
-            "cell in Å?"
+            f"about {images * n_atoms:.1e} images within {cutoff:.6g} Å; at most {MOST_IMAGES:.0e} "
+            "are tried. Is the cell in Å?"
         )
-    if pbc.all():
-        volume = abs(float(np.linalg.det(cell)))
-        expected = n_atoms * n_atoms * (4.0 / 3.0 * math.pi * cutoff**3) / volume
-        most = min(MOST_EDGES, _memory() // BYTES_PER_EDGE)
-        if expected > most:
-            raise CapacityError(
-                f"{n_atoms} atoms in {volume:.6g} Å³ have about {expected:.1e} pairs within "
-                f"{cutoff} Å; at most {most:.1e} can be handled here. Is the cell in Å?"
-            )
+    if images * n_atoms**2 <= most:
+        return
+    # Pairs of atoms in the same cube, scaled from its volume to that of the sphere.
+    edge = cutoff / math.sqrt(3.0)
+    cubes = np.floor(positions / edge).astype(np.int64)
+    cubes -= cubes.min(axis=0)
+    _, counts = np.unique(np.ravel_multi_index(cubes.T, cubes.max(axis=0) + 1), return_counts=True)
+    in_cubes = float(np.sum(counts * (counts - 1.0))) + n_atoms
+    pairs = in_cubes * 4.0 / 3.0 * math.pi * 3.0**1.5 * np.prod(np.maximum(edge / spacings, 1.0))
+    if pairs > most:
+        raise CapacityError(
+            f"{n_atoms} atoms have about {pairs:.1e} pairs within {cutoff} Å; at most {most:.1e} "
+            "can be handled here. Are positions and cell in Å?"
+        )

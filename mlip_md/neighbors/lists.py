@@ -12,7 +12,8 @@ import bisect
 import dataclasses
 import logging
 import math
-from typing import Any
+import numbers
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ import numpy as np
 from flax import struct
 from numpy.typing import ArrayLike
 
-from mlip_md.errors import CapacityError, ConfigError, StructureError
+from mlip_md.errors import CapacityError, ConfigError, NeighborError, StructureError
 from mlip_md.neighbors import nvalchemi
 from mlip_md.neighbors.cells import plan_grid, required_slots
 from mlip_md.neighbors.compact import LANES
@@ -32,8 +33,9 @@ from mlip_md.neighbors.geometry import (
     check_cutoff,
     check_positions,
     plane_spacings,
+    wrap,
 )
-from mlip_md.neighbors.host import MOST_EDGES, host_edges
+from mlip_md.neighbors.host import MOST_EDGES, check_offsets, host_edges
 from mlip_md.neighbors.search import Search, Three
 from mlip_md.neighbors.skin import Kept, complete, find_edges, nothing_kept
 
@@ -47,6 +49,12 @@ DENSE_LIMIT = 4_000_000
 SHRINK_MARGIN = 0.92
 """A box may shrink to this part of its spacings before images or bins have to be added."""
 SLOTS_MARGIN = 1.1
+MOST_GROWTHS = 8
+"""Times in a row that a list may grow for one structure."""
+BAND = 1e-4
+"""Part of the cutoff within which a pair at the cutoff may be listed or not, in float32."""
+LONGEST_SKIN = 10.0
+"""Å; longer ones only cost time."""
 CELLS_SKIN = 1.0
 """Å, the skin of the device's cell list where none is asked for."""
 _COARSE = 1024  # above, capacities are multiples of 128 instead of 8
@@ -68,8 +76,17 @@ def ladder(n: int) -> int:
     """Smallest capacity of at least n: each about 1.25 times the one before, multiples of 8 or 128.
 
     Shapes taken from it are few, so that a growing system is compiled O(log n) times.
+
+    Raises:
+        CapacityError: if int32 could not count that far.
     """
+    if n > MOST_EDGES:
+        raise CapacityError(f"a capacity of {n} is more than the {MOST_EDGES} that can be counted")
     return _RUNGS[bisect.bisect_left(_RUNGS, n)]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +110,15 @@ class NeighborSpec:
 
     def __post_init__(self) -> None:
         check_cutoff(self.cutoff)
-        if self.skin is not None and not 0.0 <= self.skin < float("inf"):
-            raise ConfigError(f"skin = {self.skin} Å is not allowed; it must be zero or positive")
+        if self.skin is not None and not (_is_number(self.skin) and 0.0 <= self.skin <= 10.0):
+            raise ConfigError(
+                f"skin = {self.skin!r} Å is not allowed; it must be 0 to 10 Å, or None"
+            )
         if self.backend not in BACKENDS:
             raise ConfigError(f"backend = {self.backend!r} is unknown; choose one of {BACKENDS}")
-        if not 1.0 <= self.capacity_margin < float("inf"):
-            raise ConfigError(f"capacity_margin = {self.capacity_margin} must be at least 1")
+        margin = self.capacity_margin
+        if not (_is_number(margin) and 1.0 <= margin <= 100.0):
+            raise ConfigError(f"capacity_margin = {margin!r} is not allowed; it must be 1 to 100")
 
     def skin_of(self, backend: str) -> float:
         """Å, the skin with which a backend on the device keeps its list."""
@@ -183,11 +203,13 @@ def choose_backend(backend: str, platform: str, n_nodes: int, images: Three) -> 
     if backend != "auto":
         return backend
     if platform == "cpu":
-        return "vesin"
-    if n_nodes**2 * _window(images, 3) <= DENSE_LIMIT:
-        return "dense"
-    chosen = "nvalchemi" if platform == "gpu" and nvalchemi.trusted() else "cells"
-    _log_once(f"neighbour lists of large systems on {platform} are made by backend {chosen!r}")
+        chosen, systems = "vesin", "all systems"
+    elif n_nodes**2 * _window(images, 3) <= DENSE_LIMIT:
+        chosen, systems = "dense", "small systems"
+    else:
+        chosen = "nvalchemi" if platform == "gpu" and nvalchemi.trusted() else "cells"
+        systems = "large systems"
+    _log_once(f"neighbour lists of {systems} on {platform} are made by backend {chosen!r}")
     return chosen
 
 
@@ -205,15 +227,40 @@ def log_growth(what: str, before: object, after: object, needed: object) -> None
     logger.info("neighbour list: %s grown from %s to %s (%s needed)", what, before, after, needed)
 
 
-def plan(
-    spec: NeighborSpec, backend: str, positions: Float64, cell: Float64, pbc: Bool
-) -> tuple[Search, int]:
-    """How a device searches a structure, and the number of edges it will find.
+class Plan(NamedTuple):
+    """How a device searches a structure, and between which numbers of edges it must find.
+
+    Attributes:
+        search: what the device is told.
+        fewest: edges clearly within the cutoff, by the host's list.
+        most: edges that may be within it.
+    """
+
+    search: Search
+    fewest: int
+    most: int
+
+    def check(self, found: int) -> None:
+        """Compare the device's first list with the host's.
+
+        Raises:
+            NeighborError: if edges are missing or too many.
+        """
+        if not self.fewest <= found <= self.most:
+            raise NeighborError(
+                f"backend {self.search.backend!r} finds {found} edges where the host's list has "
+                f"{self.fewest} to {self.most}: one of them is wrong here. Use backend='vesin', "
+                "and report the structure"
+            )
+
+
+def plan(spec: NeighborSpec, backend: str, positions: Float64, cell: Float64, pbc: Bool) -> Plan:
+    """How a device searches a structure, with a list of the host to compare with.
 
     Args:
         spec: what to find.
         backend: "dense", "cells" or "nvalchemi".
-        positions: (n, 3) Å, checked.
+        positions: (n, 3) Å, checked and wrapped.
         cell: (3, 3) Å, checked.
         pbc: (3,).
 
@@ -222,6 +269,8 @@ def plan(
     """
     skin = spec.skin_of(backend)
     outer = spec.cutoff + skin
+    edges = host_edges(positions, cell, pbc, max(outer, spec.cutoff * (1.0 + BAND)))
+    receivers = edges.receivers[edges.lengths < outer]
     axes = (bool(pbc[0]), bool(pbc[1]), bool(pbc[2]))
     search = Search(backend, spec.cutoff, axes, skin=skin)
     if backend == "dense":
@@ -229,11 +278,10 @@ def plan(
     elif backend == "cells":
         grid, reach = plan_grid(outer, positions, cell, pbc, SHRINK_MARGIN)
         search = search._replace(grid=grid, reach=reach)
+        check_size(search, len(positions))  # before that many columns are looked at
         needed = required_slots(positions, cell, search, outer)
         search = search._replace(slots=_slots(math.ceil(SLOTS_MARGIN * needed)))
     check_size(search, len(positions))
-    count = len(host_edges(positions, cell, pbc, spec.cutoff).senders)
-    receivers = host_edges(positions, cell, pbc, outer).receivers
     if skin:
         room = ladder(math.ceil(spec.capacity_margin * len(receivers)))
         search = search._replace(candidates=room)
@@ -241,7 +289,11 @@ def plan(
         most = int(np.bincount(receivers, minlength=1).max())
         slots = _slots(math.ceil(spec.capacity_margin * most))
         search = nvalchemi.plan(search._replace(slots=slots), outer, positions, cell)
-    return search, count
+    fewest, most = (
+        int(np.count_nonzero(edges.lengths < spec.cutoff * (1.0 + sign * BAND)))
+        for sign in (-1.0, 1.0)
+    )
+    return Plan(search, fewest, most)
 
 
 def _slots(n: int) -> int:
@@ -257,7 +309,7 @@ def check_size(search: Search, n_nodes: int) -> None:
     if search.backend == "dense":
         size = n_nodes**2 * _window(search.reach, 3)
     else:
-        size = n_nodes * _window(search.reach, 2) * search.slots
+        size = n_nodes * _window(search.reach, 2) * max(search.slots, 1)
     if size > MOST_EDGES:
         raise CapacityError(
             f"{n_nodes} atoms have {size} candidates to try (backend {search.backend!r}, reach "
@@ -274,7 +326,7 @@ def grown(search: Search, status: Any) -> Search:
         status: a ``NeighborStatus``, or anything else with its ``required_…`` fields.
     """
     slots, candidates = int(status.required_slots), int(status.required_candidates)
-    needed = np.asarray(status.required_reach)
+    needed = np.asarray(status.required_reach, np.int64)
     # In steps of a quarter: a few thin bins more are cheaper than to compile for each.
     reach = np.where(needed > search.reach, needed + needed // 4, search.reach)
     new = search._replace(
@@ -311,19 +363,29 @@ def allocate(
     checked_cell, periodic = check_cell(cell, pbc)
     images = plan_images(spec.cutoff, checked_cell, periodic)
     backend = choose_backend(spec.backend, jax.default_backend(), len(checked), images)
+    wrapped, _ = wrap(checked, checked_cell, periodic)
     if backend == "vesin":
         axes = (bool(periodic[0]), bool(periodic[1]), bool(periodic[2]))
-        search = Search(backend, spec.cutoff, axes)
-        count = len(host_edges(checked, checked_cell, periodic, spec.cutoff).senders)
+        count = len(host_edges(wrapped, checked_cell, periodic, spec.cutoff).senders)
+        planned = Plan(Search(backend, spec.cutoff, axes), count, count)
     else:
-        search, count = plan(spec, backend, checked, checked_cell, periodic)
-    capacity = ladder(math.ceil(spec.capacity_margin * count))
-    where = np.asarray(positions) if backend == "vesin" else jnp.asarray(positions)
-    neighbors = _empty(spec, search, capacity, len(checked), np.dtype(where.dtype))
-    neighbors = update(neighbors, where, checked_cell)
-    while bool(neighbors.status.overflow):  # in float32 pairs at the cutoff can count otherwise
-        neighbors = update(grow(neighbors, neighbors.status), where, checked_cell)
-    return neighbors
+        planned = plan(spec, backend, wrapped, checked_cell, periodic)
+    capacity = ladder(math.ceil(spec.capacity_margin * planned.most))
+    dtype = np.dtype(_floating(positions))
+    neighbors = _empty(spec, planned.search, capacity, len(checked), dtype)
+    for _ in range(MOST_GROWTHS):
+        neighbors = update(neighbors, positions, checked_cell)
+        if not bool(neighbors.status.overflow):
+            planned.check(int(neighbors.n_edges))
+            return neighbors
+        neighbors = grow(neighbors, neighbors.status)
+    raise CapacityError(f"the neighbour list did not fit after {MOST_GROWTHS} growths")
+
+
+def _floating(positions: ArrayLike) -> Any:
+    """The floating dtype in which the device works on positions: theirs, or JAX's own."""
+    dtype = getattr(positions, "dtype", np.dtype(np.float64))
+    return jax.dtypes.canonicalize_dtype(np.promote_types(dtype, np.float32))
 
 
 def _empty(
@@ -341,8 +403,10 @@ def _empty(
 def update(neighbors: NeighborList, positions: ArrayLike, cell: ArrayLike | None) -> NeighborList:
     """Find the edges of new positions in a list's capacities.
 
-    On the device a pure function of pytrees that may be jitted; with vesin it runs on the host.
-    The caller has to look at ``status.overflow`` before using the edges.
+    The caller has to look at ``status.overflow`` before using the edges. Of JAX arrays, traced ones
+    included, this is a pure function of pytrees (with vesin it is not: that runs on the host).
+    Positions on the host are wrapped in float64 before the device gets them in their dtype, so
+    that atoms thousands of cells away lose nothing; positions in JAX arrays are what they are.
 
     Args:
         neighbors: a list from ``allocate``, ``grow`` or ``update``.
@@ -353,14 +417,32 @@ def update(neighbors: NeighborList, positions: ArrayLike, cell: ArrayLike | None
         The new list.
 
     Raises:
-        StructureError: from vesin's backend, if positions or cell are unusable; the others report
-            the same as ``status.finite`` being false, with overflow set.
+        StructureError: if positions or cell on the host are unusable; for JAX arrays the same is
+            reported as ``status.finite`` being false, with overflow set.
     """
-    if neighbors.backend != "vesin":
-        return _update_on_device(neighbors, positions, np.zeros((3, 3)) if cell is None else cell)
+    if neighbors.backend != "vesin" and isinstance(positions, jax.Array):
+        cell = jnp.zeros((3, 3)) if cell is None else jnp.asarray(cell)
+        return _update_on_device(neighbors, positions.astype(_floating(positions)), cell)
     checked = check_positions(positions)
     checked_cell, periodic = check_cell(cell, np.array(neighbors.search.pbc))
-    edges = host_edges(checked, checked_cell, periodic, neighbors.spec.cutoff)
+    wrapped, offsets = wrap(checked, checked_cell, periodic)
+    if neighbors.backend == "vesin":
+        listed = _update_on_host(neighbors, wrapped, checked_cell, periodic)
+    else:
+        where = jnp.asarray(wrapped, _floating(positions))
+        listed = _update_on_device(neighbors, where, jnp.asarray(checked_cell))
+    if not offsets.any():
+        return listed
+    check_offsets(offsets)
+    moves = offsets.astype(np.int32)
+    shifts = listed.shifts + moves[listed.senders] - moves[listed.receivers]
+    return dataclasses.replace(listed, shifts=shifts)
+
+
+def _update_on_host(
+    neighbors: NeighborList, positions: Float64, cell: Float64, pbc: Bool
+) -> NeighborList:
+    edges = host_edges(positions, cell, pbc, neighbors.spec.cutoff)
     capacity, count = neighbors.capacity, len(edges.senders)
     kept = min(count, capacity)
     status = dataclasses.replace(
@@ -368,7 +450,7 @@ def update(neighbors: NeighborList, positions: ArrayLike, cell: ArrayLike | None
         required_edges=np.asarray(count, np.int32),
         overflow=np.asarray(count > capacity),
     )
-    last = max(len(checked) - 1, 0)
+    last = max(len(positions) - 1, 0)
     return dataclasses.replace(
         neighbors,
         senders=_padded(edges.senders[:kept], capacity, last),
@@ -391,17 +473,26 @@ find_edges_jit = jax.jit(find_edges, static_argnames=("search", "capacity"))
 
 
 def _update_on_device(
-    neighbors: NeighborList, positions: ArrayLike, cell: ArrayLike
+    neighbors: NeighborList, positions: jax.Array, cell: jax.Array
 ) -> NeighborList:
-    positions = jnp.asarray(positions)
+    kept = neighbors.kept
+    if kept is not None and kept.positions.shape != positions.shape:
+        raise StructureError(
+            f"this list keeps pairs of {len(kept.positions)} atoms, but there are positions of "
+            f"{len(positions)}; allocate another list for them"
+        )
     if positions.shape[0] == 0:
         status = dataclasses.replace(neighbors.status, overflow=np.asarray(False))
         return dataclasses.replace(neighbors, status=status)
     search, capacity = neighbors.search, neighbors.capacity
     check_size(search, positions.shape[0])
-    cell = jnp.asarray(cell, positions.dtype)
     edges, kept = find_edges_jit(
-        positions, cell, positions.shape[0], neighbors.kept, search=search, capacity=capacity
+        positions,
+        cell.astype(positions.dtype),
+        positions.shape[0],
+        kept,
+        search=search,
+        capacity=capacity,
     )
     status = NeighborStatus(
         edges.required_edges,
