@@ -5,7 +5,10 @@ Keywords, periodicity and embedding; the force itself is ``openmm_force.MLForce`
 
 from __future__ import annotations
 
+import copy
 import difflib
+import numbers
+import operator
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -17,12 +20,18 @@ from openmm import unit
 from openmmml.embeddings.mechanicalembedding import MechanicalEmbedding
 from openmmml.mlpotential import MLPotentialImpl
 
+from mlip_md.engine import device_name, find_device
 from mlip_md.errors import ConfigError, StructureError
 from mlip_md.integrations.models import DEFAULT_MODEL, DTYPES, lasting_name
 from mlip_md.integrations.openmm_force import ANGSTROM_PER_NM, MLForce, open_potential, pack
 
 _IGNORED = ("mlLongRange", "linkAtomDistances")
 """Keywords that OpenMM-ML's embeddings read and hand on to every potential."""
+
+_OF_OPENMM_ML = (
+    "removeCMMotion", "removeConstraints", "forceGroup", "interpolate", "embedding", "returnInfo",
+)  # fmt: skip
+"""Keywords that OpenMM-ML keeps to itself; they arrive here only if misspelt."""
 
 
 class ForceOptions(NamedTuple):
@@ -58,27 +67,48 @@ class ForceOptions(NamedTuple):
 
     def engine(self) -> dict[str, Any]:
         """Keywords of ``Engine``, as plain values."""
-        device, skin = self.device, self.skin
+        device = self.device
         if device is not None and not isinstance(device, str):
-            device = f"{device.platform}:{device.id}"
+            device = device_name(find_device(device))
         options = {"dtype": DTYPES[self.precision or "single"], "device": device}
-        if skin is not None:
-            nanometers = skin.value_in_unit(unit.nanometer) if unit.is_quantity(skin) else skin
-            options["skin"] = nanometers * ANGSTROM_PER_NM
+        if self.skin is not None:
+            options["skin"] = _plain("skin", self.skin, unit.nanometer) * ANGSTROM_PER_NM
         if self.capacityFactor is not None:
-            options["capacity_margin"] = self.capacityFactor
+            options["capacity_margin"] = _plain("capacityFactor", self.capacityFactor, None)
         return options
 
 
-def force_options(keywords: dict[str, Any]) -> ForceOptions:
-    """Check the keywords of ``createSystem``.
+def _plain(name: str, value: Any, in_unit: unit.Unit | None) -> float:
+    """A number, given as such or as a Quantity.
+
+    Raises:
+        ConfigError: on anything else, naming the keyword.
+    """
+    number = value
+    if unit.is_quantity(value):
+        compatible = in_unit is not None and value.unit.is_compatible(in_unit)
+        number = value.value_in_unit(in_unit) if compatible else None
+    if isinstance(number, numbers.Real) and not isinstance(number, bool):
+        return float(number)
+    kind = "a number" if in_unit is None else f"a number of {in_unit.get_name()}s or a Quantity"
+    raise ConfigError(f"{name} = {value!r} is not allowed; it must be {kind}")
+
+
+def force_options(keywords: dict[str, Any], where: str = "createSystem") -> ForceOptions:
+    """Check the keywords of ``createSystem`` or ``createMixedSystem``.
 
     Raises:
         TypeError: on an unknown keyword, naming the nearest one.
         ConfigError: on a value that is not allowed, or a charge or spin that no model supports.
     """
-    _refuse_unknown(keywords, (*ForceOptions._fields, *_IGNORED), "createSystem")
-    options = ForceOptions(**{k: v for k, v in keywords.items() if k not in _IGNORED})
+    _refuse_unknown(keywords, (*ForceOptions._fields, *_IGNORED), where, _OF_OPENMM_ML)
+    options = ForceOptions(
+        **{
+            name: bool(value) if isinstance(value, np.bool_) else value
+            for name, value in keywords.items()
+            if name not in _IGNORED
+        }
+    )
     for name, allowed in (
         ("precision", (None, "single", "double")),
         ("returnEnergyType", ("interaction_energy", "energy")),
@@ -87,12 +117,13 @@ def force_options(keywords: dict[str, Any]) -> ForceOptions:
         ("periodic", (None, False, True)),
     ):
         value = getattr(options, name)
-        if value not in allowed:
+        if not any(value is one or (value == one and isinstance(one, str)) for one in allowed):
             raise ConfigError(
                 f"{name} = {value!r} is not allowed; it must be one of "
                 + ", ".join(map(repr, allowed))
             )
-    if options.charge != 0 or options.multiplicity != 1:
+    charge = _plain("charge", options.charge, unit.elementary_charge)
+    if charge != 0 or _plain("multiplicity", options.multiplicity, None) != 1:
         raise ConfigError(
             f"charge = {options.charge}, multiplicity = {options.multiplicity}: this model has no "
             "input for charge or spin; only charge = 0, multiplicity = 1 can be computed"
@@ -100,11 +131,15 @@ def force_options(keywords: dict[str, Any]) -> ForceOptions:
     return options
 
 
-def _refuse_unknown(keywords: Iterable[str], known: Sequence[str], where: str) -> None:
+def _refuse_unknown(
+    keywords: Iterable[str], known: Sequence[str], where: str, others: Sequence[str] = ()
+) -> None:
     for name in keywords:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(name, [*known, *others], n=1, cutoff=0.7)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            if name in ForceOptions._fields:
+                hint = "it is one of createSystem and createMixedSystem"
             raise TypeError(f"mlip-md: {where} has no keyword {name!r}; {hint}")
 
 
@@ -154,14 +189,14 @@ class MLIPPotentialImpl(MLPotentialImpl):
             StructureError: on atoms without element, listed twice or not there.
         """
         options = force_options(args)
-        particles = None if atoms is None else [int(i) for i in atoms]
-        numbers = _atomic_numbers(topology, particles)
-        self.potential.species(numbers)
+        particles = None if atoms is None else _indices(atoms)
+        atomic_numbers = _atomic_numbers(topology, particles)
+        self.potential.species(atomic_numbers)
         periodic = _is_periodic(topology, system, particles, options.periodic)
         function = MLForce(
             self.model_path,
             self.potential.sha256,
-            numbers,
+            atomic_numbers,
             particles,
             periodic,
             options.returnEnergyType == "energy",
@@ -177,7 +212,9 @@ class MLIPPotentialImpl(MLPotentialImpl):
             force.setParticles(particles)
         system.addForce(force)
         if options.moleculeBonds:
-            system.addForce(_molecule_bonds(topology, particles, periodic))
+            bonds = _molecule_bonds(topology, particles, periodic)
+            bonds.setForceGroup(forceGroup)
+            system.addForce(bonds)
 
     def getMLLongRange(self) -> bool:  # noqa: N802 (OpenMM-ML's name)
         """The networks end at their cutoff: no long-range part."""
@@ -206,13 +243,46 @@ class MLIPPotentialImpl(MLPotentialImpl):
         Raises:
             The errors of ``addForces``, before anything is built.
         """
-        options = force_options(args)
-        particles = [int(i) for i in atoms]
+        options = force_options(args, "createMixedSystem")
+        particles = _indices(atoms)
         self.potential.species(_atomic_numbers(topology, particles))
         args["periodic"] = _is_periodic(topology, system, particles, options.periodic)
-        return MechanicalEmbedding().createMixedSystem(
-            self, topology, system, particles, forceGroup, interpolate, returnInfo, **args
+        complete, sites = _without_bare_sites(topology)
+        made = MechanicalEmbedding().createMixedSystem(
+            self, complete, system, particles, forceGroup, interpolate, returnInfo, **args
         )
+        if returnInfo:
+            for atom in made["topology"].atoms():
+                atom.element = None if atom.index in sites else atom.element
+        return made
+
+
+def _indices(atoms: Iterable[int]) -> list[int]:
+    """Indices of atoms as plain ints.
+
+    Raises:
+        StructureError: on anything that is no whole number.
+    """
+    try:
+        return [operator.index(atom) for atom in atoms]
+    except TypeError as error:
+        raise StructureError(f"atoms must be a list of indices of atoms: {error}") from error
+
+
+def _without_bare_sites(
+    topology: openmm.app.Topology,
+) -> tuple[openmm.app.Topology, set[int]]:
+    """A topology in which every atom has an element, and the indices of those that have none.
+
+    OpenMM-ML asks all atoms for their atomic numbers to make link atoms, which the extra sites of
+    four-site water models do not have; it never uses that of a site.
+    """
+    sites = {atom.index for atom in topology.atoms() if atom.element is None}
+    if sites:
+        topology = copy.deepcopy(topology)
+        for atom in topology.atoms():
+            atom.element = atom.element or openmm.app.element.hydrogen
+    return topology, sites
 
 
 def _atomic_numbers(topology: openmm.app.Topology, particles: list[int] | None) -> np.ndarray:
@@ -255,6 +325,11 @@ def _is_periodic(
         raise ConfigError(
             "periodic=True, but the topology has no box; set it with "
             "topology.setPeriodicBoxVectors(...)"
+        )
+    if wanted is None and boxed and not surroundings and system.getNumForces() and particles:
+        raise ConfigError(
+            "the topology has a box, but the System is not periodic: say periodic=False, or "
+            "periodic=True to let the ML atoms alone see their periodic images"
         )
     if wanted is None and particles is not None and not (boxed or system.getNumParticles()):
         raise ConfigError(

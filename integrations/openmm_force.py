@@ -14,16 +14,18 @@ import tempfile
 import threading
 import traceback
 import weakref
+import zlib
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openmm
+from numpy.typing import ArrayLike, DTypeLike
 
 import mlip_md
 from mlip_md import model_file
-from mlip_md.engine import Engine
+from mlip_md.engine import Engine, Result
 from mlip_md.errors import MLIPError, ModelFileError, NonFiniteError, StructureError
 from mlip_md.potential import Potential
 
@@ -111,15 +113,23 @@ def _answers(
             answer, state = force.evaluate(state), None
     except GeneratorExit:
         return
-    except KeyboardInterrupt:
-        message = "interrupted (Ctrl-C) inside the ML potential; the last step is incomplete"
     except BaseException as error:
-        message = force.story(error, state)
+        force._calls.renew()  # before all else, so that the next call finds a generator
+        message = _story(force, error, state)
     # Raised outside the handler and without the State: OpenMM never frees what the exception
     # holds on to.
     del answer, state
-    force._calls.renew()
     raise RuntimeError(message)
+
+
+def _story(force: MLForce, error: BaseException, state: openmm.State | None) -> str:
+    """What happened, as one text."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted (Ctrl-C) inside the ML potential; the last step is incomplete"
+    try:
+        return force.story(error, state)
+    except Exception as second:  # an exception that cannot even be printed
+        return f"mlip-md: {type(error).__name__}, and no more to say ({type(second).__name__})"
 
 
 class MLForce:
@@ -137,7 +147,13 @@ class MLForce:
         total_energy: whether the energy includes that of the isolated atoms.
         engine_options: keywords of ``Engine``.
         content: the model file, if it is to travel with the System.
+
+    Attributes:
+        last_result: what the engine said of the latest geometry that was computed (eV, Å), stress
+            included; None before.
     """
+
+    # XML files hold this class by its path, and these keys: a new version has to read old ones.
 
     def __init__(
         self,
@@ -154,8 +170,8 @@ class MLForce:
             {
                 "model": model,
                 "sha256": sha256,
-                "numbers": np.asarray(atomic_numbers, np.uint8).tobytes(),
-                "particles": None if particles is None else np.array(particles, np.int32).tobytes(),
+                "numbers": _packed(atomic_numbers, np.uint8),
+                "particles": None if particles is None else _packed(particles, np.int32),
                 "periodic": periodic,
                 "total_energy": total_energy,
                 "engine_options": engine_options,
@@ -172,7 +188,9 @@ class MLForce:
         self._lock = threading.Lock()
         self._calls = _Calls(weakref.proxy(self))
         # Barostats, reporters and getState ask for the two latest geometries again.
-        self._memo: collections.deque[tuple[bytes, float, np.ndarray]] = collections.deque(maxlen=2)
+        # More than two, because several Contexts may take turns.
+        self._memo: collections.deque[tuple[bytes, float, np.ndarray]] = collections.deque(maxlen=6)
+        self.last_result: Result | None = None
 
     @property
     def engine(self) -> Engine:
@@ -188,7 +206,7 @@ class MLForce:
                 _reopen(token["model"], token["sha256"], token["content"]),
                 **token["engine_options"],
             )
-            self._atomic_numbers = np.frombuffer(token["numbers"], np.uint8).astype(np.int32)
+            self._atomic_numbers = _unpacked(token["numbers"], np.uint8).astype(np.int32)
         return self._engine
 
     __call__ = property(operator.attrgetter("_calls.send"))
@@ -218,6 +236,7 @@ class MLForce:
             None if box is None else box * ANGSTROM_PER_NM,
             box is not None,
         )
+        self.last_result = result
         total = self._token["total_energy"]
         energy = (result.energy if total else result.interaction_energy) * KJ_PER_MOL_PER_EV
         forces = np.multiply(
@@ -235,7 +254,7 @@ class MLForce:
         lines = [f"mlip-md{step}: {type(error).__name__}: {error}"]
         if isinstance(error, (NonFiniteError, StructureError)):
             if self._token["particles"] is not None:
-                particles = np.frombuffer(self._token["particles"], np.int32).tolist()
+                particles = _unpacked(self._token["particles"], np.int32).tolist()
                 lines.append(f"Among the System's particles, ML atoms {_runs(particles)}.")
             lines.append(
                 "The simulation has probably become unstable: minimize first, use a smaller time "
@@ -245,6 +264,15 @@ class MLForce:
             frames = traceback.extract_tb(error.__traceback__)[-3:]
             lines += [f"  {Path(f.filename).name}:{f.lineno} in {f.name}: {f.line}" for f in frames]
         return "\n".join(lines)
+
+
+def _packed(values: ArrayLike, dtype: DTypeLike) -> bytes:
+    """Small integers for a token, which XML doubles in size."""
+    return zlib.compress(np.asarray(values, dtype).tobytes(), 9)
+
+
+def _unpacked(content: bytes, dtype: DTypeLike) -> np.ndarray:
+    return np.frombuffer(zlib.decompress(content), dtype)
 
 
 def _reopen(model: str, sha256: str, content: bytes | None) -> Potential:

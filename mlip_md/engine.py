@@ -67,6 +67,8 @@ Structure = tuple[ArrayLike, ArrayLike, ArrayLike | None, ArrayLike]
 DTYPES = ("float32", "float64")
 COINCIDENT = 0.05
 """Å; atoms closer than this are one atom written twice, or a structure in the wrong units."""
+SMALLEST_ATOM = 1.0
+"""Å³ of a periodic cell per atom; diamond has 5.7, hydrogen at 500 GPa more than 1."""
 MOST_SYSTEMS = 8
 """Systems whose neighbour lists an engine keeps on the device."""
 MOST_WASTE = 1.6
@@ -138,12 +140,14 @@ def find_device(device: str | jax.Device | None) -> jax.Device:
     """
     if isinstance(device, jax.Device):
         return device
+    if device is not None and not isinstance(device, str):
+        raise ConfigError(f"device = {device!r} is no device; give None, a name or a jax.Device")
     if device is None:
         # The device of a new array is the default one, however it was set (argument, context).
         return next(iter(jnp.zeros(()).devices()))
-    platform, colon, index = str(device).partition(":")
+    platform, colon, index = device.partition(":")
     try:
-        found = jax.local_devices(backend=platform)
+        found = jax.local_devices(backend=platform or "no name")
         if not colon:
             return found[0]
         if index.isdecimal() and int(index) < len(found):
@@ -155,6 +159,11 @@ def find_device(device: str | jax.Device | None) -> jax.Device:
         f"there is no device {device!r}; JAX sees {present}. Give None, 'cpu', 'gpu', 'cuda:1' or a"
         " jax.Device, and for a GPU install the extra: pip install 'mlip-md[cuda13]'"
     )
+
+
+def device_name(device: jax.Device) -> str:
+    """A name by which ``find_device`` finds a device again, in this process or another."""
+    return f"{device.platform}:{jax.local_devices(backend=device.platform).index(device)}"
 
 
 def _pack(
@@ -420,13 +429,11 @@ class Engine:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        platform = self.device.platform
-        device = f"{platform}:{jax.local_devices(backend=platform).index(self.device)}"
         return {
             "potential": self.potential,
             "dtype": self.dtype,
             "spec": self.spec,
-            "device": device,
+            "device": device_name(self.device),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -596,11 +603,23 @@ def _check(
         )
     species = potential.species(numbers)
     checked_cell, periodic = check_cell(cell, pbc)
+    if periodic.all():
+        _check_volume(len(checked), checked_cell)
     wrapped, _ = wrap(checked, checked_cell, periodic)
     closed = close_gaps(wrapped, checked_cell, periodic, 2.0 * (potential.cutoff + LONGEST_SKIN))
     middle, vectors = closed.mean(axis=0), checked_cell[periodic]
     middle = middle + (0.5 - dual_vectors(vectors) @ middle) @ vectors
     return _Prepared(closed - middle, numbers, species, checked_cell, periodic, None)
+
+
+def _check_volume(n_atoms: int, cell: Float64) -> None:
+    """Refuse cells that atoms do not fit into: placeholders (CRYST1 1 1 1) and wrong units."""
+    volume = abs(float(np.linalg.det(cell)))
+    if volume < SMALLEST_ATOM * n_atoms:
+        raise StructureError(
+            f"{n_atoms} atoms do not fit into a cell of {volume:.3g} Å³; if it is a placeholder, "
+            "remove it and the periodicity, else check that it is in Å"
+        )
 
 
 def _coincidence(structure: _Prepared, edges: HostEdges) -> StructureError:

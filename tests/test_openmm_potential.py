@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import weakref
+from unittest import mock
 
 import jax
 import numpy as np
@@ -107,6 +108,17 @@ def test_entry_point_loads_no_jax():
         ({"capacityFactor": 0.5}, ConfigError, "0.5"),
         ({"moleculeBonds": "all"}, ConfigError, "moleculeBonds"),
         ({"embedModel": 2}, ConfigError, "embedModel"),
+        ({"embedModel": 1}, ConfigError, "embedModel = 1"),
+        ({"removeCMmotion": False}, TypeError, "did you mean 'removeCMMotion'"),
+        ({"interpolat": True}, TypeError, "did you mean 'interpolate'"),
+        ({"device": 3}, ConfigError, "device = 3"),
+        ({"device": ""}, ConfigError, "device"),
+        ({"skin": "0.05 nm"}, ConfigError, "skin = '0.05 nm'.*nanometers"),
+        ({"skin": 1 * unit.kelvin}, ConfigError, "skin = .*nanometers"),
+        ({"skin": True}, ConfigError, "skin = True"),
+        ({"capacityFactor": "a"}, ConfigError, "capacityFactor = 'a'"),
+        ({"charge": "none"}, ConfigError, "charge = 'none'"),
+        ({"charge": 1 * unit.elementary_charge}, ConfigError, "only charge = 0"),
     ],
 )
 def test_bad_keywords(model, molecule, keywords, error, text):
@@ -119,18 +131,26 @@ def test_keywords_of_the_engine():
     keywords = {"skin": 0.5 * unit.angstrom, "capacityFactor": 1.5, "precision": "double"}
     expected = {"dtype": "float64", "device": "cpu:0", "skin": 0.5, "capacity_margin": 1.5}
     assert force_options(keywords | {"device": jax.devices("cpu")[0]}).engine() == expected
-    assert force_options(keywords | {"device": "cpu:0", "skin": 0.05}).engine() == expected
+    keywords |= {"device": "cpu:0", "skin": 0.05, "charge": 0 * unit.elementary_charge}
+    assert force_options(keywords).engine() == expected
+    assert force_options({"periodic": np.bool_(True)}).periodic is True
 
 
 def test_bad_models_and_atoms(model, molecule, tmp_path):
     with pytest.raises(TypeError, match="did you mean 'modelPath'"):
         MLPotential("mlip-md", modelpath=model)
-    with pytest.raises(ModelFileError, match="no model"):
-        MLPotential("mlip-md", modelPath=str(tmp_path / "no.safetensors"))
+    with pytest.raises(TypeError, match=r"precision.*createSystem"):
+        MLPotential("mlip-md", modelPath=model, precision="single")
+    for wrong in (str(tmp_path / "no.safetensors"), "", 3):
+        with pytest.raises(ModelFileError):
+            MLPotential("mlip-md", modelPath=wrong)
     ml = MLPotential("mlip-md", modelPath=model)
     with pytest.raises(UnsupportedElementError, match="Fe"):
         ml.createSystem(topology_of(Atoms("Fe")))
-    for atoms, text in (([0, 0], "twice"), ([], "no atoms"), ([-1], "0 to 7"), ([8], "0 to 7")):
+    for atoms, text in (
+        ([0, 0], "twice"), ([], "no atoms"), ([-1], "0 to 7"), ([8], "0 to 7"),
+        ([0.5, 1.7], "indices"), (["0"], "indices"),
+    ):  # fmt: skip
         with pytest.raises(StructureError, match=text):
             ml.createMixedSystem(topology_of(molecule), openmm.System(), atoms)
     topology = topology_of(molecule)
@@ -145,11 +165,79 @@ def test_pass_through_keywords_and_pbc_override(model, crystal):
     assert make_system(model, crystal).usesPeriodicBoundaryConditions()
 
 
+def test_a_relative_path_holds_in_another_folder(molecule, tmp_path, monkeypatch):
+    make_model(tmp_path, seed=8)
+    monkeypatch.chdir(tmp_path)
+    system = make_system("model.safetensors", molecule)
+    text = openmm.XmlSerializer.serialize(system)
+    energy, _ = energy_and_forces(context_of(system, molecule))
+    del system
+    gc.collect()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = openmm.XmlSerializer.deserialize(text)
+    assert energy_and_forces(context_of(again, molecule))[0] == energy
+
+
+def test_a_cell_that_atoms_do_not_fit_into_is_refused(model, molecule):
+    """CRYST1 1 1 1 is what some programs write for a molecule without a box."""
+    molecule.set_cell(np.eye(3))
+    molecule.pbc = True
+    context = context_of(make_system(model, molecule), molecule)
+    with pytest.raises(openmm.OpenMMException, match="8 atoms do not fit into a cell of 1 Å"):
+        context.getState(energy=True)
+
+
+def test_a_box_that_only_the_topology_has(model, crystal):
+    """A force field without cutoff and a topology with a box contradict each other."""
+    ml, topology = MLPotential("mlip-md", modelPath=model), topology_of(crystal)
+    mm = openmm.System()
+    for _ in range(8):
+        mm.addParticle(12.0)
+    mm.addForce(openmm.NonbondedForce())
+    for _ in range(8):
+        mm.getForce(0).addParticle(0.0, 0.1, 0.0)
+    for interpolate in (False, True):
+        with pytest.raises(ConfigError, match="has a box, but the System is not periodic"):
+            ml.createMixedSystem(topology, mm, [0, 1, 2], interpolate=interpolate)
+        for periodic in (False, True):
+            system = ml.createMixedSystem(
+                topology, mm, [0, 1, 2], interpolate=interpolate, periodic=periodic
+            )
+            assert system.usesPeriodicBoundaryConditions() == periodic
+
+
+def test_sites_without_element_may_surround_the_ml_atoms(model, molecule):
+    """Four-site water: OpenMM-ML asks every atom for its number to make link atoms."""
+    topology = topology_of(molecule)
+    carbon = next(i for i, z in enumerate(molecule.numbers) if z == 6)
+    site = topology.addAtom("M", None, next(topology.residues()))
+    mm = openmm.System()
+    for _ in topology.atoms():
+        mm.addParticle(12.0)
+    ml = MLPotential("mlip-md", modelPath=model)
+    info = ml.createMixedSystem(topology, mm, [carbon], returnInfo=True)
+    bonds = sum(carbon in (b[0].index, b[1].index) for b in topology.bonds())
+    assert bonds > 0
+    assert info["system"].getNumParticles() == 9 + bonds
+    elements = [atom.element for atom in info["topology"].atoms()]
+    assert elements[8] is None
+    assert site.element is None
+    assert all(elements[:8])
+    with pytest.raises(StructureError, match="have no element"):
+        ml.createMixedSystem(topology, mm, [carbon, 8])
+
+
 def test_bonds_without_strength_make_molecules(model, molecule):
     plain = make_system(model, molecule)
     assert len(context_of(plain, molecule).getMolecules()) == 8
     bonded = make_system(model, molecule, moleculeBonds=True)
     assert len(context_of(bonded, molecule).getMolecules()) == 1
+    ml = MLPotential("mlip-md", modelPath=model)
+    grouped = ml.createMixedSystem(
+        topology_of(molecule), plain, range(8), forceGroup=7, moleculeBonds=True
+    )
+    assert [f.getForceGroup() for f in grouped.getForces()][-2:] == [7, 7]
     one, other = (energy_and_forces(context_of(s, molecule)) for s in (plain, bonded))
     assert one[0] == other[0]
     np.testing.assert_array_equal(one[1], other[1])
@@ -234,6 +322,32 @@ def test_copies_share_the_potential(model, molecule):
         assert again.engine.num_compilations == compiled
 
 
+TOKEN = (
+    "8004952d010000000000008c216d6c69705f6d642e696e746567726174696f6e732e6f70656e6d6d5f666f72"
+    "6365948c074d4c466f7263659493942981947d94288c056d6f64656c948c0d6f7267616e6963732d67666e32"
+    "948c06736861323536948c403232323232323232323232323232323232323232323232323232323232323232"
+    "3232323232323232323232323232323232323232323232323232323232323232948c076e756d626572739443"
+    "0b78dae360640400001e000b948c097061727469636c657394431178da6361606060056236200600007c0010"
+    "948c08706572696f64696394888c0c746f74616c5f656e6572677994898c0e656e67696e655f6f7074696f6e"
+    "73947d94288c056474797065948c07666c6f61743332948c06646576696365944e758c07636f6e74656e7494"
+    "4e75622e"
+)
+"""A pickled force of three atoms, as version 0.1.0 writes it into XML files."""
+
+
+def test_tokens_are_small_and_stay_readable():
+    """Thousands of atoms fit into a token, and one of version 0.1.0 can be read."""
+    numbers, particles = np.tile([8, 1, 1], 3000), np.arange(500, 9500)
+    force = openmm_force.MLForce("m.zip", "5" * 64, numbers, particles, True, False, {})
+    assert len(pickle.dumps(force)) < 20_000
+    old = pickle.loads(bytes.fromhex(TOKEN))
+    assert type(old) is openmm_force.MLForce
+    assert old._token.keys() == force._token.keys()
+    assert openmm_force._unpacked(old._token["numbers"], np.uint8).tolist() == [8, 1, 1]
+    assert openmm_force._unpacked(old._token["particles"], np.int32).tolist() == [4, 5, 6]
+    assert old._token["engine_options"] == {"dtype": "float32", "device": None}
+
+
 def _ml_force(path, atoms, **keywords):
     options = force_options(keywords)
     potential = openmm_force.open_potential(path)
@@ -275,9 +389,26 @@ def test_memo_is_exact(model, crystal):
     scaled, _ = force(State(one, box * 1.01))
     assert len(calls) == 3
     assert abs(scaled - first) > 1e-3
-    force(State(two, box))  # two geometries are kept, not more
+    for step in range(5):  # six geometries are kept, not more
+        force(State(two + 1e-3 * step, box))
+    assert len(calls) == 7
+    force(State(one, box * 1.01))
+    assert len(calls) == 7
     force(State(one, box))
-    assert len(calls) == 4
+    assert len(calls) == 8
+
+
+def test_contexts_that_take_turns_do_not_pay_twice(model, molecule, evaluations):
+    system = make_system(model, molecule)
+    contexts = [context_of(system, molecule) for _ in range(3)]
+    for index, context in enumerate(contexts):
+        context.setVelocitiesToTemperature(100, index + 1)
+    for _ in range(4):
+        for context in contexts:
+            context.getIntegrator().step(1)
+        for context in contexts:
+            context.getState(energy=True)
+    assert len(evaluations) == 1 + 4 * 3  # all start from the same positions
 
 
 @pytest.fixture
@@ -356,8 +487,11 @@ def test_reinitialize_and_checkpoint_replay(model, crystal):
     np.testing.assert_array_equal(steps(other), first)
 
 
-def test_neighbours_may_become_more(model, potential, molecule):
+@pytest.mark.parametrize("backend", ["auto", "dense", "cells"])
+def test_neighbours_may_become_more(model, potential, molecule, backend, monkeypatch):
     """A run that starts with room for hardly any neighbour ends with the right forces."""
+    engine = openmm_force.Engine
+    monkeypatch.setattr(openmm_force, "Engine", functools.partial(engine, backend=backend))
     system = make_system(model, molecule, capacityFactor=1.0)
     spread = molecule.copy()
     spread.positions = 3.9 * np.arange(8)[:, None] * [1, 0, 0]
@@ -500,6 +634,31 @@ def test_control_c_between_two_calls(model, molecule, interruptible):
     with pytest.raises(RuntimeError, match="Ctrl-C"):
         list(calls)  # no Python code between the two
     assert force(state) == before
+
+
+def test_the_next_call_works_whatever_happened_in_the_last(model, molecule, monkeypatch):
+    """An error that cannot be told, or that strikes while it is told, leaves nothing broken."""
+    force, state = _ml_force(model, molecule), State(molecule.positions / 10)
+    before, compute = force(state), force._compute
+
+    class UntoldError(Exception):
+        def __str__(self):
+            raise ValueError
+
+    def fail(*structure):
+        raise UntoldError
+
+    away = State(molecule.positions / 10 + 1.0)
+    force._compute = fail
+    with pytest.raises(RuntimeError, match="UntoldError, and no more to say"):
+        force(away)
+    monkeypatch.setattr(openmm_force, "_story", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        force(away)
+    monkeypatch.undo()
+    force._compute = compute
+    assert force(state) == before
+    assert abs(force(away)[0] - before[0]) < 1e-3
 
 
 def test_control_c_inside_the_potential(model, molecule, interruptible):
