@@ -88,6 +88,21 @@ def test_a_state_of_another_network_is_refused(tmp_path):
         load(tmp_path / "c.safetensors", other)
 
 
+def test_what_belongs_to_another_run_is_not_passed_over(tmp_path):
+    """An older checkpoint that fits must not be taken in place of a newer one that does not."""
+    folder = CheckpointFolder(tmp_path, keep_latest=2)
+    folder.save(state(1), {"step": 1}, 1)
+    folder.save({**state(2), "count": jnp.zeros(2, jnp.int32)}, {"step": 2}, 2)
+    with pytest.raises(CheckpointError, match=r"^\S*step-000000002\S* belongs to another network"):
+        folder.restore(state(0))
+
+    def check(progress):
+        raise CheckpointError(f"not step {progress['step']}")
+
+    with pytest.raises(CheckpointError, match=r"^not step 2$"):
+        folder.restore(state(0), check)
+
+
 def test_a_full_disk_leaves_the_old_checkpoints(tmp_path, monkeypatch):
     folder = CheckpointFolder(tmp_path, keep_latest=1)
     folder.save(state(1), {"step": 1}, 1)

@@ -1,10 +1,14 @@
 """Errors of a potential on labeled structures, the report of a run, and the training commands."""
 
 import json
+import logging
 import sys
+from types import SimpleNamespace
 
+import ase
 import numpy as np
 import pytest
+import typer
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 from pair_potential import PairPotential, pair_potential
@@ -12,9 +16,10 @@ from training_cases import E0, molecules, small_recipe, write_data_set
 from typer.testing import CliRunner
 
 from mlip_md.errors import ConfigError, DataError
-from mlip_md.trainer import cli
-from mlip_md.trainer.config import dump_resolved, load_recipe
-from mlip_md.trainer.data import Structure
+from mlip_md.trainer import cli, dataset
+from mlip_md.trainer.config import RECIPES, dump_resolved, load_recipe
+from mlip_md.trainer.data import SplitRule, Statistics, Structure, prepare
+from mlip_md.trainer.dataset import prepare_data
 from mlip_md.trainer.evaluate import evaluate, write_json
 from mlip_md.trainer.report import draw_curves, draw_parity
 from mlip_md.trainer.train import Outcome, Trainer
@@ -75,26 +80,93 @@ def test_errors_do_not_depend_on_the_batch_size(potential, labeled):
     np.testing.assert_allclose(few.forces, many.forces, atol=1e-5)
 
 
-def test_the_evaluate_command_prints_and_writes(potential, labeled, tmp_path, monkeypatch):
-    import ase
-    import typer
+def frame(structure, **others):
+    atoms = ase.Atoms(structure.atomic_numbers, structure.positions)
+    atoms.calc = SinglePointCalculator(atoms, energy=structure.energy, forces=structure.forces)
+    atoms.info.update(others)
+    return atoms
 
-    frames = []
-    for structure in labeled:
-        atoms = ase.Atoms(structure.atomic_numbers, structure.positions)
-        atoms.calc = SinglePointCalculator(atoms, energy=structure.energy, forces=structure.forces)
-        frames.append(atoms)
-    write(tmp_path / "set.xyz", frames, format="extxyz")
+
+@pytest.fixture
+def run_evaluate(potential, monkeypatch):
+    """Call the command for the potential with a data file and options."""
     monkeypatch.setattr("mlip_md.load", lambda name: potential)
     app = typer.Typer()
     app.command()(cli.evaluate_command)
-    arguments = ["model", str(tmp_path / "set.xyz"), "--output", str(tmp_path / "errors.json")]
-    result = CliRunner().invoke(app, arguments)
+    return lambda *arguments: CliRunner().invoke(app, ["model", *map(str, arguments)])
+
+
+def test_the_evaluate_command_prints_and_writes(run_evaluate, potential, labeled, tmp_path):
+    write(tmp_path / "set.xyz", [frame(s) for s in labeled], format="extxyz")
+    result = run_evaluate(tmp_path / "set.xyz", "--output", tmp_path / "errors.json")
     assert result.exit_code == 0, result.output
     errors = json.loads((tmp_path / "errors.json").read_text(encoding="utf-8"))
     expected = evaluate(potential, labeled).overall
     assert errors["overall"]["forces_rmse"] == pytest.approx(expected["forces_rmse"], rel=1e-4)
-    assert f"{1000 * expected['forces_rmse']:.3f}" in result.output
+    assert result.output.count(f"{1000 * expected['forces_rmse']:.3f}") == 1
+    assert "unnamed" not in result.output
+    marked = [frame(s, config_type=s.subset) for s in labeled]
+    write(tmp_path / "marked.xyz", marked, format="extxyz")
+    lines = run_evaluate(tmp_path / "marked.xyz").output.splitlines()
+    assert [line.split()[1] for line in lines[3:6]] == ["A", "B", "all"]
+
+
+def test_an_output_that_cannot_be_written_is_found_before_the_work(
+    run_evaluate, labeled, tmp_path, monkeypatch
+):
+    write(tmp_path / "set.xyz", [frame(s) for s in labeled[:2]], format="extxyz")
+    for output, message in (("none/errors.json", "there is no folder"), (".", "not a file")):
+        result = run_evaluate(tmp_path / "absent.xyz", "--output", tmp_path / output)
+        assert isinstance(result.exception, ConfigError)
+        assert message in str(result.exception)
+
+    def full(evaluation, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mlip_md.trainer.evaluate.write_json", full)
+    result = run_evaluate(tmp_path / "set.xyz", "--output", tmp_path / "errors.json")
+    assert isinstance(result.exception, OSError)
+    assert "F RMSE" in result.output
+
+
+def test_a_potential_is_evaluated_on_what_a_recipe_can_read(run_evaluate, labeled, tmp_path):
+    """Labels of other names, a structure without labels and one of an unknown element."""
+    frames = [ase.Atoms(s.atomic_numbers, s.positions) for s in labeled]
+    for atoms, structure in zip(frames, labeled, strict=True):
+        atoms.info["dft_energy"] = structure.energy
+        atoms.arrays["dft_forces"] = structure.forces
+    del frames[3].info["dft_energy"]
+    frames[5].numbers[0] = 9
+    write(tmp_path / "set.xyz", frames, format="extxyz")
+    keys = ("--energy-key", "dft_energy", "--forces-key", "dft_forces")
+    assert "no energy under" in str(run_evaluate(tmp_path / "set.xyz").exception)
+    assert r"[3]: no energy" in str(run_evaluate(tmp_path / "set.xyz", *keys).exception)
+    result = run_evaluate(tmp_path / "set.xyz", *keys, "--on-bad", "skip")
+    assert result.exit_code == 0, result.output
+    assert "1 structures of other elements were left out" in result.output
+    assert "Warning: " in result.output
+    assert "all    │ 10 " in result.output
+    write(tmp_path / "set.xyz", frames[5:], format="extxyz")
+    result = run_evaluate(tmp_path / "set.xyz", *keys)
+    assert "[0]: the potential was not made for F; leave" in str(result.exception)
+
+
+def test_a_prepared_folder_is_evaluated(run_evaluate, potential, labeled, tmp_path):
+    fluorine = Structure([1, 9], [[0.0, 0, 0], [0.9, 0, 0]], -1.0, np.zeros((2, 3)))
+    frames = [*(frame(s, split="train") for s in labeled), frame(fluorine, split="train")]
+    write(tmp_path / "set.xyz", frames, format="extxyz")
+    folder = tmp_path / "prepared"
+    prepare(tmp_path / "set.xyz", potential.cutoff, split=SplitRule(True), folder=folder)
+    assert "not made for F" in str(run_evaluate(folder).exception)
+    assert "no part test; it has train" in str(run_evaluate(folder, "--split", "test").exception)
+    expected = f"{1000 * evaluate(potential, labeled).overall['forces_rmse']:.3f}"
+    for part in ((), ("--split", "train")):
+        result = run_evaluate(folder, "--on-bad", "skip", *part)
+        assert result.exit_code == 0, result.output
+        assert expected in result.output
+        assert "1 structures of other elements were left out" in result.output
+    prepare(tmp_path / "set.xyz", 3.0, folder=tmp_path / "other")
+    assert "with a cutoff of 3.0 Å" in str(run_evaluate(tmp_path / "other").exception)
 
 
 def test_pictures_are_drawn_without_a_global_backend(potential, labeled, tmp_path, monkeypatch):
@@ -106,8 +178,9 @@ def test_pictures_are_drawn_without_a_global_backend(potential, labeled, tmp_pat
         for e in range(5)
     ]  # fmt: skip
     draw_curves(rows, tmp_path / "curves.png")
+    draw_curves([], tmp_path / "empty.png")  # after a loss of metrics.csv
     draw_parity(evaluate(potential, labeled), tmp_path / "parity.png", "test")
-    for name in ("curves", "parity"):
+    for name in ("curves", "empty", "parity"):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     assert "matplotlib.pyplot" not in sys.modules
     write_json(evaluate(potential, labeled), tmp_path / "errors.json")
@@ -136,9 +209,80 @@ def test_commands_check_and_prepare(tmp_path):
     mapped = load_recipe(str(recipe), [f"data.path={tmp_path / 'prepared'}"])[0]
     direct = load_recipe(str(recipe))[0]
     assert load_data(mapped).fingerprint == load_data(direct).fingerprint
-    other = load_recipe(str(recipe), [f"data.path={tmp_path / 'prepared'}", "data.cutoff=3.0"])[0]
-    with pytest.raises(ConfigError, match=r"prepared with a cutoff of 4\.0"):
-        load_data(other)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A data file and the folder that it was prepared to."""
+    folder = tmp_path_factory.mktemp("data")
+    file = write_data_set(folder / "set.hdf5", 20)
+    prepare_data(small_recipe(file), folder / "prepared")
+    return file, folder / "prepared"
+
+
+@pytest.mark.parametrize(
+    ("row", "changes"),
+    [
+        ("cutoff is 3.0, but .* with 4.0", {"cutoff": 3.0}),
+        ("split.train is 0.9, but .* with 0.8", {"split": {"train": 0.9, "validation": 0.1}}),
+        ("split.seed is 1, but .* with 0",
+         {"split": {"train": 0.8, "validation": 0.1, "test": 0.1, "seed": 1}}),
+        ("split.from_file is true", {"split": {"from_file": True}}),
+        ("curate is {.*, but .* with null", {"curate": {}}),
+        ("validation is .*other.xyz", {"validation": "other.xyz"}),
+        ("on_bad is .skip., but .* with .error", {"on_bad": "skip"}),
+    ],
+)  # fmt: skip
+def test_a_prepared_folder_and_a_recipe_that_says_otherwise(row, changes, prepared):
+    assert dataset.load_data(small_recipe(prepared[1]))
+    with pytest.raises(ConfigError, match=f"data.{row}.*change data.{row.split()[0]}"):
+        dataset.load_data(small_recipe(prepared[1], data=changes))
+
+
+def test_filters_of_a_prepared_folder_are_compared(prepared, tmp_path):
+    curate = {"elements": ["H", "C", "O"], "one_bond_per_hydrogen": False, "max_net_force": None}
+    prepare_data(small_recipe(prepared[0], data={"curate": curate}), tmp_path / "curated")
+    assert dataset.load_data(small_recipe(tmp_path / "curated", data={"curate": curate}))
+    for change, row in (
+        ({"one_bond_per_hydrogen": True}, "curate.one_bond_per_hydrogen is true"),
+        ({"max_force": 10.0}, "curate.max_force is 10.0"),
+        ({"elements": None}, "curate.elements is null"),
+    ):
+        other = small_recipe(tmp_path / "curated", data={"curate": {**curate, **change}})
+        with pytest.raises(ConfigError, match=f"data.{row}, but"):
+            dataset.load_data(other)
+
+
+def test_given_atomic_energies_hold_for_a_prepared_folder(prepared):
+    file, folder = prepared
+    for energies, source in ((E0, "given"), ("zero", "zero"), ("average", "fitted to the data")):
+        model = {"kind": "mace", "atomic_energies": energies}
+        mapped, direct = (dataset.load_data(small_recipe(p, model=model)) for p in (folder, file))
+        assert mapped.statistics.atomic_energies_source == source
+        assert mapped.fingerprint == direct.fingerprint
+        np.testing.assert_array_equal(
+            mapped.test.interaction_energy, direct.test.interaction_energy
+        )
+
+
+def test_folders_where_files_belong_are_named(prepared):
+    file, folder = prepared
+    cases = (
+        ({"path": [str(file), str(folder)]}, f"{folder} is a folder of prepared data; it can only"),
+        ({"path": str(file), "test": str(folder)}, f"{folder} is a folder of prepared data"),
+        ({"path": str(file.parent)}, f"{file.parent} is a folder; name the files in it"),
+    )
+    for changes, message in cases:
+        with pytest.raises(DataError, match=message):
+            dataset.load_data(small_recipe(file, data=changes))
+
+
+def test_a_shipped_recipe_can_be_printed():
+    from mlip_md.cli import app
+
+    result = CliRunner().invoke(app, ["check", "mace-spice2", "--print"])
+    assert result.exit_code == 0
+    assert result.output == (RECIPES / "mace_spice2.yaml").read_text(encoding="utf-8")
 
 
 def test_labels_of_other_names_and_unusable_structures(tmp_path):
@@ -174,22 +318,49 @@ def test_labels_of_other_names_and_unusable_structures(tmp_path):
     ("status", "code"), [("done", 0), ("keyboard", 130), ("time", 75), ("terminated", 75)]
 )
 def test_exit_codes_of_the_train_command(status, code, tmp_path, monkeypatch):
-    import typer
-
     class Instant:
         def __init__(self, recipe, data, folder, **_):
             self.folder = folder
 
         def run(self, resume, seconds):
-            assert (resume, seconds) == ("must", 3600 * 23 + 60 * 30)
+            assert (resume, seconds) == ("allow-changes", 3600 * 23 + 60 * 30)
             return Outcome(status, self.folder, 3, {})
 
+    def load(recipe):
+        logging.getLogger("mlip_md.trainer.data.readers").warning("skipped: %s", "x.xyz:[3]")
+        logging.getLogger(cli.E0_LOGGER).warning("a long text on E0")
+        energies = np.array([-13.6, -2043.9])
+        statistics = Statistics(
+            (1, 8), energies, "given", ("1 E0(H) - 2 E0(O)",), 9.5, 1.0, 0.5, 7, 20, 190
+        )
+        return SimpleNamespace(notes=("a.h5: kept 7 of 9 structures",), statistics=statistics)
+
     monkeypatch.setattr("mlip_md.trainer.train.Trainer", Instant)
-    monkeypatch.setattr("mlip_md.trainer.dataset.load_data", lambda recipe: None)
+    monkeypatch.setattr("mlip_md.trainer.dataset.load_data", load)
     app = typer.Typer()
     app.command()(cli.train_command)
-    arguments = ["organics-gfn2", "--run", str(tmp_path), "--resume", "must", "--max-time", "23:30"]
-    assert CliRunner().invoke(app, arguments).exit_code == code
+    options = ["--run", str(tmp_path), "--resume", "allow-changes", "--max-time", "23:30"]
+    result = CliRunner().invoke(app, ["organics-gfn2", *options])
+    assert result.exit_code == code
+    lines = result.stdout.splitlines()
+    assert lines[:2] == ["reading organics-gfn2.hdf5", "a.h5: kept 7 of 9 structures"]
+    assert lines[2] == "E0 (given), eV: H -13.6000, O -2043.9000"
+    assert lines[-1] == "compiling the network"
+    skipped, energies = result.stderr.splitlines()
+    assert skipped == "Warning: skipped: x.xyz:[3]"
+    assert energies.startswith("Warning: the data leave E0 open by any multiple of 1 E0(H) - 2 E0")
+    assert not logging.getLogger("mlip_md").handlers
+
+
+def test_a_file_where_the_run_should_go_is_found_before_the_work(tmp_path):
+    app = typer.Typer()
+    app.command()(cli.train_command)
+    (tmp_path / "taken").write_text("")
+    for folder in ("taken", "taken/run"):
+        arguments = ["organics-gfn2", "--run", str(tmp_path / folder)]  # and no data set is there
+        error = CliRunner().invoke(app, arguments).exception
+        assert isinstance(error, ConfigError)
+        assert f"{tmp_path / 'taken'} is a file; name a folder" in str(error)
 
 
 @pytest.mark.parametrize("text", ["5", "1:60", "a:b", ":", "-1:00"])

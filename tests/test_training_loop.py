@@ -1,6 +1,7 @@
 """The loop: order of events, interruption and exact resume, bad steps, choice of the best model."""
 
 import csv
+import dataclasses
 import itertools
 import json
 import os
@@ -13,7 +14,7 @@ import pytest
 from pair_potential import PairNetwork
 from training_cases import FLIP, small_recipe, write_data_set
 
-from mlip_md.errors import CheckpointError, NonFiniteError
+from mlip_md.errors import CheckpointError, DataError, NonFiniteError
 from mlip_md.trainer import train
 from mlip_md.trainer.checkpoint import leaves_by_path, state_hash
 from mlip_md.trainer.dataset import load_data
@@ -24,6 +25,7 @@ from mlip_md.trainer.train import Trainer
 
 EPOCHS, STEPS = 4, 6
 """Epochs of the small recipe and batches of each."""
+OTHER_CUTOFF = 3.5
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,7 +40,8 @@ def saved():
     network = PairNetwork(3, 4.0)
 
     def build(config, *, num_species, cutoff, **_):
-        assert (num_species, cutoff) == (3, 4.0)
+        assert num_species == 3
+        assert cutoff in (4.0, OTHER_CUTOFF)
         return network
 
     evaluation = make_eval_step(network.apply)
@@ -73,6 +76,25 @@ def finished(recipe, data, saved, tmp_path_factory):
     trainer = Trainer(recipe, data, tmp_path_factory.mktemp("straight"))
     outcome = trainer.run()
     return trainer, outcome, list(saved)
+
+
+def changed(recipe, **sections):
+    """A recipe with other values: ``train={"epochs": 5}``."""
+    update = {
+        name: value
+        if not isinstance(value, dict)
+        else {**recipe.model, **value}
+        if name == "model"
+        else getattr(recipe, name).model_copy(update=value)
+        for name, value in sections.items()
+    }
+    return recipe.model_copy(update=update)
+
+
+def stop_at_step(trainer, number):
+    """Begin a run and end it with SIGTERM after the step of this number."""
+    at_step(trainer, number, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert trainer.run().status == "terminated"
 
 
 def rows(folder):
@@ -221,9 +243,147 @@ def test_time_limit_and_what_resume_allows(finished, recipe, data, tmp_path):
     other = recipe.model_copy(update={"seed": 4})
     with pytest.raises(CheckpointError, match="differing: seed"):
         Trainer(other, data, tmp_path).run("auto")
-    longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": 5})})
+    longer = changed(recipe, train={"epochs": 5}, checkpoint={"keep_latest": 3})
     copy = shutil.copytree(straight.folder, tmp_path / "copy")
     assert Trainer(longer, data, copy).run("must").epoch == 5
+    assert "epochs: 5 " in (copy / "config.resolved.yaml").read_text(encoding="utf-8")
+    assert [event["changes"] for event in events(copy) if event["event"] == "resumed"] == [
+        {"train.epochs": [4, 5], "checkpoint.keep_latest": [2, 3]}
+    ]
+    assert "with train.epochs 4 -> 5" in (copy / "log.txt").read_text(encoding="utf-8")
+
+
+def test_a_run_with_given_atomic_energies_is_resumed(recipe, tmp_path):
+    given = changed(recipe, model={"atomic_energies": {"H": -13.6, 6: -1030.5, "8": -2043.9}})
+    data = load_data(given)
+    assert data.statistics.atomic_energies_source == "given"
+    assert Trainer(given, data, tmp_path).run(max_seconds=0.0).status == "time"
+    assert Trainer(given, data, tmp_path).run("must", max_seconds=0.0).status == "time"
+    other = changed(given, model={"atomic_energies": {"H": -13.5, "C": -1030.5, "O": -2043.9}})
+    with pytest.raises(CheckpointError, match=r"differing: model\.atomic_energies\.H, the struct"):
+        Trainer(other, load_data(other), tmp_path).run("allow-changes")
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"seed": 4}, "seed"),
+        ({"model": {"num_channels": 5}}, "model.num_channels"),
+        ({"loss": {"kind": "huber"}}, "loss.kind"),
+        ({"train": {"ema_decay": 0.8}}, "train.ema_decay"),
+        ({"train": {"select_energy_weight": 1.0}}, "train.select_energy_weight"),
+        ({"optimizer": {"grad_norm": 1.0}}, "optimizer.grad_norm"),
+        (
+            {"optimizer": {"num_gradient_accumulation_steps": 2}},
+            "optimizer.num_gradient_accumulation_steps",
+        ),
+        ({"data": {"cutoff": OTHER_CUTOFF}}, "data.cutoff"),
+        ({"data": {"batch_size": 9}}, "data.batch_size"),
+    ],
+)
+def test_another_recipe_or_data_set_is_refused_by_name(
+    changes, name, finished, recipe, data, tmp_path
+):
+    folder = shutil.copytree(finished[0].folder, tmp_path / "copy")
+    other = changed(recipe, **changes)
+    set_ = load_data(other) if "data" in changes else data
+    with pytest.raises(CheckpointError, match=rf"\(differing: {name}\)") as caught:
+        Trainer(other, set_, folder).run()
+    assert ("--resume allow-changes" in str(caught.value)) == (name == "optimizer.grad_norm")
+    if name != "optimizer.grad_norm":
+        with pytest.raises(CheckpointError, match=rf"\(differing: {name}\)"):
+            Trainer(other, set_, folder).run("allow-changes")
+
+
+def test_other_labels_are_refused(recipe, data, finished):
+    energy = data.validation.energy + np.eye(1, len(data.validation))[0]
+    validation = dataclasses.replace(data.validation, energy=energy)
+    other = dataclasses.replace(data, validation=validation)
+    with pytest.raises(CheckpointError, match=r"\(differing: the structures, labels or batches\)"):
+        Trainer(recipe, other, finished[0].folder).run()
+
+
+@pytest.mark.parametrize("part", ["train", "validation"])
+@pytest.mark.parametrize(
+    "name",
+    ["positions", "atomic_numbers", "forces", "senders", "energy", "cell", "stress", "stress_mask",
+     "cutoff", "atomic_energies"],
+)  # fmt: skip
+def test_every_part_of_the_data_counts_in_the_fingerprint(part, name, data):
+    stress = {"stress": np.ones((len(data.train), 3, 3), np.float32),
+              "stress_mask": np.ones(len(data.train), bool)}  # fmt: skip
+    store = dataclasses.replace(getattr(data, part), **stress, cell=stress["stress"])
+    before = dataclasses.replace(data, **{part: store}).fingerprint
+    assert before != data.fingerprint
+    value = np.array(getattr(store, name))
+    first = {"positions": store.first_atom, "atomic_numbers": store.first_atom,
+             "forces": store.first_atom, "senders": store.first_edge}  # fmt: skip
+    if value.ndim == 0:
+        value = float(value) + 0.1
+    else:
+        row = first.get(name, [0])[0]
+        value[row] = 8 - 7 * (value[row] == 8) if name == "atomic_numbers" else value[row] == 0
+    store = dataclasses.replace(store, **{name: value})
+    assert dataclasses.replace(data, **{part: store}).fingerprint != before
+
+
+def test_a_run_goes_on_with_another_learning_rate(recipe, data, tmp_path):
+    stop_at_step(Trainer(recipe, data, tmp_path), 8)
+    slower = changed(recipe, optimizer={f"{k}_learning_rate": 1e-4 for k in ("peak", "final")})
+    with pytest.raises(CheckpointError, match="or go on with --resume allow-changes"):
+        Trainer(slower, data, tmp_path).run()
+    trainer = Trainer(slower, data, tmp_path)
+    at_step(trainer, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert trainer.run("allow-changes").status == "terminated"
+    assert Trainer(slower, data, tmp_path).run("must").status == "done"
+    table = rows(tmp_path)
+    assert float(table[1]["learning_rate"]) == pytest.approx(0.01 - 0.009 * 3 / 20)
+    assert [float(row["learning_rate"]) for row in table[2:]] == pytest.approx([1e-4] * 3)
+    (change,) = [e["changes"] for e in events(tmp_path) if e["event"] == "resumed" and e["changes"]]
+    assert change["optimizer.peak_learning_rate"] == [0.01, 1e-4]
+
+
+def test_the_clock_asks_for_checkpoints_too(recipe, data, tmp_path):
+    """With none due by the count of steps, every step is saved at an interval of no time."""
+    often = changed(recipe, checkpoint={"every_steps": 10**9, "every_minutes": 1e-9})
+    trainer = Trainer(often, data, tmp_path)
+
+    def look():
+        assert trainer.checkpoints.files()[0].name == "step-000000003.safetensors"
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    at_step(trainer, 4, look)
+    assert trainer.run().status == "terminated"
+
+
+def test_validation_errors_that_are_not_finite_end_the_run(recipe, data, tmp_path):
+    energy = np.full(len(data.validation), np.inf)
+    broken = dataclasses.replace(data.validation, energy=energy)
+    trainer = Trainer(recipe, dataclasses.replace(data, validation=broken), tmp_path)
+    with pytest.raises(NonFiniteError, match=r"after epoch 0 .*--resume allow-changes"):
+        trainer.run()
+
+
+def test_structures_too_large_are_left_out_of_validation_too(recipe, data, tmp_path):
+    """A validation structure with more atoms than a batch has; the others are those judged."""
+    sizes = data.validation.num_atoms
+    largest = int(sizes.argmax())
+    budget = dataclasses.replace(data.budget, n_node=int(sizes[largest]))
+    with pytest.raises(DataError, match="fit into no batch"):
+        Trainer(recipe, dataclasses.replace(data, budget=budget), tmp_path / "a").run()
+    dropping = dataclasses.replace(data, budget=budget, on_oversize="drop")
+    trainer = Trainer(recipe, dropping, tmp_path / "b")
+
+    def stop():
+        raise RuntimeError("before the first step")
+
+    at_step(trainer, 1, stop)
+    with pytest.raises(RuntimeError, match="before the first step"):
+        trainer.run()
+    rest = data.validation.subset(np.flatnonzero(sizes < sizes[largest]))
+    errors = evaluate_store(trainer.eval_step, trainer.state.params, rest, budget)
+    row = rows(tmp_path / "b")[0]
+    assert float(row["validation_forces_rmse"]) == pytest.approx(errors["forces_rmse"], rel=1e-2)
 
 
 def spoiled(batch):

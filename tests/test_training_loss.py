@@ -4,12 +4,19 @@ import math
 
 import numpy as np
 import pytest
-from training_cases import golden, golden_batch, weights
+from training_cases import golden, golden_batch, golden_with_stress, weights
 
 from mlip_md.errors import ConfigError
 from mlip_md.trainer import metrics
 from mlip_md.trainer.config import LossConfig, load_recipe
-from mlip_md.trainer.loss import batch_loss, force_deltas, huber, stage_at, weights_at
+from mlip_md.trainer.loss import (
+    batch_loss,
+    force_deltas,
+    huber,
+    stage_at,
+    structure_losses,
+    weights_at,
+)
 
 
 def loss_config(kind):
@@ -20,16 +27,16 @@ def loss_config(kind):
 
 @pytest.mark.parametrize("kind", ["mse", "huber"])
 @pytest.mark.parametrize(("epoch", "when"), [(1, "before"), (114, "before"), (115, "after")])
-def test_losses_are_the_reference_losses(reference_data, kind, epoch, when):
-    arrays, numbers = golden(reference_data)
+def test_losses_are_the_reference_losses(kind, epoch, when):
+    arrays, numbers = golden()
     config = loss_config(kind)
     loss = batch_loss(config, *golden_batch(arrays)[:2], weights_at(config, epoch),
                       golden_batch(arrays)[2])  # fmt: skip
     assert float(loss) == pytest.approx(numbers[f"loss_{kind}_{when}"]["loss"], rel=3e-6)
 
 
-def test_errors_are_the_reference_errors(reference_data):
-    arrays, numbers = golden(reference_data)
+def test_errors_are_the_reference_errors():
+    arrays, numbers = golden()
     prediction, batch, _ = golden_batch(arrays)
     total = {}
     metrics.add_sums(total, metrics.error_sums(prediction, batch))
@@ -41,8 +48,8 @@ def test_errors_are_the_reference_errors(reference_data):
     assert errors["forces_rmse"] ** 2 == pytest.approx(expected["mse_f"], rel=1e-6)
 
 
-def test_padding_changes_no_loss_and_no_error(reference_data):
-    arrays, _ = golden(reference_data)
+def test_padding_changes_no_loss_and_no_error():
+    arrays, _ = golden()
     prediction, batch, _ = golden_batch(arrays)
     padding = ~batch.graph.node_mask[:, None]
     wild = prediction._replace(
@@ -78,6 +85,25 @@ def test_classes_of_the_adaptive_huber_loss():
     np.testing.assert_allclose(
         force_deltas(forces, 0.01)[:, 0], 0.01 * np.array(factors), rtol=1e-6
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("mse", [8.0, 0.0, 0.25 / 9]), ("huber", [3.375 * 8 / 9, 0.0, 0.125 / 9])],
+)
+def test_stress_is_a_mean_of_nine_where_there_is_a_label(kind, expected):
+    """Errors of 3 but for one component, none where there is no label, ½ in one component."""
+    error = np.zeros((4, 3, 3), np.float32)
+    error[0], error[1], error[2, 0, 1] = 3.0, 5.0, 0.5
+    error[0, 1, 1] = 0.0
+    config = LossConfig.model_validate(
+        {"kind": kind, "delta": 1.5, "stress": {"weight": 7.0},
+         "energy": {"weight": 0.0}, "forces": {"weight": 0.0}}
+    )  # fmt: skip
+    prediction, batch = golden_with_stress(golden()[0], error)
+    np.testing.assert_allclose(structure_losses(config, prediction, batch)[2][:3], expected)
+    loss = batch_loss(config, prediction, batch, weights_at(config, 1))
+    assert float(loss) == pytest.approx(7.0 * sum(expected) / 3, rel=1e-6)
 
 
 def test_huber_by_hand():

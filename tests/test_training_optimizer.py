@@ -55,8 +55,8 @@ def trace(case, gradients):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_steps_and_averages_are_the_reference_ones(reference_data, case):
-    arrays, _ = golden(reference_data)
+def test_steps_and_averages_are_the_reference_ones(case):
+    arrays, _ = golden()
     config, steps = trace(case, arrays[f"opt_{case}_grads"])
     np.testing.assert_allclose(
         np.array([flat(step) for step in steps]), arrays[f"opt_{case}_params"], atol=2e-7

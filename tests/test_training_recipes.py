@@ -1,5 +1,6 @@
 """Recipes: the cards row by row, and errors that name file, line, column and the nearest key."""
 
+import json
 import re
 
 import pytest
@@ -146,11 +147,59 @@ def test_every_key_misspelled_is_refused_with_its_name(section, key, write):
         ("model: [1, 2\n", "train.yaml:2:1: "),
         ("- 1\n", "train.yaml: a recipe is a map"),
         ("data:\n  cutoff: 5.0\n  graph_cutoff_angstrom: 6.0\n", "train.yaml:3:3: .*keep one"),
+        ("seed: 99999999999999999999\n", "train.yaml:1:1: seed: .*9223372036854775807"),
+        ("train:\n  epochs: !foo 3\n", "2:3: train.epochs: the tag !foo means nothing"),
+        ("train: !foo {epochs: 3}\n", "1:1: train: the tag !foo means nothing"),
+        ("data: {path: 3}\n", r"1:8: data.path: .*string or a valid list \(given: 3\)$"),
+        ("data: {path: [a, 3]}\n", r"1:18: data.path.1: .*valid string \(given: 3\)$"),
+        ("train: 3\n", r"train.yaml:1:1: train: input should be a valid map of keys \(given: 3\)$"),
+        (
+            "checkpoint: &x {every_stepz: 5}\nlog: {<<: *x}\n",
+            r"1:17: log.every_stepz: unknown key; did you mean every_steps\?$",
+        ),
+        ("model:\n  kind: mace\n  atomic_energies:\n    Xx: 1.0\n",
+         r"4:5: model.atomic_energies.Xx: Xx is neither the symbol of an element nor"),
+        ("model: {kind: mace, atomic_energies: {true: 1.0}}\n", "1:39: .*True is neither"),
+        ("model: {kind: mace, atomic_energies: {119: 1.0}}\n", "1:39: .*119 is neither"),
+        ("model: {kind: mace, atomic_energies: {H: 1.0, 1: 2.0}}\n", "1:47: .*same element as H"),
+        ("model: {kind: mace, atomic_energies: {H: x}}\n", "1:21: model.atomic_energies: "),
     ],
-)
+)  # fmt: skip
 def test_bad_values_are_refused_with_their_place(text, message, write):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         load_recipe(write(text))
+    lines = str(caught.value).splitlines()
+    assert all(line.startswith("train.yaml") for line in lines)
+    assert len(lines) == (2 if "<<" in text else 1)  # a merged mistake stands in two sections
+
+
+def test_a_recipe_that_is_not_utf8_is_refused_with_its_line(tmp_path):
+    path = tmp_path / "train.yaml"
+    path.write_bytes("name: x\ndescription: café\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"^train\.yaml:2: not UTF-8 text"):
+        load_recipe(str(path))
+
+
+def test_sections_can_be_merged(write):
+    recipe, origins = load_recipe(
+        write("checkpoint: &every {every_steps: 7}\nlog:\n  <<: *every\n  plots: false\n")
+    )
+    assert (recipe.checkpoint.every_steps, recipe.log.every_steps) == (7, 7)
+    assert re.search(r"every_steps: 7 +# train\.yaml:1\n  plots", dump_resolved(recipe, origins))
+
+
+@pytest.mark.parametrize("kind", ["mace", "nequip"])
+def test_atomic_energies_are_given_by_symbol_or_number(kind, write):
+    energies = "{H: -13.6, 6: -1030.5, '8': -2043.9, No: 1}"
+    text = f"model:\n  kind: {kind}\n  atomic_energies: {energies}\n"
+    recipe, origins = load_recipe(write(text))
+    assert recipe.network.atomic_energies == {1: -13.6, 6: -1030.5, 8: -2043.9, 102: 1.0}
+    plain = recipe.plain()
+    assert plain["model"]["atomic_energies"] == {"H": -13.6, "C": -1030.5, "O": -2043.9, "No": 1.0}
+    assert json.loads(json.dumps(plain)) == plain
+    again = load_recipe(write(dump_resolved(recipe, origins)))[0]
+    assert again.network == recipe.network
+    assert again.plain() == plain
 
 
 def test_values_are_read_as_yaml_1_2(write):
@@ -189,11 +238,17 @@ def test_values_can_be_overridden(write):
         ("train.epochs=x", "^--set train.epochs: .*'x'"),
         ("train.epochs", "section.key=value"),
         ("name.first=x", "name holds no keys"),
+        ("seed=99999999999999999999", "^--set seed: .*9223372036854775807"),
+        ("train.epochs=[1", r"^--set train.epochs=\[1: the value is no YAML \(expected .*\)$"),
+        ("train.epochs=!foo 1", "^--set train.epochs=!foo 1: the value is no YAML .*"),
+        ("train.epochs=2020-99-99", "the value is no YAML"),
+        ("model.atomic_energies={Q: 1.0}", "^--set model.atomic_energies.Q: Q is neither"),
     ],
 )
 def test_bad_overrides_are_refused(setting, message, write):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         load_recipe(write(RECIPE), [setting])
+    assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_recipe_names_the_shipped_ones():

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -79,9 +80,9 @@ def small_recipe(path, **sections):
     return Recipe.model_validate(values)
 
 
-def golden(reference_data):
-    """Reference numbers of losses and of optimizer steps."""
-    folder = reference_data / "golden"
+def golden():
+    """Reference numbers of losses and of optimizer steps, made with InstaDeep's mlip 0.1.2."""
+    folder = Path(__file__).parent / "data"
     return np.load(folder / "training_golden.npz"), json.loads(
         (folder / "training_golden.json").read_text(encoding="utf-8")
     )
@@ -106,3 +107,11 @@ def golden_batch(arrays):
     batch = Batch(graph, arrays["loss_e_ref"][:4], arrays["loss_f_ref"])
     energies, forces = arrays["loss_e_pred"][:4], arrays["loss_f_pred"]
     return Prediction(energies, None, forces, None), batch, arrays["loss_weight"][:4]
+
+
+def golden_with_stress(arrays, error):
+    """The same with stresses that are off by ``error`` (4, 3, 3); the second has no label."""
+    prediction, batch, _ = golden_batch(arrays)
+    reference = np.arange(36, dtype=np.float32).reshape(4, 3, 3)
+    prediction = prediction._replace(stress=reference + error)
+    return prediction, batch.replace(stress=reference, stress_mask=np.arange(4) != 1)

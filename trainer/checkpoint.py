@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from safetensors.numpy import save as to_safetensors
 
 from mlip_md.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 
 State = TypeVar("State")
 _log = logging.getLogger(__name__)
@@ -102,6 +102,12 @@ def load(path: Path, template: State) -> tuple[State, dict[str, Any]]:
     Raises:
         CheckpointError: if the file is damaged or belongs to another network or optimizer.
     """
+    tensors, progress = _read(path)
+    return _fill(path, template, tensors), progress
+
+
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Tensors and progress of a checkpoint that is whole and of this format."""
     try:
         with safe_open(path, framework="numpy") as stream:
             metadata = stream.metadata() or {}
@@ -116,7 +122,7 @@ def load(path: Path, template: State) -> tuple[State, dict[str, Any]]:
         raise CheckpointError(
             f"{path} has checkpoint format {content['format']}; this version reads {FORMAT}"
         )
-    return _fill(path, template, tensors), content["progress"]
+    return tensors, content["progress"]
 
 
 def _fill(path: Path, template: State, tensors: Mapping[str, np.ndarray]) -> State:
@@ -164,19 +170,31 @@ class CheckpointFolder:
             old.unlink(missing_ok=True)
         return path
 
-    def restore(self, template: State) -> tuple[State, dict[str, Any]] | None:
+    def restore(
+        self, template: State, check: Callable[[dict[str, Any]], None] | None = None
+    ) -> tuple[State, dict[str, Any]] | None:
         """The newest undamaged checkpoint, or None where there is none at all.
 
+        Args:
+            template: a state of the same run; its values do not matter.
+            check: called with the progress of that checkpoint before its state is looked at; what
+                it raises ends the search.
+
         Raises:
-            CheckpointError: if there are checkpoints and not one is usable.
+            CheckpointError: if there are checkpoints and not one is usable, or the newest
+                undamaged one belongs to another network or optimizer.
         """
         problems = []
         for path in self.files():
             try:
-                return load(path, template)
+                tensors, progress = _read(path)
             except CheckpointError as error:
                 _log.warning("%s; trying the one before", error)
                 problems.append(str(error))
+                continue
+            if check is not None:
+                check(progress)
+            return _fill(path, template, tensors), progress
         if problems:
             raise CheckpointError("no checkpoint is usable: " + "; ".join(problems))
         return None

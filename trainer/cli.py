@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import logging
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,6 +26,9 @@ EXIT_SAVED, EXIT_KEYBOARD = 75, 130
 """75 (EX_TEMPFAIL): interrupted, the state is saved, start again with the same command."""
 
 
+E0_LOGGER = "mlip_md.trainer.data.statistics"
+"""Its warning on E0 is long; the commands say it in a line, see ``_warn_of_energies``."""
+
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a value of the recipe."),
@@ -36,6 +41,14 @@ class ResumeOption(enum.StrEnum):
     auto = "auto"
     never = "never"
     must = "must"
+    allow_changes = "allow-changes"
+
+
+class OnBad(enum.StrEnum):
+    """What happens to structures that cannot be used."""
+
+    error = "error"
+    skip = "skip"
 
 
 def train_command(
@@ -48,7 +61,11 @@ def train_command(
     overrides: Overrides = None,
     run: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/NAME.")] = None,
     resume: Annotated[
-        ResumeOption, typer.Option(help="Continue from the folder's checkpoints.")
+        ResumeOption,
+        typer.Option(
+            help="Continue from the folder's checkpoints. auto: if there are any; allow-changes: "
+            "also with other learning rates, warm-up, decay or clipping than before."
+        ),
     ] = ResumeOption.auto,
     dry_run: Annotated[
         int, typer.Option(min=0, metavar="N", help="Time N steps and write nothing.")
@@ -62,7 +79,8 @@ def train_command(
     Exit codes: 0 done, 2 recipe, 3 data, 4 diverged (NaN), 5 storage, 75 interrupted or out of
     time with the state saved, 130 Ctrl-C with the state saved.
     """
-    status = _train(recipe, overrides or [], run, resume.value, dry_run, max_time)
+    with _plain_warnings():
+        status = _train(recipe, overrides or [], run, resume.value, dry_run, max_time)
     raise typer.Exit({"done": 0, "keyboard": EXIT_KEYBOARD}.get(status, EXIT_SAVED))
 
 
@@ -82,7 +100,13 @@ def _train(
     from mlip_md.trainer.train import Trainer
 
     folder = folder or Path("runs") / recipe.name
+    _check_run_folder(folder)
+    _say_reading(recipe.data.path)
     data = load_data(recipe)
+    for line in (*data.notes, *statistics_lines(data.statistics)):
+        typer.echo(line)
+    _warn_of_energies(data.statistics)
+    typer.echo("compiling the network")
     if dry_run:
         typer.echo(data.summary())
         for name, value in Trainer(recipe, data, folder).dry_run(dry_run).items():
@@ -91,6 +115,54 @@ def _train(
     with _bar() as (echo, tick):
         trainer = Trainer(recipe, data, folder, origins=origins, echo=echo, tick=tick)
         return trainer.run(resume, seconds).status  # type: ignore[arg-type] # checked by typer
+
+
+def _check_run_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to, before the data are read."""
+    there = next((part for part in (folder, *folder.parents) if part.exists()), Path())
+    if not there.is_dir():
+        raise ConfigError(f"--run {folder}: {there} is a file; name a folder")
+    if not os.access(there, os.W_OK):
+        raise ConfigError(f"--run {folder}: {there} is not writable")
+
+
+def _check_output(path: Path) -> None:
+    """Refuse a file that cannot be written, before anything is computed for it."""
+    if not path.parent.is_dir():
+        raise ConfigError(f"--output {path}: there is no folder {path.parent}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"--output {path}: not a file that can be written")
+
+
+def _say_reading(paths: str | list[str]) -> None:
+    if paths:  # without any, an error says so
+        typer.echo(f"reading {paths if isinstance(paths, str) else ', '.join(paths)}")
+
+
+class _PlainWarnings(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name != E0_LOGGER:
+            typer.echo(f"Warning: {record.getMessage()}", err=True)
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings of the package become lines on stderr that begin with "Warning:"."""
+    logger, handler = logging.getLogger("mlip_md"), _PlainWarnings(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def _warn_of_energies(statistics: Statistics) -> None:
+    for combination in statistics.undetermined:
+        typer.echo(
+            f"Warning: the data leave E0 open by any multiple of {combination}. Energies of other "
+            "compositions and of broken bonds mean nothing; give model.atomic_energies",
+            err=True,
+        )
 
 
 @contextlib.contextmanager
@@ -116,15 +188,26 @@ def check_command(
     deep: Annotated[
         bool, typer.Option("--deep", help="Also compile a step: memory and arithmetic it takes.")
     ] = False,
+    print_only: Annotated[
+        bool, typer.Option("--print", help="Print the recipe as it is written, nothing else.")
+    ] = False,
 ) -> None:
-    """Check a recipe and its data without training: labels, E0, padding, size of the network."""
-    from mlip_md.trainer.config import load_recipe
+    """Check a recipe and its data without training: labels, E0, padding, size of the network.
 
+    A shipped recipe is the start of an own one: mlip-md check organics-gfn2 --print > own.yaml
+    """
+    from mlip_md.trainer.config import load_recipe, print_recipe
+
+    if print_only:
+        typer.echo(print_recipe(recipe), nl=False)
+        return
     checked, origins = load_recipe(recipe, overrides or [])
     from mlip_md.trainer.dataset import load_data
     from mlip_md.trainer.train import Trainer
 
-    data = load_data(checked)
+    with _plain_warnings():
+        data = load_data(checked)
+    _warn_of_energies(data.statistics)
     trainer = Trainer(checked, data, Path("runs") / checked.name, origins=origins)
     for line in (*data.notes, data.summary(), *statistics_lines(data.statistics)):
         typer.echo(line)
@@ -143,7 +226,6 @@ def statistics_lines(statistics: Statistics) -> list[str]:
     shortest = statistics.avg_r_min
     return [
         f"E0 ({statistics.atomic_energies_source}), eV: {energies}",
-        *(f"E0 not determined by the data: any multiple of {x}" for x in statistics.undetermined),
         f"neighbors per atom {statistics.avg_num_neighbors:.2f}, shortest distance "
         f"{math.nan if shortest is None else shortest:.3f} Å on average, forces "
         f"{statistics.forces_rms:.3f} eV/Å (root mean square)",
@@ -159,18 +241,36 @@ def prepare_command(
     from mlip_md.trainer.config import load_recipe
     from mlip_md.trainer.dataset import prepare_data
 
-    data = prepare_data(load_recipe(recipe, overrides or [])[0], folder)
+    prepared = load_recipe(recipe, overrides or [])[0]
+    _say_reading(prepared.data.path)
+    with _plain_warnings():
+        data = prepare_data(prepared, folder)
     for path, report in data.curation.items():
         typer.echo(f"{path}: {report}")
+    for line in statistics_lines(data.statistics):
+        typer.echo(line)
+    _warn_of_energies(data.statistics)
     counts = ", ".join(f"{len(store)} {name}" for name, store in data.parts.items())
     typer.echo(f"{folder}: {counts}; train with --set data.path={folder}")
 
 
 def evaluate_command(
     model: Annotated[str, typer.Argument(help="Potential: bundled name, file or run folder.")],
-    data: Annotated[Path, typer.Argument(help="Labelled structures: HDF5 or extended XYZ.")],
+    data: Annotated[
+        Path,
+        typer.Argument(help="Labelled structures: HDF5, extended XYZ, or a prepared folder."),
+    ],
     split: Annotated[
         str | None, typer.Option(help="Only structures that the file marks so, e.g. test.")
+    ] = None,
+    on_bad: Annotated[
+        OnBad, typer.Option(help="Structures without usable labels, or of unknown elements.")
+    ] = OnBad.error,
+    energy_key: Annotated[
+        str | None, typer.Option(help="Extended XYZ: name of the energy; default: usual ones.")
+    ] = None,
+    forces_key: Annotated[
+        str | None, typer.Option(help="Extended XYZ: name of the forces, likewise.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Structures per batch.")] = 16,
     output: Annotated[
@@ -179,21 +279,35 @@ def evaluate_command(
 ) -> None:
     """Errors of a potential on a data set, whole and by subset."""
     import mlip_md
-    from mlip_md.trainer.data import read
-    from mlip_md.trainer.evaluate import evaluate, write_json
+    from mlip_md.trainer.evaluate import evaluate, labelled, write_json
 
-    result = evaluate(mlip_md.load(model), read(data, split=split), batch_size)
+    if output is not None:
+        _check_output(output)
+    potential = mlip_md.load(model)
+    with _plain_warnings():
+        store, left_out = labelled(
+            data,
+            potential,
+            split=split,
+            on_bad=on_bad.value,
+            energy_key=energy_key,
+            forces_key=forces_key,
+        )
+    if left_out:
+        typer.echo(f"{left_out} structures of other elements were left out", err=True)
+    result = evaluate(potential, store, batch_size)
+    Console().print(error_table(result))
     if output is not None:
         write_json(result, output)
-    Console().print(error_table(result))
 
 
 def error_table(result: Evaluation) -> Table:
-    """Errors as a table, one row per subset, in meV/atom and meV/Å."""
+    """Errors as a table, one row per subset if there are several, in meV/atom and meV/Å."""
     table = Table("subset", "structures", "E MAE", "E RMSE", "F MAE", "F RMSE")
     table.caption = "energies in meV/atom, forces in meV/Å (per component)"
     columns = ("energy_mae_per_atom", "energy_rmse_per_atom", "forces_mae", "forces_rmse")
-    for name, errors in {**result.by_subset, "all": result.overall}.items():
+    subsets = result.by_subset if len(result.by_subset) > 1 else {}
+    for name, errors in {**subsets, "all": result.overall}.items():
         count = str(int(errors.get("structures", len(result.energies))))
         table.add_row(name, count, *(f"{1000 * errors[column]:.3f}" for column in columns))
     return table

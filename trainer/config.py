@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import io
+import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.comments import CommentedMap, CommentedSeq, TaggedScalar
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from mlip_md.elements import symbol
@@ -28,6 +29,9 @@ SYMBOLS = {symbol(z): z for z in range(1, 119)}
 """Atomic number by symbol."""
 
 RECIPES = Path(__file__).parent / "recipes"
+
+MAX_SEED = 2**63 - 1
+"""Largest seed that JAX takes."""
 
 ALIASES = {
     ("model", "avg_um_neighbors"): "avg_num_neighbors",
@@ -152,7 +156,7 @@ class SplitConfig(Section):
     validation: float = Field(default=0.1, ge=0, lt=1)
     test: float = Field(default=0.0, ge=0, lt=1)
     by: Literal["group", "structure"] = "group"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
 
     @model_validator(mode="after")
     def _check_sum(self) -> SplitConfig:
@@ -192,7 +196,8 @@ class DataConfig(Section):
     """Where the structures come from and how they are batched.
 
     Attributes:
-        path: file or folder of the data set, or a list of them.
+        path: file of the data set, a list of files, or one folder made by ``mlip-md prepare``. With
+            a folder, the rows on reading, filters and splits must be those it was made with.
         validation: file(s) used for validation instead of a split of ``path``.
         test: file(s) used for the final test instead of a split of ``path``.
         split: into training, validation and test set, where no own files are given.
@@ -213,7 +218,7 @@ class DataConfig(Section):
     test: str | list[str] | None = None
     split: SplitConfig = SplitConfig()
     curate: CurationConfig | None = CurationConfig()
-    cutoff: float = Field(default=5.0, gt=0)
+    cutoff: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     max_n_node: int | None = Field(default=None, ge=1)
     max_n_edge: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=16, ge=1)
@@ -267,7 +272,8 @@ class Recipe(Section):
         name: of the potential; goes into the model file.
         description: free text; goes into the model file.
         seed: of the initial weights and of the order of the structures.
-        model: ``kind`` (mace or nequip) and the hyperparameters of the network.
+        model: ``kind`` (mace or nequip) and the hyperparameters of the network; E0 are given by
+            symbol or atomic number, ``atomic_energies: {H: -13.6, 6: -1030.5}`` (eV).
         data: data set, cutoff, batches.
         loss: terms and weights.
         optimizer: learning rates, clipping, accumulation.
@@ -279,7 +285,7 @@ class Recipe(Section):
 
     name: str = "potential"
     description: str = ""
-    seed: int = Field(default=42, ge=0)
+    seed: int = Field(default=42, ge=0, le=MAX_SEED)
     model: dict[str, Any] = Field(default_factory=lambda: {"kind": "mace"})
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
@@ -293,13 +299,30 @@ class Recipe(Section):
     def network(self) -> NetworkConfig:
         """The validated hyperparameters of the network."""
         fields = {name: value for name, value in self.model.items() if name != "kind"}
+        energies = fields.get("atomic_energies")
+        if isinstance(energies, Mapping):
+            fields["atomic_energies"] = {_atomic_number(z): e for z, e in energies.items()}
         return config_from_dict(self.model["kind"], fields)
 
     def plain(self) -> dict[str, Any]:
         """All values, defaults included, as plain JSON values."""
         values = self.model_dump(mode="json")
-        values["model"] = {"kind": self.model["kind"], **config_to_dict(self.network)}
-        return values
+        model = {"kind": self.model["kind"], **config_to_dict(self.network)}
+        if isinstance(model["atomic_energies"], Mapping):
+            model["atomic_energies"] = {
+                symbol(int(z)): e for z, e in model["atomic_energies"].items()
+            }
+        return {**values, "model": model}
+
+
+def _atomic_number(key: object) -> int:
+    """Atomic number of a symbol, a number or the text of a number, as keys of JSON are."""
+    number = key if type(key) is int else 0
+    if isinstance(key, str):
+        number = SYMBOLS.get(key, int(key) if key.isdecimal() else 0)
+    if number not in SYMBOLS.values():
+        raise ConfigError(f"{key} is neither the symbol of an element nor an atomic number")
+    return number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -362,8 +385,9 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[Recip
         ConfigError: on unreadable YAML, unknown keys or bad values, with file, line and column.
     """
     path = recipe_path(name_or_path)
-    tree = _read_yaml(path.read_text(encoding="utf-8"), path.name)
+    tree = _read_yaml(_text(path), path.name)
     lines = dict(_positions(tree))
+    _refuse_tags(tree, Origins(path.name, lines, frozenset()))
     values = _plain(tree)
     changed = set()
     for override in overrides:
@@ -389,18 +413,42 @@ def dump_resolved(recipe: Recipe, origins: Origins) -> str:
     return stream.getvalue()
 
 
+def print_recipe(name_or_path: str) -> str:
+    """The text of a recipe as it is written, with its comments.
+
+    Raises:
+        ConfigError: if there is no such recipe, or it is no UTF-8 text.
+    """
+    return _text(recipe_path(name_or_path))
+
+
+def _text(path: Path) -> str:
+    content = path.read_bytes()
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        line = 1 + content.count(b"\n", 0, error.start)
+        raise ConfigError(f"{path.name}:{line}: not UTF-8 text; save the file as UTF-8") from error
+
+
 def _read_yaml(text: str, name: str) -> CommentedMap:
     try:
         tree = YAML().load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
-        raise ConfigError(f"{place}: {str(error.problem).splitlines()[0]}") from error
-    except YAMLError as error:
-        raise ConfigError(f"{name}: {error}") from error
+        raise ConfigError(f"{place}: {_problem(error)}") from error
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{name}: {_problem(error)}") from error
     if not isinstance(tree, CommentedMap):
         raise ConfigError(f"{name}: a recipe is a map of sections (model, data, optimizer, …)")
     return tree
+
+
+def _problem(error: Exception) -> str:
+    """The first line of what a YAML reader has to say."""
+    text = getattr(error, "problem", None) or str(error) or "not readable as YAML"
+    return str(text).splitlines()[0]
 
 
 def _positions(
@@ -408,7 +456,7 @@ def _positions(
 ) -> Iterator[tuple[tuple[str | int, ...], tuple[int, int]]]:
     if isinstance(tree, CommentedMap):
         for key, value in tree.items():
-            line, column = tree.lc.key(key)
+            line, column = _place(tree, key)
             yield (*path, key), (line + 1, column + 1)
             yield from _positions(value, (*path, key))
     elif isinstance(tree, CommentedSeq):
@@ -416,6 +464,22 @@ def _positions(
             line, column = tree.lc.item(index)
             yield (*path, index), (line + 1, column + 1)
             yield from _positions(value, (*path, index))
+
+
+def _place(tree: CommentedMap, key: Any) -> tuple[int, int]:
+    """Line and column of a key, from 0; of a merged one (``<<: *anchor``), where it is written."""
+    holders = [tree, *tree.merge]
+    return next((m.lc.key(key) for m in holders if key in (m.lc.data or ())), (tree.lc.line, 0))
+
+
+def _refuse_tags(value: Any, origins: Origins, path: tuple[str | int, ...] = ()) -> None:
+    tag = getattr(value, "tag", None)
+    if isinstance(value, TaggedScalar) or (tag is not None and tag.value is not None):
+        raise ConfigError(f"{origins.prefix(path)}: the tag {tag} means nothing here; remove it")
+    items = value.items() if isinstance(value, CommentedMap) else ()
+    items = enumerate(value) if isinstance(value, CommentedSeq) else items
+    for key, part in items:
+        _refuse_tags(part, origins, (*path, key))
 
 
 def _plain(value: Any) -> Any:
@@ -441,8 +505,9 @@ def _apply_override(values: dict[str, Any], override: str) -> tuple[str | int, .
             raise ConfigError(f"--set {override}: {key} holds no keys")
     try:
         target[path[-1]] = _plain(YAML(typ="safe").load(text))
-    except YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is no YAML: {error}") from error
+    except (YAMLError, ValueError, RecursionError) as error:
+        problem = _problem(error)
+        raise ConfigError(f"--set {override}: the value is no YAML ({problem})") from error
     return path
 
 
@@ -474,23 +539,56 @@ def _validate(values: dict[str, Any], origins: Origins) -> Recipe:
     for key in recipe.model:
         if key != "kind" and key not in known:
             raise ConfigError(_unknown(("model", key), known, origins))
+    _check_energies(recipe.model.get("atomic_energies"), origins)
     try:
         _ = recipe.network
-    except (ConfigError, TypeError) as error:
-        field = str(error).split(" ")[0]
-        raise ConfigError(f"{origins.prefix(('model', field))}: {error}") from error
+    except (ValueError, TypeError) as error:
+        field = next((word for word in re.findall(r"\w+", str(error)) if word in known), "")
+        path = ("model", field) if field else ("model",)
+        raise ConfigError(f"{origins.prefix(path)}: {error}") from error
     return recipe
 
 
+def _check_energies(energies: Any, origins: Origins) -> None:
+    """Refuse keys of a map of E0 that name no element, or one that another key names too."""
+    seen: dict[int, object] = {}
+    for key in energies if isinstance(energies, dict) else ():
+        place = origins.prefix(("model", "atomic_energies", key))
+        try:
+            number = _atomic_number(key)
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from error
+        if number in seen:
+            raise ConfigError(f"{place}: the same element as {seen[number]}; keep one of them")
+        seen[number] = key
+
+
 def _messages(error: ValidationError, origins: Origins) -> Iterator[str]:
+    """One line per mistake, also where pydantic tells what each type of a union would need."""
+    found: dict[tuple[str | int, ...], list[Any]] = {}
     for item in error.errors():
         path = tuple(p for p in item["loc"] if p not in ("str", "list[str]"))
-        if item["type"] == "extra_forbidden":
+        found.setdefault(path, []).append(item)
+    lists = {path[:-1] for path in found}
+    misspelled = {path[:-1] for path, items in found.items() if _is(items, "extra_forbidden")}
+    for path, items in found.items():
+        if _is(items, "extra_forbidden"):
             yield _unknown(path, _known_keys(path[:-1]), origins)
-        else:
-            text = item["msg"].removeprefix("Value error, ")
-            given = "" if isinstance(item["input"], dict) else f" (given: {item['input']!r})"
-            yield f"{origins.prefix(path)}: {text[:1].lower()}{text[1:]}{given}"
+            continue
+        if (_is(items, "missing") and path[:-1] in misspelled) or (
+            _is(items, "string_type") and path in lists
+        ):
+            continue  # said better by the unknown key, or by the bad entry of the list
+        texts = [item["msg"].removeprefix("Value error, ") for item in items]
+        texts = [re.sub(r"dictionary or instance of \w+", "map of keys", t) for t in texts]
+        text = " or ".join([texts[0], *(t.removeprefix("Input should be ") for t in texts[1:])])
+        value = items[0]["input"]
+        given = "" if isinstance(value, dict) else f" (given: {value!r})"
+        yield f"{origins.prefix(path)}: {text[:1].lower()}{text[1:]}{given}"
+
+
+def _is(items: Sequence[Any], kind: str) -> bool:
+    return bool(items[0]["type"] == kind)
 
 
 def _known_keys(path: Sequence[str | int]) -> list[str]:

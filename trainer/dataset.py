@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from mlip_md.trainer.data import (
     PreparedData,
     SplitRule,
     Statistics,
+    compute_statistics,
     is_prepared,
     iterate_batches,
     make_batch,
@@ -28,6 +30,12 @@ from mlip_md.trainer.data import (
     plan_epoch,
     prepare,
 )
+from mlip_md.trainer.data.readers import SPLITS
+
+OF_ATOMS = ("positions", "atomic_numbers", "forces")
+OF_EDGES = ("senders", "receivers", "shifts")
+OF_STRUCTURES = ("num_atoms", "num_edges", "interaction_energy", "cell", "stress", "stress_mask")
+"""Arrays of a store that a training depends on, by what their rows stand for."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,13 +84,14 @@ class TrainingData:
         """SHA-256 over everything that the course of the training depends on."""
         digest = hashlib.sha256(repr((self.budget, self.on_oversize)).encode())
         for store in (self.train, self.validation):
-            for name in ("positions", "atomic_numbers", "forces"):
-                for _, atoms, _ in store.chunks():
-                    values = getattr(store, name)[atoms]
-                    if name == "atomic_numbers":
-                        values = store.species_of[values]
-                    digest.update(np.asarray(values).tobytes())
-            digest.update(store.interaction_energy.tobytes())
+            digest.update(repr((store.cutoff, store.elements)).encode())
+            for part, atoms, edges in store.chunks():
+                rows = {**dict.fromkeys(OF_ATOMS, atoms), **dict.fromkeys(OF_EDGES, edges)}
+                for name in (*OF_ATOMS, *OF_EDGES, *OF_STRUCTURES):
+                    array = getattr(store, name)
+                    digest.update(f"\0{name}\0".encode())
+                    if array is not None:
+                        digest.update(array[rows.get(name, part)].tobytes())
         return digest.hexdigest()
 
     def fill(self) -> tuple[float, float]:
@@ -126,19 +135,19 @@ def load_data(recipe: Recipe) -> TrainingData:
     """Read, curate and split the data set of a recipe, or open the folder that holds it prepared.
 
     Args:
-        recipe: its ``data`` and ``model.atomic_energies`` count. For a prepared folder, splits,
-            filters and E0 are those it was prepared with.
+        recipe: its ``data`` and ``model.atomic_energies`` count.
 
     Returns:
         The data of the run.
 
     Raises:
-        ConfigError: if no data set is named, or a prepared one has another cutoff.
+        ConfigError: if no data set is named, or a prepared one was made in another way than the
+            recipe says.
         DataError: if a file, a label or the whole set is unusable.
     """
     config = recipe.data
     if isinstance(config.path, str) and is_prepared(config.path):
-        data = _open(config.path, config.cutoff)
+        data = _open(config.path, recipe)
     else:
         data = prepare_data(recipe)
     if "validation" not in data.parts:
@@ -178,16 +187,20 @@ def prepare_data(recipe: Recipe, folder: Path | None = None) -> PreparedData:
     if not config.path:
         raise ConfigError("no data set is given; name its file: --set data.path=FILE")
     for path in _paths(config):
+        if is_prepared(path):
+            raise DataError(
+                f"{path} is a folder of prepared data; it can only stand alone, as data.path"
+            )
+        if Path(path).is_dir():
+            raise DataError(f"{path} is a folder; name the files in it")
         if not Path(path).is_file():
             raise DataError(f"there is no data file {path}")
-    fractions = (config.split.train, config.split.validation, config.split.test)
-    rule = SplitRule(config.split.from_file, fractions, config.split.seed, config.split.by)
     return prepare(
         config.path,
         config.cutoff,
         validation=config.validation or (),
         test=config.test or (),
-        split=rule,
+        split=_split_rule(config),
         curate=None if config.curate is None else _filters(config.curate),
         atomic_energies=recipe.network.atomic_energies,
         on_bad=config.on_bad,
@@ -197,19 +210,62 @@ def prepare_data(recipe: Recipe, folder: Path | None = None) -> PreparedData:
     )
 
 
-def _open(folder: str, cutoff: float) -> PreparedData:
+def _open(folder: str, recipe: Recipe) -> PreparedData:
+    """A prepared data set, with the E0 of the recipe; everything else must be as prepared."""
     data = open_prepared(folder)
-    if data.settings["cutoff"] != cutoff:
-        raise ConfigError(
-            f"{folder} was prepared with a cutoff of {data.settings['cutoff']} Å, the recipe has "
-            f"{cutoff} Å; prepare the data again or change data.cutoff"
-        )
-    return data
+    for name, (prepared, given) in _preparation(data.settings, recipe.data).items():
+        if prepared != given:
+            raise ConfigError(
+                f"data.{name} is {json.dumps(given)}, but {folder} was prepared with "
+                f"{json.dumps(prepared)}; prepare the data again or change data.{name}"
+            )
+    wanted, train = recipe.network.atomic_energies, data.parts.get("train")
+    fitted = data.statistics.atomic_energies_source == "fitted to the data"
+    if train is None or (wanted in (None, "average") and fitted):
+        return data
+    statistics = compute_statistics(train, atomic_energies=wanted)
+    energies = statistics.atomic_energies
+    parts = {name: part.with_atomic_energies(energies) for name, part in data.parts.items()}
+    return dataclasses.replace(data, parts=parts, statistics=statistics)
+
+
+def _preparation(settings: Mapping[str, Any], config: DataConfig) -> dict[str, tuple[Any, Any]]:
+    """What a folder was prepared with and what a recipe says, by name of the row of ``data``."""
+    found: dict[str, tuple[Any, Any]] = {"cutoff": (settings["cutoff"], config.cutoff)}
+    for name in ("validation", "test"):
+        if getattr(config, name) is not None:  # null leaves it to the folder
+            found[name] = (settings["files"][name], _listed(getattr(config, name)))
+    for name in ("on_bad", "energy_key", "forces_key"):
+        if name in settings:
+            found[name] = (settings[name], getattr(config, name))
+    split, rule = settings["split"], _split_rule(config)
+    found["split.from_file"] = (split["marks"], rule.marks)
+    if not rule.marks:
+        fractions = (*split["fractions"], 0.0)[:3]
+        for name, before, now in zip(SPLITS, fractions, rule.fractions, strict=True):
+            found[f"split.{name}"] = (before, now)
+        found["split.by"], found["split.seed"] = (split["by"], rule.by), (split["seed"], rule.seed)
+    curate = None if config.curate is None else _filters(config.curate)
+    if curate is None or settings["curate"] is None:
+        return {**found, "curate": (settings["curate"], curate)}
+    prepared = {**_filters(CurationConfig()), **settings["curate"]}
+    names = {"hydrogen_bonds": "one_bond_per_hydrogen"}
+    return found | {f"curate.{names.get(k, k)}": (prepared[k], v) for k, v in curate.items()}
+
+
+def _split_rule(config: DataConfig) -> SplitRule:
+    split = config.split
+    fractions = (split.train, split.validation, split.test)
+    return SplitRule(split.from_file, fractions, split.seed, split.by)
+
+
+def _listed(paths: str | list[str]) -> list[str]:
+    return [paths] if isinstance(paths, str) else paths
 
 
 def _paths(config: DataConfig) -> list[str]:
     groups = (config.path, config.validation or [], config.test or [])
-    return [p for group in groups for p in ([group] if isinstance(group, str) else group)]
+    return [path for group in groups for path in _listed(group)]
 
 
 def _filters(config: CurationConfig) -> dict[str, Any]:

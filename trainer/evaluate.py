@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mlip_md.elements import symbol
+from mlip_md.errors import DataError
 from mlip_md.potential import Potential
 from mlip_md.trainer import metrics
 from mlip_md.trainer.checkpoint import write_atomically
-from mlip_md.trainer.data import BatchBudget, GraphStore, Structure, plan_epoch
+from mlip_md.trainer.data import (
+    BatchBudget,
+    GraphStore,
+    Structure,
+    is_prepared,
+    iterate,
+    open_prepared,
+    open_store,
+    plan_epoch,
+)
 from mlip_md.trainer.dataset import batches
 from mlip_md.trainer.step import EvalStep, make_eval_step
 
@@ -106,14 +117,101 @@ def _with_count(sums: dict[str, float]) -> dict[str, float]:
     return {"structures": sums.get("structures", 0.0), **metrics.errors(sums)}
 
 
+def labelled(
+    path: str | Path,
+    potential: Potential,
+    *,
+    split: str | None = None,
+    on_bad: str = "error",
+    energy_key: str | None = None,
+    forces_key: str | None = None,
+) -> tuple[GraphStore, int]:
+    """Read a data set for the evaluation of a potential, structure by structure.
+
+    Args:
+        path: a data file, or a folder of prepared data.
+        potential: to be judged.
+        split: only structures that the file marks so, or this part of the folder.
+        on_bad: "error", or "skip" for unusable structures and elements unknown to the potential.
+        energy_key: extxyz: name of the energy; None tries the usual ones.
+        forces_key: extxyz: name of the forces, likewise.
+
+    Returns:
+        The graphs, and how many structures were left out for their elements.
+
+    Raises:
+        DataError: if a file, a label or an element is unusable, or a folder has another cutoff.
+    """
+    if is_prepared(path):
+        return _prepared(Path(path), potential, split, on_bad)
+    left_out: list[str] = []
+
+    def known(structures: Iterable[Structure]) -> Iterator[Structure]:
+        for structure in structures:
+            unknown = sorted(set(structure.atomic_numbers.tolist()) - set(potential.elements))
+            if not unknown:
+                yield structure
+                continue
+            if on_bad != "skip":
+                raise _unknown_elements(structure.name, unknown)
+            left_out.append(structure.name)
+
+    structures = iterate(
+        path, split=split, on_bad=on_bad, energy_key=energy_key, forces_key=forces_key
+    )
+    return _graphs(known(structures), potential), len(left_out)
+
+
+def _graphs(structures: Iterable[Structure], potential: Potential) -> GraphStore:
+    return GraphStore.from_structures(
+        structures,
+        potential.cutoff,
+        elements=potential.elements,
+        atomic_energies=potential.atomic_energies,
+    )
+
+
+def _prepared(
+    folder: Path, potential: Potential, split: str | None, on_bad: str
+) -> tuple[GraphStore, int]:
+    if split is None:
+        store = open_store(folder / "graphs")
+    else:
+        parts = open_prepared(folder).parts
+        if split not in parts:
+            raise DataError(f"{folder} has no part {split}; it has {', '.join(parts)}")
+        store = parts[split]
+    if store.cutoff != potential.cutoff:
+        raise DataError(
+            f"{folder} was prepared with a cutoff of {store.cutoff} Å, the potential has "
+            f"{potential.cutoff} Å; evaluate on the data files themselves"
+        )
+    unknown = [z not in potential.elements for z in store.elements]
+    foreign = store.compositions[:, unknown].any(axis=1)
+    if foreign.any() and on_bad != "skip":
+        first = int(np.argmax(foreign))
+        there = store.compositions[first].astype(bool) & unknown
+        raise _unknown_elements(store.names[first], np.array(store.elements)[there].tolist())
+    kept = store.subset(np.flatnonzero(~foreign)).with_elements(potential.elements)
+    return kept.with_atomic_energies(potential.atomic_energies), int(foreign.sum())
+
+
+def _unknown_elements(name: str, unknown: Sequence[int]) -> DataError:
+    return DataError(
+        f"{name}: the potential was not made for {', '.join(map(symbol, unknown))}; leave such "
+        "structures out with --on-bad skip"
+    )
+
+
 def evaluate(
-    potential: Potential, structures: Sequence[Structure], batch_size: int = 16
+    potential: Potential, structures: Iterable[Structure] | GraphStore, batch_size: int = 16
 ) -> Evaluation:
     """Errors of a potential on labelled structures.
 
     Args:
         potential: to be judged.
-        structures: with total energies at the level of theory that it was trained on.
+        structures: with total energies at the level of theory that it was trained on; or graphs
+            made by ``labelled``.
         batch_size: structures per batch.
 
     Returns:
@@ -122,12 +220,9 @@ def evaluate(
     Raises:
         DataError: if there is no structure, or an element that the potential does not know.
     """
-    store = GraphStore.from_structures(
-        structures,
-        potential.cutoff,
-        elements=potential.elements,
-        atomic_energies=potential.atomic_energies,
-    )
+    store = structures if isinstance(structures, GraphStore) else _graphs(structures, potential)
+    if not len(store):
+        raise DataError("there is no structure to evaluate on")
     budget = BatchBudget.from_card(batch_size, store=store)
     step = make_eval_step(potential.network.apply, potential.scaling_mean, potential.scaling_stdev)
     return evaluate_in_detail(step, potential.params, store, budget, store.subsets)

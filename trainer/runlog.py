@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mlip_md.trainer.checkpoint import write_atomically
+
 Echo = Callable[[str], None]
 
 EPOCH_EVENTS = ("epoch", "best")
@@ -46,36 +48,67 @@ class RunLog:
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         """Append the row of an epoch to ``metrics.csv``, and the same as an event."""
-        new = not self.metrics.exists()
+        new = not self.metrics.exists() or self.metrics.stat().st_size == 0
         with open(self.metrics, "a", encoding="utf-8", newline="") as stream:
-            writer = csv.DictWriter(stream, fieldnames=list(row))
+            writer = csv.DictWriter(stream, fieldnames=list(row), lineterminator="\n")
             if new:
                 writer.writeheader()
             writer.writerow(row)
         self.event("epoch", **row)
 
     def rows(self) -> list[dict[str, float]]:
-        """The rows of ``metrics.csv``; empty if there are none yet."""
+        """The whole rows of ``metrics.csv``; empty if there are none yet."""
+        header, *lines = self._lines() or [""]
+        names = header.split(",")
+        return [
+            dict(zip(names, map(float, line.split(",")), strict=True))
+            for line in lines
+            if _epoch_of(line, header) is not None
+        ]
+
+    def _lines(self) -> list[str]:
+        """The lines of ``metrics.csv``, none where its header is lost."""
         if not self.metrics.exists():
             return []
-        with open(self.metrics, encoding="utf-8", newline="") as stream:
-            return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(stream)]
+        lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+        return lines if lines and lines[0].startswith("epoch,") else []
 
     def truncate(self, step: int, epoch: int) -> None:
-        """Drop what was recorded after a checkpoint.
+        """Drop what was recorded after a checkpoint, and what a crash or a full disk cut off.
 
         Args:
             step: batches the checkpoint has seen.
             epoch: last epoch whose validation it contains.
+
+        Raises:
+            CheckpointError: if a file cannot be written; its old content is kept then.
         """
         if self.metrics.exists():
-            rows = self.metrics.read_text(encoding="utf-8").splitlines()
-            kept = rows[:1] + [r for r in rows[1:] if int(r.split(",", 1)[0]) <= epoch]
-            self.metrics.write_text("\n".join(kept) + "\n", encoding="utf-8")
+            header, *lines = self._lines() or [""]
+            epochs = [_epoch_of(line, header) for line in lines]
+            whole = [
+                line
+                for line, number in zip(lines, epochs, strict=True)
+                if number is not None and number <= epoch
+            ]
+            _write_lines(self.metrics, [header, *whole] if header else [])
         if self.events.exists():
-            lines = self.events.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _is_before(line, step, epoch)]
-            self.events.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            lines = self.events.read_text(encoding="utf-8", errors="replace").splitlines()
+            _write_lines(self.events, [line for line in lines if _is_before(line, step, epoch)])
+
+
+def _write_lines(path: Path, lines: list[str]) -> None:
+    write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
+
+
+def _epoch_of(line: str, header: str) -> int | None:
+    """The epoch of a row of ``metrics.csv``; None if the row is not whole."""
+    values = line.split(",")
+    try:
+        numbers = [float(value) for value in values]
+    except ValueError:
+        return None
+    return int(numbers[0]) if len(values) == len(header.split(",")) else None
 
 
 def _is_before(line: str, step: int, epoch: int) -> bool:

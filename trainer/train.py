@@ -4,6 +4,11 @@ What happens in which order is written here and nowhere else; there are no callb
 pure function of its recipe and data (on one CPU device): the order of the structures depends on
 (seed, epoch) only, and a checkpoint holds everything else, so an interrupted and resumed run ends
 with the same bits as one that was never interrupted.
+
+A run continues with the recipe that it began with, but for the rows of ``FREE``, and on demand
+those of ``CHANGEABLE``. ``config.resolved.yaml``, ``environment.json`` and ``data.json`` are those
+of the latest continuation; what each of them changed stands in ``log.txt`` and, with the value
+before, in the ``resumed`` events of ``events.jsonl``.
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,7 +50,27 @@ from mlip_md.trainer.step import (
 IN_FLIGHT = 2
 """Steps that may wait on the device; unbounded queues can deadlock and hold memory."""
 
-Resume = Literal["auto", "never", "must"]
+FREE = ("name", "description", "data.", "train.epochs", "checkpoint.", "faults.", "log.")
+"""Rows of a recipe that may differ when a run continues. What comes out of the rows on data, the
+graphs and batches, may not: ``TrainingData.fingerprint`` holds them."""
+
+CHANGEABLE = (
+    "optimizer.init_learning_rate",
+    "optimizer.peak_learning_rate",
+    "optimizer.final_learning_rate",
+    "optimizer.warmup_steps",
+    "optimizer.transition_steps",
+    "optimizer.weight_decay",
+    "optimizer.grad_norm",
+)
+"""Rows that may also differ if changes are allowed; the saved state means the same with others."""
+
+DATA_SET = "the structures, labels or batches"
+"""What differs if ``TrainingData.fingerprint`` does."""
+
+LEARNING_RATES = "optimizer.*_learning_rate"
+
+Resume = Literal["auto", "never", "must", "allow-changes"]
 Tick = Callable[[int, int, int], None]
 
 
@@ -145,7 +170,8 @@ class Trainer:
 
         Args:
             resume: "auto" continues if there is a checkpoint, "must" demands one, "never" demands
-                a folder without.
+                a folder without; "allow-changes" is "auto", also with another recipe if nothing but
+                rows of ``CHANGEABLE`` differs.
             max_seconds: after this time the state is saved and the run ends as "time".
 
         Returns:
@@ -173,19 +199,31 @@ class Trainer:
                 f"{self.folder} holds checkpoints of an earlier run; choose another folder, or "
                 "continue it with --resume auto"
             )
-        found = None if resume == "never" else self.checkpoints.restore(self.state)
+        found = None
+        if resume != "never":
+            allowed = FREE + (CHANGEABLE if resume == "allow-changes" else ())
+            found = self.checkpoints.restore(self.state, lambda p: self._check_same(p, allowed))
         if found is None:
             if resume == "must":
                 raise CheckpointError(f"{self.folder} holds no checkpoint to resume from")
             self.log.truncate(-1, -1)
             self._describe_run()
+            self.log.line(
+                f"{self.recipe.name}: {self.recipe.model['kind']} with {self.num_parameters:,} "
+                f"weights; {self.data.summary()}"
+            )
             return
         state, progress = found
-        self._check_same_run(progress.pop("recipe"))
+        changes = _differences(progress.pop("recipe"), _identity(self.recipe, self.data))
         self.state = jax.tree_util.tree_map(jax.numpy.array, state)
         self.progress = Progress(**progress)
-        self.log.truncate(self.progress.step, self.progress.validated)
-        self.log.line(f"resumed at epoch {self.progress.epoch}, step {self.progress.step}")
+        step, epoch = self.progress.step, self.progress.epoch
+        self.log.truncate(step, self.progress.validated)
+        self._describe_run()
+        self.log.event("resumed", step=step, epoch=epoch, changes=changes)
+        words = [f"{name} {before} -> {now}" for name, (before, now) in changes.items()]
+        with_changes = f", with {', '.join(words)}" if words else ""
+        self.log.line(f"resumed at epoch {epoch}, step {step}{with_changes}")
 
     def _describe_run(self) -> None:
         origins = self.origins or Origins("", {}, frozenset())
@@ -196,20 +234,22 @@ class Trainer:
         }
         for name, content in text.items():
             write_atomically(self.folder / name, content.encode())
-        self.log.line(
-            f"{self.recipe.name}: {self.recipe.model['kind']} with {self.num_parameters:,} "
-            f"weights; {self.data.summary()}"
-        )
 
-    def _check_same_run(self, recipe: Mapping[str, Any]) -> None:
-        mine, saved = _identity(self.recipe, self.data), dict(recipe)
-        saved["train"] = {**saved.get("train", {}), "epochs": self.recipe.train.epochs}
-        changed = sorted(key for key in mine if saved.get(key) != mine[key])
-        if changed:
-            raise CheckpointError(
-                f"the checkpoints in {self.folder} were made with another recipe or data set "
-                f"(differing: {', '.join(changed)}); choose another folder"
-            )
+    def _check_same(self, progress: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
+        changes = _differences(progress["recipe"], _identity(self.recipe, self.data))
+        refused = [name for name in changes if not name.startswith(allowed)]
+        if not refused:
+            return
+        advice = "choose another folder"
+        if set(refused) <= set(CHANGEABLE):
+            advice += ", or go on with --resume allow-changes"
+        if DATA_SET in refused:  # better named by the rows that made the difference
+            rows = [name for name in changes if name.startswith("data.")]
+            refused = [name for name in refused if name != DATA_SET] + (rows or [DATA_SET])
+        raise CheckpointError(
+            f"the checkpoints in {self.folder} were made with another recipe or data set "
+            f"(differing: {', '.join(refused)}); {advice}"
+        )
 
     def _train_epoch(self) -> bool:
         """Train the rest of the present epoch; False if interrupted (the state is saved then)."""
@@ -255,8 +295,8 @@ class Trainer:
         if bad >= self.recipe.faults.max_bad_steps_in_row:
             raise NonFiniteError(
                 f"{bad} steps in a row gave NaN or infinity, up to step {step}. The "
-                f"last batch holds {', '.join(names)}. Check these labels, lower the learning "
-                "rate, or resume from the last checkpoint with another setting"
+                f"last batch holds {', '.join(names)}. Check these labels, or lower "
+                f"{LEARNING_RATES} and go on from the last checkpoint with --resume allow-changes"
             )
         if step % self.recipe.log.every_steps == 0:
             self.log.event("step", step=step, epoch=self.progress.epoch, loss=loss, norm=norm)
@@ -300,8 +340,9 @@ class Trainer:
         self.log.line(_epoch_line(row))
         if not math.isfinite(row["score"]):
             raise NonFiniteError(
-                f"the validation errors after epoch {epoch} are not finite; lower the learning "
-                "rate and resume from the last checkpoint, or look at the validation labels"
+                f"the validation errors after epoch {epoch} are not finite. Check the validation "
+                f"labels, or lower {LEARNING_RATES} and go on from the last checkpoint with "
+                "--resume allow-changes"
             )
         self.progress.validated = epoch
         return values
@@ -434,10 +475,20 @@ def environment() -> dict[str, Any]:
 
 
 def _identity(recipe: Recipe, data: TrainingData) -> dict[str, Any]:
-    """What must not change between the parts of a run."""
-    plain = recipe.plain()
-    parts: Sequence[str] = ("seed", "model", "loss", "optimizer", "train")
-    return {**{name: plain[name] for name in parts}, "data": data.fingerprint}
+    """The recipe and the fingerprint of the data, as JSON gives them back."""
+    values: dict[str, Any] = json.loads(json.dumps(recipe.plain()))
+    return {**values, DATA_SET: data.fingerprint}
+
+
+def _differences(before: Any, now: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
+    """Values that differ between two trees of JSON values, by dotted name."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return {} if before == now else {name: (before, now)}
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in (*now, *(key for key in before if key not in now)):
+        dotted = f"{name}.{key}" if name else key
+        found |= _differences(before.get(key), now.get(key), dotted)
+    return found
 
 
 def _epoch_line(row: Mapping[str, float]) -> str:
