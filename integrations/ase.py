@@ -6,19 +6,20 @@ positive under tension.
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from ase import Atoms
-from ase.calculators.calculator import Calculator, all_changes
+from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
 import mlip_md
-from mlip_md.engine import Engine, Result
-from mlip_md.errors import ConfigError, StructureError
+from mlip_md.engine import Engine, Result, device_name
+from mlip_md.errors import ConfigError, ModelFileError, StructureError
 from mlip_md.integrations.models import DEFAULT_MODEL
 from mlip_md.potential import Potential
 
@@ -28,6 +29,8 @@ _NEUTRAL_SINGLET: dict[str, tuple[int, ...]] = {
     "spin": (0, 1),
     "multiplicity": (1,),
     "spin_multiplicity": (1,),
+    "total_spin": (0,),
+    "uhf": (0,),
 }
 """Keys of ``atoms.info`` that state a charge or spin, and what a model without either accepts."""
 
@@ -35,16 +38,24 @@ _NEUTRAL_SINGLET: dict[str, tuple[int, ...]] = {
 class MLIPCalculator(Calculator):
     """A potential as ASE calculator: energy, free_energy, energies, forces, stress.
 
-    Works with any ``Atoms`` (no structure is needed to make one), can be pickled and deep-copied,
-    and never changes the ``Atoms`` it is given. Stress is there for cells of rank 3 only.
+    Works with any ``Atoms`` (no structure is needed to make one), can be pickled and copied, may be
+    shared by threads (they take turns), and never changes the ``Atoms`` it is given. Stress is
+    there for cells of rank 3 only. A total charge or spin in ``atoms.info`` is refused unless it
+    is that of a neutral singlet; per-atom ``initial_charges`` and ``initial_magmoms``, which ASE's
+    tools set freely, are ignored.
 
     Args:
         potential_or_path: a ``Potential``, or what ``mlip_md.load`` opens (name of a bundled
             model, path of a model file, of an InstaDeep zip or of a run folder).
-        dtype: "float32" or "float64": the working precision of this object; JAX's global setting
-            is not touched.
-        device: a JAX device, or "cpu", "gpu", "cuda:1"; None is JAX's default.
-        skin: Å, see ``mlip_md.neighbors.NeighborSpec``; results never depend on it.
+        dtype: "float32" (what None means) or "float64": the working precision of this object;
+            JAX's global setting is not touched.
+        device: a JAX device, or "cpu", "gpu", "cuda:1"; None is JAX's default of now.
+        skin: Å, see ``mlip_md.neighbors.NeighborSpec``; results never depend on it. None lets the
+            engine choose.
+        backend: of the neighbour search: "auto", "vesin" (host), "dense", "cells" or "nvalchemi"
+            (device).
+        capacity_margin: at least 1, factor on the first number of edges; None is the engine's
+            default.
         default_dtype: other calculators' name of ``dtype``.
 
     Attributes:
@@ -70,27 +81,31 @@ class MLIPCalculator(Calculator):
         self,
         potential_or_path: Potential | str | os.PathLike[str] = DEFAULT_MODEL,
         *,
-        dtype: str = "float32",
+        dtype: str | None = None,
         device: Any = None,
-        skin: float = 0.0,
+        skin: float | None = None,
+        backend: str = "auto",
+        capacity_margin: float | None = None,
         default_dtype: str | None = None,
     ) -> None:
         super().__init__()
-        if default_dtype not in (None, dtype) and dtype != "float32":
+        if dtype is None:
+            dtype = "float32" if default_dtype is None else default_dtype
+        elif default_dtype not in (None, dtype):
             raise ConfigError(
                 f"dtype = {dtype!r} and default_dtype = {default_dtype!r} contradict each other; "
                 "give one of them"
             )
-        if isinstance(potential_or_path, Potential):
-            self.potential = potential_or_path
-        else:
-            self.potential = mlip_md.load(os.fspath(potential_or_path))
-        self._options = {"dtype": default_dtype or dtype, "device": device, "skin": skin}
+        self.potential = _opened(potential_or_path)
         self.allowed_atomic_numbers = set(self.potential.elements)
-        self._engine: Engine | None = None
-        self._info: dict[str, Any] = {}
+        self._lock = threading.RLock()
+        self._options = {"dtype": dtype, "device": device, "skin": skin, "backend": backend}
+        if capacity_margin is not None:
+            self._options["capacity_margin"] = capacity_margin
         # Checks the options now rather than at the first energy.
-        self._engine = Engine(self.potential, **self._options)
+        self._engine: Engine | None = Engine(self.potential, **self._options)
+        # Copies compute where this one does, whatever JAX's default is by then.
+        self._options["device"] = device_name(self._engine.device)
 
     @property
     def engine(self) -> Engine:
@@ -98,6 +113,41 @@ class MLIPCalculator(Calculator):
         if self._engine is None:
             self._engine = Engine(self.potential, **self._options)
         return self._engine
+
+    def set(self, **kwargs: Any) -> dict[str, Any]:
+        """Refuse to change a parameter: a calculator has none that can be changed.
+
+        Raises:
+            ConfigError: if there is any keyword.
+        """
+        if kwargs:
+            raise ConfigError(
+                f"{', '.join(kwargs)} cannot be set in a calculator that exists; make a new one: "
+                "MLIPCalculator(potential, dtype=..., device=...)"
+            )
+        return {}
+
+    def get_property(
+        self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True
+    ) -> Any:
+        """A property of ``atoms``, calculated if need be; arrays are copies.
+
+        Raises:
+            PropertyNotImplementedError: on a stress without a cell of rank 3, or a property that
+                is not in ``implemented_properties``.
+            StructureError, UnsupportedElementError, NonFiniteError: as ``calculate``.
+        """
+        with self._lock:
+            given = self.atoms if atoms is None else atoms
+            # Asked for again and again by whoever logs; nothing has to be computed to refuse it.
+            if name == "stress" and allow_calculation and given is not None and given.cell.rank < 3:
+                raise PropertyNotImplementedError("there is no stress without a cell of rank 3")
+            return super().get_property(name, atoms, allow_calculation)
+
+    def calculate_properties(self, atoms: Atoms, properties: Sequence[str]) -> Any:
+        """Several properties of ``atoms`` in one of ASE's ``Properties``; arrays are read-only."""
+        with self._lock:
+            return super().calculate_properties(atoms, properties)
 
     def calculate(
         self,
@@ -107,6 +157,8 @@ class MLIPCalculator(Calculator):
     ) -> None:
         """Fill ``results`` for ``atoms``; all properties come from one evaluation.
 
+        The arrays in ``results`` are read-only, because later questions are answered from them.
+
         Raises:
             StructureError: on non-finite positions, atoms on top of each other, periodicity
                 without a cell, no atoms, or a charge or spin in ``atoms.info``.
@@ -115,24 +167,23 @@ class MLIPCalculator(Calculator):
         """
         if atoms is None:
             raise StructureError("no atoms to calculate; attach the calculator: atoms.calc = ...")
-        # A stress without cell is asked for again and again; nothing has to be computed for it.
-        if not system_changes and "energy" in self.results:
-            return
-        check_neutral_singlet(atoms)
-        self.results = {}
-        result = self.engine.evaluate(*_inputs(atoms))
-        self.atoms = atoms.copy()
-        self._info = _charge_info(atoms)
-        self.results = _properties(result)
+        with self._lock:
+            self.results = {}
+            if problem := _charge_or_spin(atoms):
+                raise StructureError(problem)
+            result = self.engine.evaluate(*_inputs(atoms))
+            self.atoms = atoms.copy()
+            self.results = _read_only(_properties(result))
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What changed since the last calculation; a charge or spin in ``info`` counts too."""
         changes = super().check_state(atoms, tol=tol)
-        if self.atoms is not None and self._info != _charge_info(atoms):
+        # There are results of neutral singlets only.
+        if not changes and _charge_or_spin(atoms):
             changes.append("info")
         return changes
 
-    def evaluate(self, structures: Sequence[Atoms]) -> list[dict[str, Any]]:
+    def evaluate(self, structures: Iterable[Atoms]) -> list[dict[str, Any]]:
         """Properties of several structures, computed in batches.
 
         Args:
@@ -142,43 +193,57 @@ class MLIPCalculator(Calculator):
             For each structure a new dict as in ``results``; ``stress`` only with a rank-3 cell.
 
         Raises:
-            StructureError, UnsupportedElementError, NonFiniteError: as ``calculate``.
+            StructureError, UnsupportedElementError, NonFiniteError: as ``calculate``; the message
+                starts with the structure's index.
         """
-        for atoms in structures:
-            check_neutral_singlet(atoms)
-        results = self.engine.evaluate_batch([_inputs(atoms) for atoms in structures])
-        return [_properties(result) for result in results]
+        if isinstance(structures, Atoms):
+            raise StructureError("evaluate takes many structures; give a list: evaluate([atoms])")
+        inputs = []
+        for index, atoms in enumerate(structures):
+            if not isinstance(atoms, Atoms):
+                raise StructureError(f"structure {index}: a {type(atoms).__name__} is no Atoms")
+            if problem := _charge_or_spin(atoms):
+                raise StructureError(f"structure {index}: {problem}")
+            inputs.append(_inputs(atoms))
+        return [_properties(result) for result in self.engine.evaluate_batch(inputs)]
 
     def todict(self, skip_default: bool = True) -> dict[str, Any]:
-        """What makes this calculator reproducible: model, its content hash, precision."""
-        device = self._options["device"]
+        """What makes this calculator reproducible: model, its content hash, precision, device."""
         return {
             "model": str(self.potential.info.get("name", self.potential.config.architecture)),
             "sha256": self.potential.sha256,
-            "dtype": self._options["dtype"],
-            "skin": self._options["skin"],
-            "device": None if device is None else str(device),
+            **self._options,
             "version": mlip_md.__version__,
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        device = self._options["device"]
-        if device is not None and not isinstance(device, str):
-            device = f"{device.platform}:{device.id}"
-        return self.__dict__ | {
-            "_engine": None,
-            "_options": self._options | {"device": device},
-            # A fresh copy leaves the network and other derived objects behind.
-            "potential": dataclasses.replace(self.potential),
-        }
+        with self._lock:  # atoms and results of one calculation
+            return {k: v for k, v in self.__dict__.items() if k not in ("_engine", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._engine, self._lock = None, threading.RLock()
+        self.results = _read_only(dict(self.results))  # arrays lose it in copies
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MLIPCalculator:
-        copied = MLIPCalculator(self.potential, **self._options)
-        copied.atoms = None if self.atoms is None else self.atoms.copy()
-        copied.results = {k: np.copy(v) if np.ndim(v) else v for k, v in self.results.items()}
-        copied._info = dict(self._info)
-        memo[id(self)] = copied
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        memo[id(self.potential)] = self.potential  # copies share it: it never changes
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
+
+
+def _opened(potential_or_path: Any) -> Potential:
+    """The potential itself, or that of a name or path."""
+    if isinstance(potential_or_path, Potential):
+        return potential_or_path
+    is_path = isinstance(potential_or_path, str | os.PathLike)
+    name = os.fspath(potential_or_path) if is_path else None
+    if not isinstance(name, str) or not name:
+        raise ModelFileError(
+            f"{potential_or_path!r} is no potential; give a Potential, the name of a bundled model "
+            f"such as {DEFAULT_MODEL!r}, or the path of a model file or run folder"
+        )
+    return mlip_md.load(name)
 
 
 def _inputs(atoms: Atoms) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -199,27 +264,40 @@ def _properties(result: Result) -> dict[str, Any]:
     return properties
 
 
-def _charge_info(atoms: Atoms) -> dict[str, float]:
-    """Charge and spin entries of ``atoms.info`` as plain numbers."""
-    values: dict[str, float] = {}
-    for key in _NEUTRAL_SINGLET:
-        if atoms.info.get(key) is not None:
-            number = np.asarray(atoms.info[key])
-            if number.size != 1 or number.dtype.kind not in "iufb":
-                raise StructureError(f"atoms.info[{key!r}] = {atoms.info[key]!r} is no number")
-            values[key] = float(number.reshape(()))
-    return values
+def _read_only(results: dict[str, Any]) -> dict[str, Any]:
+    """The same dict, its arrays locked."""
+    for value in results.values():
+        if isinstance(value, np.ndarray):
+            value.flags.writeable = False
+    return results
 
 
-def check_neutral_singlet(atoms: Atoms) -> None:
-    """Refuse a charge or spin stated in ``atoms.info``: the models know neither.
+def _charge_or_spin(atoms: Atoms) -> str | None:
+    """What is wrong with the charge or spin stated in ``atoms.info``; None for neutral singlets.
 
-    Raises:
-        StructureError: if one is stated that is not that of a neutral singlet.
+    The models know neither, and would ignore it.
     """
-    for key, value in _charge_info(atoms).items():
-        if value not in _NEUTRAL_SINGLET[key]:
-            raise StructureError(
+    for key, allowed in _NEUTRAL_SINGLET.items():
+        given = atoms.info.get(key)
+        if given is None:
+            continue
+        value = _number(given)
+        if value is None:
+            return f"atoms.info[{key!r}] = {given!r} is no number"
+        if value not in allowed:
+            return (
                 f"atoms.info[{key!r}] = {value:g}, but this model has no input for charge or spin "
                 f"and would ignore it; remove the entry to compute with what it learnt"
             )
+    return None
+
+
+def _number(value: Any) -> float | None:
+    """A plain number; None for anything else, also for several or a masked one."""
+    if np.ma.is_masked(value):
+        return None
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError):  # rows of different lengths
+        return None
+    return float(array.item()) if array.size == 1 and array.dtype.kind in "iufb" else None

@@ -102,13 +102,12 @@ def force_options(keywords: dict[str, Any], where: str = "createSystem") -> Forc
         ConfigError: on a value that is not allowed, or a charge or spin that no model supports.
     """
     _refuse_unknown(keywords, (*ForceOptions._fields, *_IGNORED), where, _OF_OPENMM_ML)
-    options = ForceOptions(
-        **{
-            name: bool(value) if isinstance(value, np.bool_) else value
-            for name, value in keywords.items()
-            if name not in _IGNORED
-        }
-    )
+    given: dict[str, Any] = {
+        name: bool(value) if isinstance(value, np.bool_) else value
+        for name, value in keywords.items()
+        if name not in _IGNORED
+    }
+    options = ForceOptions(**given)
     for name, allowed in (
         ("precision", (None, "single", "double")),
         ("returnEnergyType", ("interaction_energy", "energy")),

@@ -294,7 +294,7 @@ def test_store_in_a_folder(structures, store, budget, tmp_path, monkeypatch):
     monkeypatch.setattr("mlip_md.trainer.data.store.CHUNK", 7)  # many blocks, some without cells
     folder = tmp_path / "graphs"
     made = GraphStore.from_structures(iter(structures), CUTOFF, folder=folder, atomic_energies=E0)
-    opened = open_store(folder, verify=True).with_atomic_energies(E0)
+    opened = open_store(folder).with_atomic_energies(E0)
     assert isinstance(opened.positions, np.memmap)
     plan = plan_epoch(store, budget, 0, 0)
     for other in (made, opened):
@@ -311,7 +311,7 @@ def test_store_in_a_folder(structures, store, budget, tmp_path, monkeypatch):
     content[-3] ^= 1
     forces.write_bytes(content)
     with pytest.raises(DataError, match=r"forces\.bin is damaged"):
-        open_store(folder, verify=True)
+        open_store(folder)
     forces.unlink()
     with pytest.raises(DataError, match="not a readable graph store"):
         open_store(folder)

@@ -65,7 +65,7 @@ def test_the_folder_holds_the_same_as_the_memory(path, tmp_path):
         for indices in plan_epoch(store, budget, 0, 0):
             batches = (make_batch(s, indices, budget) for s in (store, other))
             jax.tree.map(np.testing.assert_array_equal, *batches)
-    open_prepared(tmp_path / "prepared", verify=True)
+    assert theirs.settings["on_bad"] == "error"
 
 
 def test_nothing_is_lost_and_no_molecule_parted(path):

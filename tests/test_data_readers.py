@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 
 import ase
 import ase.io
@@ -11,7 +12,7 @@ import pytest
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from mlip_md.errors import DataError
-from mlip_md.trainer.data import read, read_atomic_energies
+from mlip_md.trainer.data import iterate, read, read_atomic_energies
 from mlip_md.trainer.data.readers import formal_charge, recognize
 from mlip_md.trainer.data.structures import BOHR, HARTREE
 
@@ -36,7 +37,8 @@ def write_spice(path, groups):
             group = file.create_group(key)
             group.attrs.update(attributes)
             for name, value in fields.items():
-                group.create_dataset(name, data=value)
+                if value is not None:
+                    group.create_dataset(name, data=value)
 
 
 def spice_fields(distances=(1.2, 1.4, 1.6), smiles="[H:1][H:2]", **changes):
@@ -49,7 +51,7 @@ def spice_fields(distances=(1.2, 1.4, 1.6), smiles="[H:1][H:2]", **changes):
         "smiles": [smiles.encode()],
         "subset": [b"Springs"],
     }
-    return {k: v for k, v in (fields | changes).items() if v is not None}
+    return fields | changes
 
 
 def write_curated(path, energy=-32.0, **changes):
@@ -192,16 +194,48 @@ def test_spice_not_finite(tmp_path, field, bad):
     ("changes", "message"),
     [
         ({"dft_total_gradient": None}, "dft_total_gradient missing"),
-        ({"dft_total_gradient": np.zeros((3, 3, 3))}, "gradients of shape"),
-        ({"conformations": np.zeros((2, 2, 3))}, "conformations of shape"),
+        ({"dft_total_gradient": np.zeros((3, 3, 3))}, r"\(3, 3, 3\); .*\(3, 2, 3\) are needed"),
+        ({"conformations": np.zeros((2, 2, 3))}, r"conformations is numbers of shape \(2, 2, 3\)"),
+        ({"conformations": [b"H", b"H"]}, r"conformations is text of shape \(2,\); numbers"),
+        ({"dft_total_energy": -1.0}, r"dft_total_energy is numbers of shape \(\); .*\(any\)"),
+        ({"dft_total_energy": h5py.Empty("f8")}, "dft_total_energy is empty"),
+        ({"dft_total_energy": np.zeros(3, complex)}, "dft_total_energy is complex128 of shape"),
+        ({"atomic_numbers": np.array([[1, 1]])}, r"atomic_numbers is numbers of shape \(1, 2\)"),
+        ({"atomic_numbers": np.array([1.0, 8.5])}, r"atomic_numbers \[8\.5\] are no whole"),
+        ({"atomic_numbers": np.array([1.0, np.nan])}, r"atomic_numbers \[nan\] are no whole"),
+        ({"smiles": np.zeros(0)}, r"smiles is array\(\[\].*text is needed"),
+        ({"smiles": [b"\xff\xfe"]}, "smiles is .*text is needed"),
+        ({"subset": h5py.Empty("f8")}, "subset is empty"),
+        ({"charge": [0.0, 1.0]}, "total charge .* is not a whole number"),
+        ({"charge": np.zeros(0)}, "total charge .* is not a whole number"),
         ({"atomic_numbers": np.array([1, 0])}, r"\[0\]: atomic numbers run from 0 to 1"),
         ({"conformations": np.zeros((3, 2, 3))}, r"\[1\]: a duplicate.*H2\[0\]"),
     ],
 )
 def test_spice_broken_groups(tmp_path, changes, message):
-    write_spice(tmp_path / "a.h5", {"H2": (spice_fields(**changes), {})})
+    write_spice(tmp_path / "a.h5", {"H2": (spice_fields() | changes, {})})
     with pytest.raises(DataError, match=rf"a\.h5:H2.*{message}"):
         read(tmp_path / "a.h5")
+
+
+def test_groups_and_types_for_data_sets(tmp_path):
+    for key in ("dft_total_energy", "smiles"):
+        write_spice(tmp_path / "a.h5", {"H2": (spice_fields() | {key: None}, {})})
+        with h5py.File(tmp_path / "a.h5", "a") as file:
+            file["H2"].create_group(key)
+        with pytest.raises(DataError, match=rf"a\.h5:H2: {key} is a group"):
+            read(tmp_path / "a.h5")
+    write_spice(tmp_path / "a.h5", {"H2": (spice_fields(dft_total_gradient=None), {})})
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        file["H2/dft_total_gradient"] = h5py.SoftLink("/nowhere")
+    with pytest.raises(DataError, match=r"a\.h5:H2: dft_total_gradient: damaged or not readable"):
+        read(tmp_path / "a.h5")
+
+
+def test_whole_atomic_numbers_may_be_floats(tmp_path):
+    write_spice(tmp_path / "a.h5", {"H2": (spice_fields(atomic_numbers=[1.0, 8.0]), {})})
+    numbers = read(tmp_path / "a.h5")[0].atomic_numbers
+    assert (numbers.tolist(), numbers.dtype) == ([1, 8], np.int64)
 
 
 def test_curated(tmp_path):
@@ -225,13 +259,51 @@ def test_curated(tmp_path):
         ({"energy": np.nan}, "energies hold NaN"),
         ({"forces": None}, "forces missing"),
         ({"elements": None}, "elements missing"),
-        ({"forces": np.zeros((2, 3))}, r"forces have shape \(2, 3\); it must be \(3, 3\)"),
+        ({"forces": np.zeros((2, 3))}, r"forces is numbers of shape \(2, 3\); .*\(3, 3\) are"),
+        ({"energy": [-1.0, -2.0]}, r"energy is numbers of shape \(2,\); .*\(\) are needed"),
+        ({"energy": "low"}, "energy is text"),
+        ({"elements": np.array([8.5, 1, 1])}, r"elements \[8\.5\] are no whole numbers"),
+        ({"pbc": [True, False], "cell": np.eye(3)}, r"pbc is numbers of shape \(2,\)"),
+        ({"pbc": [True, True, False]}, "periodic but has no cell"),
+        ({"stress": np.zeros(6)}, r"stress is numbers of shape \(6,\)"),
         ({"cell": np.ones((3, 3))}, "span no volume"),
     ],
 )
 def test_curated_broken(tmp_path, changes, message):
     write_curated(tmp_path / "a.h5", **changes)
     with pytest.raises(DataError, match=rf"a\.h5:set-1_0: .*{message}"):
+        read(tmp_path / "a.h5")
+
+
+def test_units_stated_in_curated_files(tmp_path):
+    cell, stress = 4 * np.eye(3), 0.01 * np.eye(3)
+    forces = np.arange(9.0).reshape(3, 3)
+    write_curated(tmp_path / "a.h5", cell=cell, stress=stress, forces=forces)
+    write_curated(
+        tmp_path / "b.h5",
+        energy=-32.0 / HARTREE,
+        positions=np.eye(3) / BOHR,
+        forces=forces / HARTREE * BOHR,
+        cell=cell / 10,
+        stress=stress * 160.21766208,
+    )
+    units = {
+        "positions": "Bohr", "forces": "Eh/bohr", "cell": "nm", "stress": "GPa",
+    }  # fmt: skip
+    with h5py.File(tmp_path / "b.h5", "a") as file:
+        file["set-1_0"].attrs["energy_units"] = "hartree"
+        for key, unit in units.items():
+            file["set-1_0"][key].attrs["units"] = unit
+    (one,), (other,) = read(tmp_path / "a.h5"), read(tmp_path / "b.h5")
+    for what in ("energy", "positions", "forces", "cell", "stress"):
+        np.testing.assert_allclose(getattr(other, what), getattr(one, what), rtol=1e-6)
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        file["set-1_0/positions"].attrs["units"] = "Å"
+        file["set-1_0/forces"].attrs["units"] = "eV/Å"
+    np.testing.assert_array_equal(read(tmp_path / "a.h5")[0].positions, np.eye(3))
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        file["set-1_0/forces"].attrs["units"] = "dyn"
+    with pytest.raises(DataError, match=r"a\.h5:set-1_0: unit 'dyn' of forces is not known"):
         read(tmp_path / "a.h5")
 
 
@@ -268,6 +340,10 @@ def test_extxyz_prefers_the_reference_and_takes_named_keys(tmp_path):
         ({"forces": None}, "no forces under"),
         ({"energy": np.nan}, "energies hold NaN"),
         ({"forces": np.full((2, 3), np.inf)}, "forces hold NaN or infinity"),
+        (
+            {"info": {"REF_stress": "low"}, "pbc": True, "cell": [4, 4, 4]},
+            "stress label is no array",
+        ),
         ({}, "a duplicate"),
     ],
 )
@@ -334,9 +410,82 @@ def test_foreign_files(tmp_path):
         read(tmp_path / "a.xyz")
 
 
-def test_limit(tmp_path):
-    write_spice(tmp_path / "a.h5", {"H2": (spice_fields(), {})})
-    assert [s.name[-3:] for s in read(tmp_path / "a.h5", limit=2)] == ["[0]", "[1]"]
+def content_of(kind, folder):
+    """Suffix and bytes of a small file of a kind."""
+    if kind == "spice":
+        fields = spice_fields()
+        groups = {"H2": (fields, {"split": "train"}), "D2": (spice_fields([1.1]), {})}
+        write_spice(folder / "whole", groups)
+        return ".h5", (folder / "whole").read_bytes()
+    if kind == "curated":
+        write_curated(folder / "whole", cell=4 * np.eye(3))
+        with h5py.File(folder / "whole", "a") as file:
+            file["set-1_0/positions"].attrs["units"] = "angstrom"
+        return ".h5", (folder / "whole").read_bytes()
+    frames = [frame(), frame(energy=-2.0, cell=[4, 4, 4], pbc=True)]
+    frames[1].positions *= 1.1
+    ase.io.write(folder / "whole", frames, format="extxyz")
+    content = (folder / "whole").read_bytes()
+    return (".xyz", content) if kind == "text" else (".xyz.gz", gzip.compress(content))
+
+
+def damaged(content, generator):
+    """Cut somewhere, or with some bytes changed, mostly near the beginning."""
+    if generator.random() < 0.3:
+        return content[: generator.integers(len(content))]
+    changed = bytearray(content)
+    for place in generator.integers(min(len(changed), 4096), size=generator.integers(1, 20)):
+        changed[place] = generator.integers(256)
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("kind", ["spice", "curated", "text", "gzip"])
+def test_damaged_files_are_read_or_refused_by_name(kind, tmp_path, caplog):
+    caplog.set_level(logging.CRITICAL)
+    generator = np.random.default_rng(0)
+    suffix, content = content_of(kind, tmp_path)
+    refused = 0
+    for k in range(100):
+        path = tmp_path / f"{k}{suffix}"
+        path.write_bytes(damaged(content, generator))
+        for use in (read, read_atomic_energies, lambda path: read(path, on_bad="skip")):
+            try:
+                use(path)
+            except DataError as error:
+                assert str(path) in str(error)  # noqa: PT017 - most files are refused, not all
+                refused += 1
+        path.unlink()
+    assert refused > 50
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    for kind in ("spice", "gzip"):
+        suffix, content = content_of(kind, tmp_path)
+        path = tmp_path / f"cut{suffix}"
+        path.write_bytes(content[: len(content) - 10])
+        with pytest.raises(DataError, match=rf"cut{suffix}: damaged or not readable"):
+            read(path, on_bad="skip")
+
+
+def test_text_that_ends_as_binary(tmp_path):
+    frames = [frame(energy=float(k)) for k in range(100)]  # more than is decoded at a time
+    for k, atoms in enumerate(frames):
+        atoms.positions *= 1 + 0.01 * k
+    ase.io.write(tmp_path / "a.xyz", frames, format="extxyz")
+    with open(tmp_path / "a.xyz", "ab") as file:
+        file.write(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"a\.xyz: damaged or not readable .*utf-8"):
+        read(tmp_path / "a.xyz")
+
+
+def test_a_refused_file_is_closed(tmp_path):
+    fields = spice_fields(dft_total_energy=np.zeros(7))
+    write_spice(tmp_path / "a.h5", {"H2": (fields, {})})
+    with pytest.raises(DataError) as kept:
+        read(tmp_path / "a.h5")
+    write_spice(tmp_path / "a.h5", {"H2": (spice_fields(), {})})  # fails where it is still open
+    assert len(read(tmp_path / "a.h5")) == 3
+    assert "a.h5" in str(kept.value)
 
 
 def test_real_spice_file(reference_data):
@@ -370,6 +519,10 @@ def test_real_conformers_climb_against_their_forces(reference_data):
     assert np.mean(signs) > 0.9
 
 
+def first(path):
+    return next(iterate(path))
+
+
 def test_real_curated_and_extxyz_files(reference_data):
     data = reference_data / "data"
     curated = read(data / "misc" / "spice2-1000_429_md_0-1.hdf5")
@@ -379,11 +532,10 @@ def test_real_curated_and_extxyz_files(reference_data):
     np.testing.assert_allclose(curated[0].forces.sum(0), 0, atol=0.05)
     omol = read(data / "misc" / "SPICE_small_with_charges.xyz")
     assert {5, 14} & set(np.concatenate([s.atomic_numbers for s in omol]).tolist())
-    ethanol = read(data / "rmd17" / "ethanol_train_01.xyz.gz", limit=3)
-    np.testing.assert_allclose(ethanol[0].energy, -4209.783455217897)
-    assert ethanol[0].pbc.all()  # a lattice without pbc is periodic, as ASE reads it
-    acetylacetone = read(data / "acac" / "train_300K.xyz.gz", limit=1)
-    assert acetylacetone[0].cell is None
+    ethanol = first(data / "rmd17" / "ethanol_train_01.xyz.gz")
+    np.testing.assert_allclose(ethanol.energy, -4209.783455217897)
+    assert ethanol.pbc.all()  # a lattice without pbc is periodic, as ASE reads it
+    assert first(data / "acac" / "train_300K.xyz.gz").cell is None
     atoms = read_atomic_energies(data / "3bpa" / "iso_atoms.xyz")
     np.testing.assert_allclose(atoms[1], -13.587222780835477)
     with pytest.raises(DataError, match=r"atomic_numbers.*missing"):

@@ -1,5 +1,6 @@
 """Statistics of a data set: E0 with its rank, neighbors, shortest distances."""
 
+import itertools
 import json
 import logging
 
@@ -15,7 +16,7 @@ from mlip_md.trainer.data import (
     Structure,
     compute_statistics,
     fit_atomic_energies,
-    read,
+    iterate,
 )
 
 E0 = {1: -13.6, 6: -1030.5, 8: -2043.9}
@@ -27,6 +28,10 @@ def labeled(name, shift=0.0, scale=1.0):
     cell = {"cell": atoms.cell.array, "pbc": atoms.pbc} if atoms.pbc.any() else {}
     forces = np.full((len(atoms), 3), 0.5)
     return Structure(atoms.numbers, scale * atoms.positions, energy, forces, name=str(name), **cell)
+
+
+def statistics_of(structures, cutoff=5.0, **options):
+    return compute_statistics(GraphStore.from_structures(structures, cutoff), **options)
 
 
 def test_published_fit(reference_data):
@@ -44,7 +49,7 @@ def test_published_fit(reference_data):
 
 def test_exact_energies_are_found():
     data = [labeled(name) for name in ("H2O", "CH4", "CO2", "CH3OH", "C2H6")]
-    statistics = compute_statistics(data, 5.0)
+    statistics = statistics_of(data)
     assert statistics.elements == (1, 6, 8)
     np.testing.assert_allclose(statistics.atomic_energies, list(E0.values()), atol=1e-8)
     assert statistics.undetermined == ()
@@ -72,7 +77,7 @@ def test_interaction_energies_keep_their_digits():
 def test_rank(names, combination, caplog):
     data = [labeled(name, scale=1 + 0.01 * k) for k, name in enumerate(names)]
     with caplog.at_level(logging.WARNING):
-        statistics = compute_statistics(data, 5.0)
+        statistics = statistics_of(data)
     if combination is None:
         assert not caplog.records
         assert statistics.undetermined == ()
@@ -80,7 +85,7 @@ def test_rank(names, combination, caplog):
     assert combination in caplog.text
     assert "isolated atoms" in caplog.text
     with pytest.raises(DataError, match="do not determine every atomic energy"):
-        compute_statistics(data, 5.0, on_rank_deficient="error")
+        statistics_of(data, on_rank_deficient="error")
     # what is named open is open: adding it changes no total energy
     counts = GraphStore.from_structures(data, 5.0).compositions
     for text in statistics.undetermined:
@@ -97,15 +102,15 @@ def test_rank(names, combination, caplog):
 
 def test_given_and_zero_energies():
     data = [labeled("H2O"), labeled("H2O", scale=1.1)]
-    given = compute_statistics(data, 5.0, atomic_energies=E0)
+    given = statistics_of(data, atomic_energies=E0)
     np.testing.assert_array_equal(given.atomic_energies, [E0[1], E0[8]])
     assert (given.atomic_energies_source, given.undetermined) == ("given", ())
-    zero = compute_statistics(data, 5.0, atomic_energies="zero")
+    zero = statistics_of(data, atomic_energies="zero")
     np.testing.assert_array_equal(zero.atomic_energies, 0)
     with pytest.raises(DataError, match=r"no atomic energy \(E0\) is given for O"):
-        compute_statistics(data, 5.0, atomic_energies={1: -13.6})
+        statistics_of(data, atomic_energies={1: -13.6})
     with pytest.raises(DataError, match="'mean' is not allowed"):
-        compute_statistics(data, 5.0, atomic_energies="mean")
+        statistics_of(data, atomic_energies="mean")
     json.dumps(given.to_dict())
 
 
@@ -115,7 +120,7 @@ def test_neighbors_and_distances_against_ase():
     crystal = ase.build.bulk("C", "diamond", 3.57, cubic=False)
     pair = molecule("CH4") + ase.Atoms("O", positions=[[40.0, 0, 0]])
     frames = [molecule("CH3OH"), far, crystal, pair]
-    statistics = compute_statistics([labeled(a) for a in frames], 4.0, atomic_energies=E0)
+    statistics = statistics_of([labeled(a) for a in frames], 4.0, atomic_energies=E0)
     degrees, shortest = [], []
     for atoms in frames:
         i, d = ase_neighbor_list("id", atoms, 4.0)
@@ -131,9 +136,7 @@ def test_neighbors_and_distances_against_ase():
 def test_no_neighbors_at_all():
     far = ase.Atoms("H2", positions=[[0, 0, 0], [0, 0, 30.0]])
     with pytest.raises(DataError, match=r"no atom has a neighbor within the cutoff of 5\.0"):
-        compute_statistics([labeled(far)], 5.0)
-    with pytest.raises(DataError, match="a cutoff"):
-        compute_statistics([labeled("H2O")])
+        statistics_of([labeled(far)])
 
 
 def test_elements_of_another_store():
@@ -148,9 +151,9 @@ def test_elements_of_another_store():
 
 
 def test_water_clusters_leave_energies_open(reference_data, caplog):
-    data = read(reference_data / "data" / "spice_mini_gfn2" / "mini_wat.hdf5", limit=5)
+    data = iterate(reference_data / "data" / "spice_mini_gfn2" / "mini_wat.hdf5")
     with caplog.at_level(logging.WARNING):
-        statistics = compute_statistics(data, 5.0)
+        statistics = statistics_of(itertools.islice(data, 5))
     assert statistics.undetermined == ("1 E0(H) - 2 E0(O)",)
     assert 20 < statistics.avg_num_neighbors < 35
     assert 0.85 < statistics.avg_r_min < 1.0

@@ -136,11 +136,8 @@ def test_split_ignores_stereochemistry_and_order_but_not_the_seed():
     assert {split_of([s], 0) for s in ("O", "C", "[H][H]", "CO", "N#N")} == {"train"}
 
 
-def test_plan_refuses_bad_options():
-    with pytest.raises(ConfigError, match="scale must be larger than 0"):
-        plan(0, scale=0.0)
-    with pytest.raises(ConfigError, match=r"unknown subsets.*Water clusters"):
-        plan(0, subsets=["Water"])
+def test_a_subset_named_twice_is_planned_once():
+    assert plan(0, subsets=["Ions", "Ions"]) == plan(0, subsets=["Ions"])
 
 
 # the file
@@ -320,6 +317,28 @@ def test_bad_options_are_refused(tmp_path):
         make_dataset(tmp_path / "a.h5", method="gfn1")
     with pytest.raises(ConfigError, match="workers must be at least 1"):
         make_dataset(tmp_path / "a.h5", workers=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": 0.0}, "scale must be a finite number larger than 0, received 0.0"),
+        ({"scale": np.nan}, "scale must be .* received nan"),
+        ({"scale": np.inf}, "scale must be .* received inf"),
+        ({"subsets": ["Water"]}, "unknown subsets.*Water clusters"),
+        ({"max_atoms": 0}, "max_atoms must be .* received 0"),
+        ({"seed": -1}, "seed must be .* received -1"),
+        ({"seed": 2**63}, "seed must be"),
+        ({"scale": 1e-9, "max_atoms": 1}, "nothing to make: .*at most 1 atoms"),
+    ],
+)
+def test_bad_options_touch_no_file(tmp_path, monkeypatch, options, message):
+    monkeypatch.setattr(module._Run, "execute", lambda *_: pytest.fail("it was started"))
+    output = tmp_path / "a.h5"
+    output.touch()
+    with pytest.raises((ConfigError, DataError), match=message):
+        make_dataset(output, resume=False, **options)
+    assert list(tmp_path.iterdir()) == [output]
 
 
 def test_importing_the_command_loads_no_chemistry():

@@ -23,7 +23,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from mlip_md.elements import symbol
 from mlip_md.errors import ConfigError
-from mlip_md.networks.config import CONFIGS, NetworkConfig, config_from_dict, config_to_dict
+from mlip_md.networks.config import CONFIGS, LIMITS, NetworkConfig, config_from_dict, config_to_dict
 
 SYMBOLS = {symbol(z): z for z in range(1, 119)}
 """Atomic number by symbol."""
@@ -218,7 +218,7 @@ class DataConfig(Section):
     test: str | list[str] | None = None
     split: SplitConfig = SplitConfig()
     curate: CurationConfig | None = CurationConfig()
-    cutoff: float = Field(default=5.0, gt=0, allow_inf_nan=False)
+    cutoff: float = Field(default=5.0, ge=LIMITS["cutoff"][0], le=LIMITS["cutoff"][1])
     max_n_node: int | None = Field(default=None, ge=1)
     max_n_edge: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=16, ge=1)

@@ -7,7 +7,6 @@ from mlip_md.trainer.data.batching import make_batch as make_batch
 from mlip_md.trainer.data.batching import plan_epoch as plan_epoch
 from mlip_md.trainer.data.batching import prefetch as prefetch
 from mlip_md.trainer.data.filters import CurationReport as CurationReport
-from mlip_md.trainer.data.filters import curate as curate
 from mlip_md.trainer.data.prepared import PreparedData as PreparedData
 from mlip_md.trainer.data.prepared import SplitRule as SplitRule
 from mlip_md.trainer.data.prepared import is_prepared as is_prepared
@@ -16,8 +15,6 @@ from mlip_md.trainer.data.prepared import prepare as prepare
 from mlip_md.trainer.data.readers import iterate as iterate
 from mlip_md.trainer.data.readers import read as read
 from mlip_md.trainer.data.readers import read_atomic_energies as read_atomic_energies
-from mlip_md.trainer.data.split import Split as Split
-from mlip_md.trainer.data.split import split as split
 from mlip_md.trainer.data.statistics import Statistics as Statistics
 from mlip_md.trainer.data.statistics import compute_statistics as compute_statistics
 from mlip_md.trainer.data.statistics import fit_atomic_energies as fit_atomic_energies

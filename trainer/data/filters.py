@@ -66,43 +66,6 @@ class FilterCounts:
         return CurationReport(total, self.kept, dict(self.removed), examples)
 
 
-def curate(
-    structures: Iterable[Structure],
-    *,
-    neutral_only: bool = True,
-    max_force: float | None = 15.0,
-    max_net_force: float | None = 0.1,
-    hydrogen_bonds: bool = True,
-    elements: Sequence[int] | None = None,
-) -> tuple[list[Structure], CurationReport]:
-    """Keep the structures that pass all filters; each filter can be switched off.
-
-    Args:
-        structures: what to choose from.
-        neutral_only: remove structures with a charge.
-        max_force: eV/Å, longest force vector on an atom; None switches this filter off.
-        max_net_force: eV/Å, length of the sum of all forces, which is numerical noise of the
-            reference method; None switches this filter off.
-        hydrogen_bonds: remove structures where a hydrogen has not exactly one bond.
-        elements: allowed atomic numbers; None allows all.
-
-    Returns:
-        The kept structures in their order, and the counts.
-
-    Raises:
-        DataError: if a limit is not positive.
-    """
-    filters = make_filters(
-        neutral_only=neutral_only,
-        max_force=max_force,
-        max_net_force=max_net_force,
-        hydrogen_bonds=hydrogen_bonds,
-        elements=elements,
-    )
-    counts = FilterCounts()
-    return list(apply_filters(structures, filters, counts)), counts.report()
-
-
 def make_filters(
     *,
     neutral_only: bool = True,
@@ -111,7 +74,19 @@ def make_filters(
     hydrogen_bonds: bool = True,
     elements: Sequence[int] | None = None,
 ) -> Filters:
-    """The filters of ``curate``, by name in the order of application; arguments as there."""
+    """The filters of a curation, by name in the order of application; each can be switched off.
+
+    Args:
+        neutral_only: remove structures with a charge.
+        max_force: eV/Å, longest force vector on an atom; None switches this filter off.
+        max_net_force: eV/Å, length of the sum of all forces, which is numerical noise of the
+            reference method; None switches this filter off.
+        hydrogen_bonds: remove structures where a hydrogen has not exactly one bond.
+        elements: allowed atomic numbers; None allows all.
+
+    Raises:
+        DataError: if a limit is not positive, or an element is no atomic number.
+    """
     for name, limit in (("max_force", max_force), ("max_net_force", max_net_force)):
         if limit is not None and not limit > 0:
             raise DataError(f"{name} = {limit!r} is not allowed; give a positive number or None")

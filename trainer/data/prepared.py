@@ -90,7 +90,7 @@ def prepare(
         test: file or files for testing, likewise.
         split: how the structures of ``paths`` are parted; None: 90 % and 10 %, by molecule. With
             ``validation`` or ``test`` files the fraction of that part goes to training.
-        curate: options of ``curate``; None keeps everything.
+        curate: options of ``make_filters``; None keeps everything.
         atomic_energies: "average", "zero" or a map of atomic number to eV.
         on_rank_deficient: "warn" or "error", see ``compute_statistics``.
         on_bad: "error", or "skip" for unusable structures.
@@ -108,13 +108,14 @@ def prepare(
     rule = split or SplitRule()
     sources = [_paths(paths), _paths(validation), _paths(test)]
     filters = {} if curate is None else make_filters(**curate)
+    how = {"on_bad": on_bad, "energy_key": energy_key, "forces_key": forces_key}
     settings = {
+        **how,
         "files": {name: [str(p) for p in s] for name, s in zip(SPLITS, sources, strict=True)},
         "cutoff": float(cutoff),
         "split": {**dataclasses.asdict(rule), "fractions": [float(x) for x in rule.fractions]},
         "curate": None if curate is None else dict(curate),
     }
-    how = {"on_bad": on_bad, "energy_key": energy_key, "forces_key": forces_key}
     reading = _Reading(sources, filters, how, rule.marks)
     if folder is None:
         store = GraphStore.from_structures(reading.structures(), cutoff)
@@ -126,12 +127,8 @@ def prepare(
     return open_prepared(folder)
 
 
-def open_prepared(folder: str | Path, verify: bool = False) -> PreparedData:
+def open_prepared(folder: str | Path) -> PreparedData:
     """Open what ``prepare`` wrote to a folder.
-
-    Args:
-        folder: the folder.
-        verify: read everything once and compare checksums.
 
     Raises:
         DataError: if it is no such folder, of another version, or damaged.
@@ -151,7 +148,7 @@ def open_prepared(folder: str | Path, verify: bool = False) -> PreparedData:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{folder}: not a folder of prepared data ({error})") from error
-    store = open_store(folder / "graphs", verify)
+    store = open_store(folder / "graphs")
     if sum(len(r) for r in rows.values()) != len(store):
         raise DataError(f"{folder}: its parts do not make up the whole; prepare the data again")
     parts = {name: _labeled(store.subset(r), statistics) for name, r in rows.items()}

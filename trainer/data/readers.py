@@ -7,18 +7,21 @@ an error that names file, key and index; nothing is ever filled in.
 from __future__ import annotations
 
 import ast
+import contextlib
 import gzip
 import io
 import itertools
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO, cast
 
 import ase
 import ase.io
+import ase.units
 import h5py
 import numpy as np
 
@@ -27,7 +30,6 @@ from mlip_md.trainer.data.structures import BOHR, HARTREE, MAX_ATOMIC_NUMBER, St
 
 logger = logging.getLogger(__name__)
 
-FORMATS = ("spice", "curated", "extxyz")
 SPLITS = ("train", "validation", "test")
 
 ENERGY_KEYS = ("REF_energy", "energy", "Energy")
@@ -36,12 +38,23 @@ STRESS_KEYS = ("REF_stress", "stress")
 VIRIAL_KEYS = ("REF_virial", "REF_virials", "virial", "virials")
 GROUP_KEYS = ("smiles", "SMILES", "group", "molecule")
 
-LENGTH_UNITS = {"bohr": BOHR, "angstrom": 1.0, "nanometer": 10.0, "nanometers": 10.0, "nm": 10.0}
+LENGTH_UNITS = {"bohr": BOHR, "angstrom": 1.0, "nanometer": 10.0}
 ENERGY_UNITS = {
     "hartree": HARTREE,
     "ev": 1.0,
     "kj/mol": HARTREE / 2625.4996394799,
     "kcal/mol": HARTREE / 627.5094740631,
+}
+_QUOTIENTS = [(e, l, ENERGY_UNITS[e], LENGTH_UNITS[l]) for e in ENERGY_UNITS for l in LENGTH_UNITS]
+FORCE_UNITS = {f"{e}/{l}": energy / length for e, l, energy, length in _QUOTIENTS}
+STRESS_UNITS = {f"{e}/{l}^3": energy / length**3 for e, l, energy, length in _QUOTIENTS}
+STRESS_UNITS["gpa"] = ase.units.GPa
+
+OTHER_UNIT_NAMES = {
+    **dict.fromkeys(("å", "a", "ang", "angstroms"), "angstrom"),
+    **dict.fromkeys(("å^3", "å³", "a^3", "ang^3"), "angstrom^3"),
+    **dict.fromkeys(("nm", "nanometers"), "nanometer"),
+    **dict.fromkeys(("eh", "ha"), "hartree"),
 }
 
 ATOMIC_ENERGY_ATTRIBUTES = {
@@ -54,93 +67,64 @@ ATOMIC_ENERGY_ATTRIBUTES = {
 Fields = dict[str, Any]
 
 
-def read(
-    path: str | Path,
-    *,
-    format: str | None = None,
-    split: str | None = None,
-    limit: int | None = None,
-    on_bad: str = "error",
-    energy_key: str | None = None,
-    forces_key: str | None = None,
-) -> list[Structure]:
-    """Read a file of labelled structures.
-
-    Args:
-        path: SPICE HDF5 (one group per molecule, bohr and hartree unless its ``units`` attributes
-            say otherwise), curated HDF5 (one group per structure, Å and eV) or extended XYZ
-            (Å and eV), the latter also gzipped.
-        format: "spice", "curated" or "extxyz"; None recognises it from the content.
-        split: only structures that the file itself marks "train", "validation" or "test"; there
-            may be none. None reads all, marked or not.
-        limit: stop after this many structures.
-        on_bad: "error", or "skip" to leave out unusable structures (logged and counted).
-        energy_key: extxyz: name of the energy; None tries ``REF_energy``, ``energy``, ``Energy``.
-        forces_key: extxyz: name of the forces, likewise.
-
-    Returns:
-        The structures in the order of the file.
-
-    Raises:
-        DataError: if the file is not readable, or, naming ``file:key[index]``, on missing labels,
-            NaN, wrong shapes and structures that stand in the file twice.
-    """
-    return list(
-        iterate(
-            path,
-            format=format,
-            split=split,
-            limit=limit,
-            on_bad=on_bad,
-            energy_key=energy_key,
-            forces_key=forces_key,
-        )
-    )
+def read(path: str | Path, **options: Any) -> list[Structure]:
+    """All structures of a file at once; options and errors as for ``iterate``."""
+    return list(iterate(path, **options))
 
 
 def iterate(
     path: str | Path,
     *,
-    format: str | None = None,
     split: str | None = None,
-    limit: int | None = None,
     on_bad: str = "error",
     energy_key: str | None = None,
     forces_key: str | None = None,
     seen: dict[int, str] | None = None,
 ) -> Iterator[Structure]:
-    """Yield the structures of a file one by one; arguments and errors as for ``read``.
+    """Yield the labelled structures of a file one by one, in its order.
 
-    ``seen`` remembers structures: given to several calls, duplicates are found across their files.
+    Args:
+        path: SPICE HDF5 (one group per molecule, bohr and hartree), curated HDF5 (one group per
+            structure, Å and eV) or extended XYZ (Å and eV), the latter also gzipped. The
+            ``units`` attributes of HDF5 data sets are followed where there are any; the unit of
+            an attribute such as ``energy`` may stand beside it, as ``energy_units``.
+        split: only structures that the file itself marks "train", "validation" or "test"; there
+            may be none. None reads all, marked or not.
+        on_bad: "error", or "skip" to leave out unusable structures (logged and counted).
+        energy_key: extxyz: name of the energy; None tries ``REF_energy``, ``energy``, ``Energy``.
+        forces_key: extxyz: name of the forces, likewise.
+        seen: remembers structures: given to several calls, duplicates are found across their files.
+
+    Raises:
+        DataError: if the file is not readable, or, naming ``file:key[index]``, on missing labels,
+            NaN, wrong shapes, unknown units and structures that stand in the file twice.
     """
     path = Path(path)
     _check_choice("on_bad", on_bad, ("error", "skip"))
     if split is not None:
         _check_choice("split", split, SPLITS)
-    format = recognize(path) if format is None else format
-    _check_choice("format", format, FORMATS)
+    format = recognize(path)
     if format == "extxyz":
         source = _iterate_extxyz(path, split, energy_key, forces_key)
     else:
         source = _iterate_hdf5(path, format, split)
     seen = {} if seen is None else seen
     count = skipped = 0
-    for fields in source:
-        if limit is not None and count >= limit:
-            break
-        try:
-            structure = _structure(fields, seen)
-        except DataError as error:
-            if on_bad == "error":
-                raise
-            skipped += 1
-            logger.warning("skipped: %s", error)
-            continue
-        count += 1
-        yield structure
+    with contextlib.closing(source):  # an error would keep the file open until it is forgotten
+        for fields in source:
+            try:
+                structure = _structure(fields, seen)
+            except DataError as error:
+                if on_bad == "error":
+                    raise
+                skipped += 1
+                logger.warning("skipped: %s", error)
+                continue
+            count += 1
+            yield structure
     if skipped:
         logger.warning("%s: %d unusable structures were skipped", path, skipped)
-    if count == 0 and split is None and limit != 0:
+    if count == 0 and split is None:
         raise DataError(f"{path}: it holds no usable structure")
 
 
@@ -154,14 +138,11 @@ def recognize(path: str | Path) -> str:
     if not path.is_file():
         raise DataError(f"{path}: there is no such file")
     if h5py.is_hdf5(path):
-        with h5py.File(path, "r") as file:
+        with _open_hdf5(path) as file:
             return _recognize_hdf5(file, path)
-    try:
-        with _open_text(path) as stream:
-            first = stream.readline().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: neither HDF5 nor text ({error})") from error
-    if first.isdigit():
+    with _reading(path, "neither HDF5 nor text"), _open_text(path) as stream:
+        first = stream.readline().strip()
+    if first.isdecimal():
         return "extxyz"
     raise DataError(
         f"{path}: not a known format; its first line {first[:40]!r} is no number of atoms "
@@ -183,10 +164,11 @@ def read_atomic_energies(path: str | Path) -> dict[int, float] | None:
     if recognize(path) == "extxyz":
         atoms = [s for s in iterate(path) if len(s) == 1 and s.cell is None and s.charge == 0]
         return {int(s.atomic_numbers[0]): s.energy for s in atoms} or None
-    with h5py.File(path, "r") as file:
+    with _open_hdf5(path) as file, _reading(path):
         for name, unit in ATOMIC_ENERGY_ATTRIBUTES.items():
             if name in file.attrs:
-                return _parse_energies(_text(file.attrs[name]), unit, f"{path}: attribute {name}")
+                what = f"{path}: attribute {name}"
+                return _parse_energies(_text(file.attrs[name], what), unit, what)
     return None
 
 
@@ -199,6 +181,22 @@ def formal_charge(smiles: str) -> int:
             size = int(match.group(2)) if match.group(2) else len(match.group(1))
             total += size if match.group(1)[0] == "+" else -size
     return total
+
+
+@contextlib.contextmanager
+def _reading(name: object, what: str = "damaged or not readable") -> Iterator[None]:
+    """Raise whatever a damaged file raises while it is read as a DataError with its name.
+
+    h5py has no error class of its own; which of these it raises depends on where the damage is.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except (
+        OSError, EOFError, zlib.error, MemoryError, RuntimeError, LookupError, TypeError, ValueError
+    ) as error:  # fmt: skip
+        raise DataError(f"{name}: {what} ({error})") from error
 
 
 def _open_text(path: Path) -> TextIO:
@@ -226,10 +224,14 @@ def _structure(fields: Fields | DataError, seen: dict[int, str]) -> Structure:
     return structure
 
 
-def _text(value: Any) -> str:
-    value = np.asarray(value).reshape(-1)[0] if np.ndim(value) else value
-    value = value[()] if isinstance(value, np.ndarray) else value
-    return value.decode() if isinstance(value, bytes) else str(value)
+def _text(value: Any, what: str) -> str:
+    """The text (or number, as text) that a value is or, if it is an array, begins with."""
+    entry = next(iter(np.ravel(value)), None)
+    with contextlib.suppress(UnicodeError):
+        entry = entry.decode() if isinstance(entry, bytes) else entry
+        if isinstance(entry, str | int | float | np.number | np.bool_):
+            return str(entry).encode().decode()  # h5py lets bytes pass that are no text
+    raise DataError(f"{what} is {value!r:.60}; text is needed")
 
 
 def _parse_energies(text: str, unit: float, name: str) -> dict[int, float]:
@@ -237,7 +239,10 @@ def _parse_energies(text: str, unit: float, name: str) -> dict[int, float]:
     try:
         values = json.loads(plain) if plain.lstrip().startswith('{"') else ast.literal_eval(plain)
         energies = {int(z): float(energy) * unit for z, energy in values.items()}
-    except (ValueError, SyntaxError, AttributeError, TypeError) as error:
+    except (
+        ValueError, SyntaxError, AttributeError, TypeError, ArithmeticError, RecursionError,
+        MemoryError,
+    ) as error:  # fmt: skip
         raise DataError(
             f"{name}: not a map of atomic number to energy: {text[:60]!r} ({error})"
         ) from error
@@ -250,36 +255,169 @@ def _parse_energies(text: str, unit: float, name: str) -> dict[int, float]:
 # HDF5
 
 
+@contextlib.contextmanager
+def _open_hdf5(path: Path) -> Iterator[h5py.File]:
+    with _reading(path):
+        file = h5py.File(path, "r")
+    with file:
+        yield file
+
+
+def _groups(file: h5py.File, path: Path) -> Iterator[tuple[str, _Group]]:
+    with _reading(path):
+        for key in file:
+            item = file[key]  # items() would pass over what cannot be opened
+            if isinstance(item, h5py.Group):
+                yield str(key), _Group(item, f"{path}:{key}")
+
+
 def _recognize_hdf5(file: h5py.File, path: Path) -> str:
-    for group in file.values():
-        if isinstance(group, h5py.Group):
-            if "conformations" in group:
-                return "spice"
-            if "positions" in group:
-                return "curated"
-            raise DataError(
-                f"{path}: not a known HDF5 layout; group {group.name} holds "
-                f"{', '.join(sorted(group)) or 'nothing'}, but a SPICE file has 'conformations' "
-                "and a curated file 'positions' in every group"
-            )
+    for _, group in _groups(file, path):
+        if "conformations" in group:
+            return "spice"
+        if "positions" in group:
+            return "curated"
+        raise DataError(
+            f"{group.name}: not a known HDF5 layout; it holds {group.contents()}, but a SPICE file "
+            "has 'conformations' and a curated file 'positions' in every group"
+        )
     raise DataError(f"{path}: the HDF5 file holds no groups")
 
 
-def _iterate_hdf5(path: Path, format: str, split: str | None) -> Iterator[Fields | DataError]:
-    try:
-        with h5py.File(path, "r") as file:
-            groups = ((key, g) for key, g in file.items() if isinstance(g, h5py.Group))
-            for key, group in groups:
-                name = f"{path}:{key}"
-                mark = _mark(_optional(group, "split"), split, name)
-                if split is not None and mark != split:
-                    continue
-                if format == "spice":
-                    yield from _spice_group(group, mark, name)
-                else:
-                    yield _curated_group(group, key, mark, name)
-    except OSError as error:
-        raise DataError(f"{path}: HDF5 cannot read it ({error})") from error
+def _iterate_hdf5(
+    path: Path, format: str, split: str | None
+) -> Generator[Fields | DataError, None, None]:
+    fields_of = _spice_group if format == "spice" else _curated_group
+    with _open_hdf5(path) as file:
+        for key, group in _groups(file, path):
+            mark = _mark(group.value("split"), split, group.name)
+            if split is not None and mark != split:
+                continue
+            try:
+                for fields in fields_of(group, key):
+                    yield {**fields, "mark": mark}
+            except DataError as error:
+                yield error
+
+
+class _Group:
+    """A group of an HDF5 file; its attributes and data sets are read alike.
+
+    Every error names the group, what was found there and what is needed.
+    """
+
+    def __init__(self, group: h5py.Group, name: str):
+        self.name, self._group = name, group
+        with _reading(name):
+            self._attributes, self._members = set(group.attrs), set(group)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._attributes or key in self._members
+
+    def contents(self) -> str:
+        """Names of everything in it."""
+        return ", ".join(sorted(map(str, self._attributes | self._members))) or "nothing"
+
+    def first(self, *keys: str) -> str | None:
+        """The first of these keys that is there."""
+        return next((key for key in keys if key in self), None)
+
+    def require(self, *keys: str) -> None:
+        """Raise a DataError if one of these keys is missing."""
+        missing = [key for key in keys if key not in self]
+        if missing:
+            raise DataError(
+                f"{self.name}: {', '.join(missing)} missing; it holds {self.contents()}. Without "
+                "positions and their labels there is nothing to train on"
+            )
+
+    def value(self, *keys: str) -> Any:
+        """What stands under the first of these keys that is there, or None."""
+        key = self.first(*keys)
+        if key is None:
+            return None
+        with _reading(f"{self.name}: {key}"):
+            item = self._item(key)
+            if getattr(item, "shape", ()) is None or isinstance(item, h5py.Group | h5py.Datatype):
+                raise DataError(f"{self.name}: {key} is {_kind(item)}; a value is needed")
+            return item[()] if isinstance(item, h5py.Dataset) else item
+
+    def text(self, key: str) -> str | None:
+        """The text under a key, or None."""
+        return _text(self.value(key), f"{self.name}: {key}") if key in self else None
+
+    def numbers(
+        self,
+        key: str,
+        shape: tuple[int | None, ...],
+        units: Mapping[str, float] | None = None,
+        default: str = "",
+    ) -> np.ndarray:
+        """The numbers under a key, float64 in our units.
+
+        Args:
+            key: must be there.
+            shape: what they must have; None stands for any length. () also takes an array of one.
+            units: allowed units, and what they are in ours; None for numbers without a unit.
+            default: unit where none is stated.
+        """
+        with _reading(f"{self.name}: {key}"):
+            item = self._item(key)
+            if not isinstance(item, h5py.HLObject | h5py.Empty):
+                item = np.asarray(item)
+            found = getattr(item, "shape", None)
+            if found is not None and shape == () and np.prod(found) == 1:
+                found = ()
+            # before anything is read: a damaged shape may be of any size
+            if not _fits(found, shape) or item.dtype.kind not in "biuf":
+                wanted = ", ".join("any" if n is None else str(n) for n in shape)
+                raise DataError(
+                    f"{self.name}: {key} is {_kind(item)}; numbers of shape ({wanted}) are needed"
+                )
+            values = np.asarray(item[()], np.float64).reshape(item.shape if shape else ())
+            return values if units is None else values * self._factor(key, item, units, default)
+
+    def atomic_numbers(self, key: str) -> np.ndarray:
+        """The whole numbers under a key."""
+        numbers = self.numbers(key, (None,))
+        with np.errstate(invalid="ignore"):
+            whole = numbers.astype(np.int64)
+        if (whole != numbers).any():
+            raise DataError(f"{self.name}: {key} {numbers[whole != numbers]} are no whole numbers")
+        return whole
+
+    def _item(self, key: str) -> Any:
+        return self._group.attrs[key] if key in self._attributes else self._group[key]
+
+    def _factor(self, key: str, item: Any, units: Mapping[str, float], default: str) -> float:
+        beside = f"{key}_units"
+        stated = item.attrs.get("units") if isinstance(item, h5py.Dataset) else None
+        if stated is None:
+            stated = self.value(beside) if beside in self else default
+        text = _text(stated, f"{self.name}: the unit of {key}")
+        parts = text.strip().lower().split("/")
+        unit = "/".join(OTHER_UNIT_NAMES.get(part, part) for part in parts)
+        if unit not in units:
+            raise DataError(
+                f"{self.name}: unit {text!r} of {key} is not known; known are {', '.join(units)}"
+            )
+        return units[unit]
+
+
+def _fits(found: tuple[int, ...] | None, shape: tuple[int | None, ...]) -> bool:
+    if found is None or len(found) != len(shape):
+        return False
+    return all(n in (None, m) for n, m in zip(shape, found, strict=True))
+
+
+def _kind(item: Any) -> str:
+    if isinstance(item, h5py.Group | h5py.Datatype):
+        return "a group" if isinstance(item, h5py.Group) else "a data type"
+    if item.shape is None:
+        return "empty"
+    kind = item.dtype.kind
+    what = "numbers" if kind in "biuf" else "text" if kind in "OSU" else str(item.dtype)
+    return f"{what} of shape {item.shape}"
 
 
 def _mark(value: Any, wanted: str | None, name: str) -> str:
@@ -290,7 +428,7 @@ def _mark(value: Any, wanted: str | None, name: str) -> str:
             f"{name}: no split is marked here, but {wanted!r} was asked for; leave split out and "
             "let the trainer split by fractions"
         )
-    marks = {_text(mark) for mark in np.ravel(value)}
+    marks = {_text(mark, f"{name}: its split mark") for mark in np.ravel(value)}
     if len(marks) != 1 or not marks <= set(SPLITS):
         raise DataError(
             f"{name}: its split mark is {', '.join(sorted(marks))}; it must be one of "
@@ -299,83 +437,40 @@ def _mark(value: Any, wanted: str | None, name: str) -> str:
     return marks.pop()
 
 
-def _optional(group: h5py.Group, *names: str) -> Any:
-    for name in names:
-        if name in group.attrs:
-            return group.attrs[name]
-        if name in group:
-            return group[name][()]
-    return None
-
-
-def _unit(dataset: h5py.Dataset, units: Mapping[str, float], default: str, name: str) -> float:
-    unit = _text(dataset.attrs.get("units", default)).strip().lower()
-    if unit not in units:
-        raise DataError(
-            f"{name}: unit {unit!r} of {dataset.name.split('/')[-1]} is not known; known are "
-            f"{', '.join(units)}"
-        )
-    return units[unit]
-
-
-GRADIENT_UNITS = {
-    f"{energy}/{length}": e / l
-    for energy, e in ENERGY_UNITS.items()
-    for length, l in LENGTH_UNITS.items()
-}
-
-
-def _spice_group(group: h5py.Group, mark: str, name: str) -> Iterator[Fields | DataError]:
-    needed = ("atomic_numbers", "conformations", "dft_total_energy", "dft_total_gradient")
-    missing = [key for key in needed if key not in group]
-    if missing:
-        yield DataError(
-            f"{name}: {', '.join(missing)} missing; it holds {', '.join(sorted(group))}. Without "
-            "energies and gradients there is nothing to train on"
-        )
-        return
-    numbers, conformations, energies, gradients = (group[key] for key in needed)
-    shape = (*energies.shape, *numbers.shape, 3)
-    if conformations.shape != shape or gradients.shape != shape:
-        yield DataError(
-            f"{name}: {energies.shape} energies and {numbers.shape} atoms, but conformations of "
-            f"shape {conformations.shape} and gradients of shape {gradients.shape}; both must be "
-            f"{shape}"
-        )
-        return
-    positions = conformations[()].astype(np.float64)
-    positions *= _unit(conformations, LENGTH_UNITS, "bohr", name)
-    energy = energies[()].astype(np.float64) * _unit(energies, ENERGY_UNITS, "hartree", name)
-    forces = -gradients[()].astype(np.float64)
-    forces *= _unit(gradients, GRADIENT_UNITS, "hartree/bohr", name)
-    smiles = _optional(group, "smiles")
+def _spice_group(group: _Group, key: str) -> Iterator[Fields]:
+    group.require("atomic_numbers", "conformations", "dft_total_energy", "dft_total_gradient")
+    numbers = group.atomic_numbers("atomic_numbers")
+    energies = group.numbers("dft_total_energy", (None,), ENERGY_UNITS, "hartree")
+    shape = (len(energies), len(numbers), 3)
+    positions = group.numbers("conformations", shape, LENGTH_UNITS, "bohr")
+    forces = -group.numbers("dft_total_gradient", shape, FORCE_UNITS, "hartree/bohr")
+    smiles = group.text("smiles")
     common = {
-        "atomic_numbers": numbers[()].astype(np.int64),
-        "charge": _charge(group, smiles, name),
-        "group": _molecule_key(smiles, group.name[1:]),
-        "subset": _text(group["subset"][()]) if "subset" in group else "",
-        "mark": mark,
+        "atomic_numbers": numbers,
+        "charge": _charge(group, smiles),
+        "group": key if smiles is None else _molecule_key(smiles),
+        "subset": group.text("subset") or "",
     }
-    for index in range(len(energy)):
+    for index, energy in enumerate(energies):
         yield {
             "positions": positions[index],
-            "energy": energy[index],
+            "energy": energy,
             "forces": forces[index],
-            "name": f"{name}[{index}]",
+            "name": f"{group.name}[{index}]",
             **common,
         }
 
 
-def _charge(group: h5py.Group, smiles: Any, name: str) -> int:
-    charge = _optional(group, "total_charge", "charge")
+def _charge(group: _Group, smiles: str | None) -> int:
+    charge = group.value("total_charge", "charge")
     if charge is None:
-        return 0 if smiles is None else formal_charge(_text(smiles))
-    return _whole(charge, name)
+        return 0 if smiles is None else formal_charge(smiles)
+    return _whole(charge, group.name)
 
 
 def _whole(charge: Any, name: str) -> int:
     try:
-        value = float(np.asarray(charge, np.float64).reshape(-1)[0])
+        (value,) = set(np.ravel(np.asarray(charge, np.float64)).tolist())
         if value == round(value):
             return int(value)
     except (TypeError, ValueError, OverflowError) as error:
@@ -383,47 +478,37 @@ def _whole(charge: Any, name: str) -> int:
     raise DataError(f"{name}: total charge {charge!r} is not a whole number")
 
 
-def _molecule_key(smiles: Any, key: str) -> str:
+def _molecule_key(smiles: str) -> str:
     """SMILES without its atom-map numbers, which only say in which order the atoms are written."""
-    return re.sub(r":\d+\]", "]", _text(smiles)) if smiles is not None else key
+    return re.sub(r":\d+\]", "]", smiles)
 
 
-def _curated_group(group: h5py.Group, key: str, mark: str, name: str) -> Fields | DataError:
-    numbers = _optional(group, "elements", "atomic_numbers")
-    energy = _optional(group, "energy")
-    missing = [
-        what
-        for what, absent in (
-            ("elements", numbers is None),
-            ("positions", "positions" not in group),
-            ("energy", energy is None),
-            ("forces", "forces" not in group),
-        )
-        if absent
-    ]
-    if missing:
-        return DataError(
-            f"{name}: {', '.join(missing)} missing; it holds {', '.join(sorted(group))} and the "
-            f"attributes {', '.join(sorted(group.attrs))}"
-        )
-    cell, pbc = _optional(group, "cell"), _optional(group, "pbc")
-    if cell is None or (pbc is not None and not np.any(pbc)):
-        cell, pbc = None, np.zeros(3, bool)
-    smiles = _optional(group, "smiles")
-    return {
+def _curated_group(group: _Group, key: str) -> Iterator[Fields]:
+    elements = group.first("elements", "atomic_numbers") or "elements"
+    group.require(elements, "positions", "energy", "forces")
+    numbers = group.atomic_numbers(elements)
+    shape = (len(numbers), 3)
+    cell, stress, pbc = None, None, np.full(3, "cell" in group)
+    if "pbc" in group:
+        pbc = group.numbers("pbc", (3,)) != 0
+    if "cell" in group and pbc.any():
+        cell = group.numbers("cell", (3, 3), LENGTH_UNITS, "angstrom")
+    if "stress" in group:
+        stress = group.numbers("stress", (3, 3), STRESS_UNITS, "ev/angstrom^3")
+    smiles = group.text("smiles")
+    yield {
         "atomic_numbers": numbers,
-        "positions": group["positions"][()],
-        "energy": np.asarray(energy).reshape(-1)[0],
-        "forces": group["forces"][()],
-        "stress": _optional(group, "stress"),
+        "positions": group.numbers("positions", shape, LENGTH_UNITS, "angstrom"),
+        "energy": group.numbers("energy", (), ENERGY_UNITS, "ev"),
+        "forces": group.numbers("forces", shape, FORCE_UNITS, "ev/angstrom"),
+        "stress": stress,
         "cell": cell,
-        "pbc": np.ones(3, bool) if pbc is None else pbc,
-        "charge": _charge(group, smiles, name),
+        "pbc": pbc,
+        "charge": _charge(group, smiles),
         # conformers of one molecule differ in the last number of the name
-        "group": _molecule_key(smiles, re.sub(r"_\d+$", "", key)),
+        "group": re.sub(r"_\d+$", "", key) if smiles is None else _molecule_key(smiles),
         "subset": key.split("-", 1)[0] if "-" in key else "",
-        "mark": mark,
-        "name": name,
+        "name": group.name,
     }
 
 
@@ -432,7 +517,7 @@ def _curated_group(group: h5py.Group, key: str, mark: str, name: str) -> Fields 
 
 def _iterate_extxyz(
     path: Path, split: str | None, energy_key: str | None, forces_key: str | None
-) -> Iterator[Fields | DataError]:
+) -> Generator[Fields | DataError, None, None]:
     for index, text in enumerate(_frames(path)):
         name = f"{path}:[{index}]"
         try:
@@ -451,9 +536,9 @@ def _iterate_extxyz(
 
 def _frames(path: Path) -> Iterator[str]:
     """Text of each frame; ASE's own search for frames is quadratic in gzipped files."""
-    with _open_text(path) as stream:
+    with _reading(path), _open_text(path) as stream:
         for index, line in enumerate(filter(str.strip, stream)):
-            if not line.strip().isdigit():
+            if not line.strip().isdecimal():
                 raise DataError(f"{path}:[{index}]: {line[:40]!r} is not a number of atoms")
             yield line + "".join(itertools.islice(stream, int(line) + 1))
 
@@ -482,7 +567,8 @@ def _extxyz_fields(
                 f"{name}: no {what} under {' or '.join(keys)}; it has {', '.join(there) or 'none'}"
             )
     periodic = bool(atoms.pbc.any())
-    given = next((atoms.info[key] for key in GROUP_KEYS if key in atoms.info), None)
+    given = next((key for key in GROUP_KEYS if key in atoms.info), None)
+    molecule = None if given is None else _text(atoms.info[given], f"{name}: {given}")
     charge = atoms.info.get("charge", atoms.info.get("total_charge"))
     return {
         "atomic_numbers": atoms.numbers,
@@ -493,7 +579,7 @@ def _extxyz_fields(
         "cell": atoms.cell.array if periodic else None,
         "pbc": atoms.pbc,
         "charge": _whole(0 if charge is None else charge, name),
-        "group": atoms.get_chemical_formula() if given is None else _molecule_key(given, ""),
+        "group": atoms.get_chemical_formula() if molecule is None else _molecule_key(molecule),
         "subset": str(atoms.info.get("config_type", atoms.info.get("data_id", ""))),
         "name": name,
     }
@@ -506,7 +592,10 @@ def _stress(atoms: ase.Atoms, name: str) -> np.ndarray | None:
         stress, factor = _label(atoms, VIRIAL_KEYS), -1.0 / atoms.cell.volume
     if stress is None or not atoms.pbc.all():
         return None
-    stress = np.asarray(stress, np.float64)
+    try:
+        stress = np.asarray(stress, np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{name}: the stress label is no array of numbers ({error})") from error
     if stress.shape == (6,):  # Voigt order xx yy zz yz xz xy
         stress = stress[[0, 5, 4, 5, 1, 3, 4, 3, 2]]
     if stress.size != 9:

@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from mlip_md.errors import DataError
-from mlip_md.trainer.data.structures import Structure
 
 PARTS = ("train", "validation", "test")
 
 
-class Split(NamedTuple):
-    """The three parts of a data set; a part with fraction 0 is empty."""
-
-    train: list[Structure]
-    validation: list[Structure]
-    test: list[Structure]
-
-
-def split(
-    structures: Sequence[Structure],
-    fractions: Sequence[float],
-    seed: int,
-    by: str = "group",
-) -> Split:
+def split_groups(
+    groups: Sequence[str], fractions: Sequence[float], seed: int, by: str = "group"
+) -> np.ndarray:
     """Part structures at random into training, validation and test sets.
 
     Args:
-        structures: the data set; each structure lands in exactly one part, in its old order.
+        groups: (n,) name of each structure's molecule.
         fractions: of structures in training, validation and (0 if left out) test set; their sum
             is 1 up to rounding. By structure, sizes are exact to the nearest whole number; by
             group they are as near as whole groups allow.
@@ -39,19 +26,11 @@ def split(
             errors are about molecules never seen; "structure" parts single structures.
 
     Returns:
-        The three parts.
+        (n,) int64, the part of each structure: 0 train, 1 validation, 2 test.
 
     Raises:
         DataError: if fractions are impossible, or there are fewer groups than parts to fill.
     """
-    part = split_groups([s.group for s in structures], fractions, seed, by)
-    return Split(*([structures[int(k)] for k in np.flatnonzero(part == p)] for p in range(3)))
-
-
-def split_groups(
-    groups: Sequence[str], fractions: Sequence[float], seed: int, by: str = "group"
-) -> np.ndarray:
-    """Part (0 train, 1 validation, 2 test) of each structure, given its group; see ``split``."""
     shares = _check_fractions(fractions)
     if by not in ("group", "structure"):
         raise DataError(f"by = {by!r} is not known; split by 'group' or by 'structure'")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -13,7 +13,6 @@ import numpy as np
 from mlip_md.elements import symbol
 from mlip_md.errors import DataError
 from mlip_md.trainer.data.store import GraphStore
-from mlip_md.trainer.data.structures import Structure
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +66,7 @@ class Statistics:
 
 
 def compute_statistics(
-    data: GraphStore | Iterable[Structure],
-    cutoff: float | None = None,
+    store: GraphStore,
     *,
     atomic_energies: AtomicEnergies = "average",
     on_rank_deficient: str = "warn",
@@ -76,8 +74,7 @@ def compute_statistics(
     """Compute the statistics of a training set.
 
     Args:
-        data: graphs, or structures whose graphs are made here.
-        cutoff: Å; needed for structures, and for graphs the one they were made with.
+        store: its graphs.
         atomic_energies: "average" (or None) fits E0 to the total energies, "zero" sets them to 0,
             a map of atomic number to eV gives them.
         on_rank_deficient: "warn" or "error" when the compositions do not determine every E0; after
@@ -90,14 +87,6 @@ def compute_statistics(
         DataError: on undetermined E0 (with "error"), on elements missing in a given map, or if no
             atom has a neighbor.
     """
-    if isinstance(data, GraphStore):
-        store = data
-    elif cutoff is None:
-        raise DataError("to make graphs of structures, a cutoff (Å) is needed")
-    else:
-        store = GraphStore.from_structures(data, cutoff)
-    if cutoff is not None and cutoff != store.cutoff:
-        raise DataError(f"the graphs were made with a cutoff of {store.cutoff} Å, not {cutoff} Å")
     undetermined: tuple[str, ...] = ()
     if atomic_energies is None or atomic_energies == "average":
         fit = fit_atomic_energies(

@@ -232,12 +232,10 @@ class GraphStore:
         return np.concatenate(parts)
 
 
-def open_store(folder: str | Path, verify: bool = False) -> GraphStore:
-    """Open a store made in a folder; its arrays are mapped from disk as they are needed.
+def open_store(folder: str | Path) -> GraphStore:
+    """Open a store that ``GraphStore.from_structures`` made in a folder.
 
-    Args:
-        folder: what ``GraphStore.from_structures`` wrote.
-        verify: read everything once and compare checksums.
+    Its arrays are read once to compare checksums, then mapped from disk as they are needed.
 
     Raises:
         DataError: if it is no store, of another version, or damaged.
@@ -250,13 +248,10 @@ def open_store(folder: str | Path, verify: bool = False) -> GraphStore:
                 f"{folder}: format version {index['format_version']}, this program reads "
                 f"{FORMAT_VERSION}; prepare the data again"
             )
-        if verify:
-            for name, checksum in index["sha256"].items():
-                if _sha256(folder / name) != checksum:
-                    raise DataError(
-                        f"{folder / name} is damaged (checksum); prepare the data again"
-                    )
         arrays = {name: _mapped(folder, name, spec) for name, spec in index["arrays"].items()}
+        for name, checksum in index["sha256"].items():
+            if _sha256(folder / name) != checksum:
+                raise DataError(f"{folder / name} is damaged (checksum); prepare the data again")
         with open(folder / "structures.jsonl", encoding="utf-8") as stream:
             origins = [_origin(*json.loads(line)) for line in stream]
         return _store(arrays, origins, tuple(index["elements"]), float(index["cutoff"]))

@@ -85,7 +85,10 @@ class Structure:
         set_field(self, "forces", _array(self.forces, (n, 3), "forces", self.name))
         if self.stress is not None:
             set_field(self, "stress", _array(self.stress, (3, 3), "stresses", self.name))
-        set_field(self, "pbc", np.asarray(self.pbc, bool).reshape(3))
+        pbc = np.asarray(self.pbc)
+        if pbc.shape != (3,) or pbc.dtype.kind not in "biuf":
+            raise DataError(f"{self.name}: pbc is {self.pbc!r}; it must be three of True and False")
+        set_field(self, "pbc", pbc.astype(bool))
         self._check_cell()
 
     def _check_cell(self) -> None:

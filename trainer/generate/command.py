@@ -38,7 +38,7 @@ def make_dataset_command(
     from rich.table import Table
 
     from mlip_md.trainer.generate.make_dataset import make_dataset
-    from mlip_md.trainer.generate.spice_file import statistics
+    from mlip_md.trainer.generate.spice_file import COLUMNS, statistics
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     path = make_dataset(
@@ -51,11 +51,9 @@ def make_dataset_command(
         max_atoms=max_atoms,
         resume=resume,
     )
-    rows = statistics(path)
-    columns = list(next(iter(rows.values())))
-    table = Table("subset", *columns, title=str(path))
-    for name, row in rows.items():
-        numbers = [f"{row[c]:.2f}" if c.endswith("force") else str(row[c]) for c in columns]
+    table = Table("subset", *COLUMNS, title=str(path))
+    for name, row in statistics(path).items():
+        numbers = [f"{row[c]:.2f}" if c.endswith("force") else str(row[c]) for c in COLUMNS]
         table.add_row(name, *numbers)
     console = Console()
     # a file or pipe has no width of its own: let no column be cut there

@@ -64,12 +64,14 @@ def make_dataset(
 
     Raises:
         ConfigError: an option is not allowed.
-        DataError: a program is missing, or the file or unfinished run there is another one.
+        DataError: a program is missing, there is nothing to make, or the file or unfinished run
+            there is another one.
     """
     labels.require(method)
     require_rdkit()
     if workers is not None and workers < 1:
         raise ConfigError(f"workers must be at least 1, received {workers}")
+    tasks = plan(seed, scale, subsets, max_atoms)  # bad options must not touch any file
     output = Path(output)
     settings = _settings(seed, method, scale, subsets, max_atoms)
     if not resume:
@@ -78,7 +80,6 @@ def make_dataset(
         logger.info("%s is complete already", output)
         return output
     parts = _open_parts(output, settings, resume)
-    tasks = plan(seed, scale, subsets, max_atoms)
     attributes = {**settings, **labels.describe(method), **_notes()}
     run = _Run(tasks, parts, output, attributes, method, seed, progress)
     run.execute(workers or _usable_cores())

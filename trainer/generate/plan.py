@@ -1,12 +1,13 @@
 """Which groups the data set has: a seeded list of tasks, each with its split decided beforehand."""
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from mlip_md.errors import ConfigError
+from mlip_md.errors import ConfigError, DataError
 from mlip_md.trainer.generate import molecules
 from mlip_md.trainer.generate.chemistry import canonical, is_supported, size
 
@@ -112,25 +113,42 @@ def plan(
         max_atoms: leave out structures with more atoms.
 
     Raises:
-        ConfigError: scale not positive, or an unknown subset.
+        ConfigError: one of them is not allowed.
+        DataError: no group is left.
     """
-    if not scale > 0:
-        raise ConfigError(f"scale must be larger than 0, received {scale}")
-    unknown = sorted(set(subsets or ()) - set(SUBSETS))
-    if unknown:
-        raise ConfigError(f"unknown subsets {unknown}; choose from {', '.join(SUBSETS)}")
+    _check_options(seed, scale, subsets, max_atoms)
     by_subset: dict[str, list[Task]] = {name: [] for name in SUBSETS}
     for task in _all_tasks(seed, scale):
         if max_atoms is None or num_atoms(task) <= max_atoms:
             by_subset[task.subset].append(task)
     chosen: list[Task] = []
-    for name in subsets or SUBSETS:
+    for name in dict.fromkeys(subsets or SUBSETS):
         tasks = by_subset[name]
         order = generator(seed, "order", name).permutation(len(tasks))
         keep = len(tasks) if name == "Water clusters" else max(1, round(scale * len(tasks)))
         chosen += [tasks[i] for i in order[:keep]]
+    if not chosen:
+        raise DataError(
+            f"nothing to make: no structure of {', '.join(subsets or SUBSETS)} has at most "
+            f"{max_atoms} atoms; raise max_atoms or choose other subsets"
+        )
     order = generator(seed, "order").permutation(len(chosen))
     return [chosen[i] for i in order]
+
+
+def _check_options(
+    seed: int, scale: float, subsets: Sequence[str] | None, max_atoms: int | None
+) -> None:
+    if not 0 < scale < math.inf:
+        raise ConfigError(f"scale must be a finite number larger than 0, received {scale}")
+    # HDF5 keeps both as attributes
+    if not (isinstance(seed, int) and 0 <= seed < 2**63):
+        raise ConfigError(f"seed must be a whole number from 0 to 2^63 - 1, received {seed}")
+    if max_atoms is not None and not (isinstance(max_atoms, int) and 1 <= max_atoms < 2**63):
+        raise ConfigError(f"max_atoms must be a whole number of at least 1, received {max_atoms}")
+    unknown = sorted(set(subsets or ()) - set(SUBSETS))
+    if unknown:
+        raise ConfigError(f"unknown subsets {unknown}; choose from {', '.join(SUBSETS)}")
 
 
 def num_atoms(task: Task) -> int:

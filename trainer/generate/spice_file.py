@@ -130,7 +130,7 @@ def statistics(path: Path) -> dict[str, dict[str, float]]:
     with h5py.File(path, "r") as file:
         for group in file.values():
             subset = group["subset"].asstr()[0]
-            row = table.setdefault(subset, dict.fromkeys(_COLUMNS, 0))
+            row = table.setdefault(subset, dict.fromkeys(COLUMNS, 0))
             norms = np.linalg.norm(group["dft_total_gradient"][()], axis=-1) * FORCE_UNIT
             row["groups"] += 1
             row["conformations"] += norms.shape[0]
@@ -144,7 +144,7 @@ def statistics(path: Path) -> dict[str, dict[str, float]]:
     return table
 
 
-_COLUMNS = (
+COLUMNS = (
     "groups",
     "conformations",
     "atoms",
