@@ -6,9 +6,12 @@ Everything heavy is imported inside the commands, so that help and errors come a
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +19,8 @@ from mlip_md.errors import ConfigError, MLIPError
 from mlip_md.integrations.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
+    from ase import Atoms
+
     from mlip_md.integrations.md import MDSettings
     from mlip_md.integrations.report import Frame
 
@@ -23,8 +28,23 @@ ModelOption = Annotated[
     str,
     typer.Option("--model", "-m", help="Bundled name, .safetensors file, .zip or run folder."),
 ]
+
+
+def _one_of(*choices: str) -> Any:
+    """Keywords of an option that takes one of some words; a misspelled one is told the nearest."""
+
+    def parse(text: str) -> str:
+        from mlip_md.integrations.md import allowed
+
+        if text not in choices:
+            raise typer.BadParameter(f"{text!r} is not allowed; {allowed(text, choices)}")
+        return text
+
+    return {"parser": parse, "metavar": f"[{'|'.join(choices)}]"}
+
+
 PrecisionOption = Annotated[
-    Literal["single", "double"], typer.Option(help="Precision of the potential.")
+    str, typer.Option(help="Precision of the potential.", **_one_of("single", "double"))
 ]
 DeviceOption = Annotated[
     str | None, typer.Option(help="JAX device: cpu, gpu, cuda:1. Default: JAX's choice.")
@@ -47,14 +67,19 @@ def md_command(
     structure: StructureArgument = None,
     model: ModelOption = DEFAULT_MODEL,
     engine: Annotated[
-        Literal["ase", "openmm"], typer.Option(help="What integrates the motion.")
+        str, typer.Option(help="What integrates the motion.", **_one_of("ase", "openmm"))
     ] = "ase",
     ensemble: Annotated[
-        Literal["nve", "nvt", "npt"],
-        typer.Option(help="npt needs a structure that is periodic in three directions."),
+        str,
+        typer.Option(
+            help="npt needs a structure that is periodic in three directions. nvt: Langevin. npt: "
+            "MTK with ase; Langevin and Monte Carlo moves of the volume with openmm, which unlike "
+            "OpenMM's own barostat continue exactly after a restart.",
+            **_one_of("nve", "nvt", "npt"),
+        ),
     ] = "nvt",
     temperature: Annotated[
-        float, typer.Option("--temperature", "-T", help="K, of thermostat and start")
+        float, typer.Option("--temperature", "-T", min=0.0, help="K, of thermostat and start")
     ] = 300.0,
     pressure: Annotated[float, typer.Option(help="bar; npt only")] = 1.0,
     timestep: Annotated[float, typer.Option(help="fs")] = 0.5,
@@ -62,10 +87,14 @@ def md_command(
         float | None,
         typer.Option(help="ps; with --restart: how much further. Default: 2000 steps."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Instead of --length.")] = None,
-    friction: Annotated[float, typer.Option(help="1/ps, of the Langevin thermostat (nvt)")] = 10.0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Instead of --length.")] = None,
+    friction: Annotated[
+        float, typer.Option(min=0.0, help="1/ps, of the Langevin thermostat")
+    ] = 10.0,
     minimize: Annotated[bool, typer.Option(help="Relax the positions first.")] = True,
-    seed: Annotated[int, typer.Option(help="Of velocities and thermostat.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**31 - 2, help="Of velocities and thermostat.")
+    ] = 0,
     precision: PrecisionOption = "single",
     device: DeviceOption = None,
     platform: Annotated[
@@ -81,27 +110,47 @@ def md_command(
         typer.Option(help="Continue the run in this folder; its files grow.", show_default=False),
     ] = None,
     report_interval: Annotated[
-        int | None, typer.Option(help="Steps between frames. Default: about 500 frames.")
+        int | None,
+        typer.Option(
+            min=1, help="Steps between frames; the last step is one too. Default: about 500 frames."
+        ),
     ] = None,
+    trajectory_format: Annotated[
+        str,
+        typer.Option(
+            help="Of the trajectory for mdtraj; xtc is smaller, rounded to 0.01 Å. One for ASE is "
+            "always there.",
+            **_one_of("dcd", "xtc"),
+        ),
+    ] = "dcd",
 ) -> None:
     """Run molecular dynamics; the result is a folder with trajectory, log, plot and summary.
 
     Without arguments: 1 ps of a paracetamol molecule at 300 K with the bundled model.
+
+    Ctrl-C ends a run after the present step, with everything saved.
     """
+    given = {
+        name
+        for name in context.params
+        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    }
     if length is not None and steps is not None:
         raise ConfigError("--length and --steps both say how long to run; give one of them")
     if restart is not None:
-        _refuse_with_restart(context)
-        _restart(restart, length, steps)
+        _refuse_with_restart(given)
+        _restart(restart, length, steps, platform, device)
         return
     from mlip_md.integrations.md import DEFAULT_STEPS, MDSettings, run_md
 
+    _refuse_useless(given, engine, ensemble)
+    _check_device(device)
     wanted = _steps(steps, length, timestep)
     settings = MDSettings(
         structure=structure,
         model=model,
-        engine=engine,
-        ensemble=ensemble,
+        engine=engine,  # type: ignore[arg-type]  # the parser let nothing else through
+        ensemble=ensemble,  # type: ignore[arg-type]
         temperature=temperature,
         pressure=pressure,
         timestep=timestep,
@@ -109,79 +158,115 @@ def md_command(
         friction=friction,
         minimize=minimize,
         seed=seed,
-        precision=precision,
+        precision=precision,  # type: ignore[arg-type]
         device=device,
         platform=platform,
         report_interval=report_interval,
+        trajectory_format=trajectory_format,  # type: ignore[arg-type]
     )
-    _headline(settings, structure)
-    with _Progress(settings) as progress:
+    with _Progress(settings, structure or "paracetamol") as progress:
         folder = _interruptible(lambda: run_md(settings, output, progress=progress), progress)
     _conclusion(folder)
 
 
 def _steps(steps: int | None, length: float | None, timestep: float) -> int | None:
     """Number of steps asked for, or None."""
-    if steps is not None and steps < 1:
-        raise ConfigError(f"--steps {steps} is not allowed; it must be at least 1")
     if length is None:
         return steps
-    if not (length > 0 and timestep > 0):
-        raise ConfigError(
-            f"--length {length:g} ps in steps of {timestep:g} fs is not allowed; both must be "
-            "positive"
-        )
+    for name, value, unit in (("length", length, "ps"), ("timestep", timestep, "fs")):
+        if not 0 < value < math.inf:
+            raise ConfigError(
+                f"--{name} {value:g} {unit} is not allowed; it must be positive and finite"
+            )
     return max(round(length * 1e3 / timestep), 1)
 
 
-def _refuse_with_restart(context: typer.Context) -> None:
-    """With --restart everything but the length is in the folder already."""
-    given = {
-        name
-        for name in context.params
-        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
-    }
-    surplus = sorted(given - {"restart", "length", "steps"})
+def _refuse_with_restart(given: set[str]) -> None:
+    """With --restart everything but length and hardware is in the folder already."""
+    surplus = sorted(given - {"restart", "length", "steps", "platform", "device"})
     if surplus:
         names = ", ".join(n if n == "structure" else "--" + n.replace("_", "-") for n in surplus)
         raise ConfigError(
             f"--restart goes on with the settings of the run; {names} cannot be changed. Only "
-            "--length or --steps can be given with it"
+            "--length or --steps, --platform and --device can be given with it"
         )
 
 
-def _restart(folder: Path, length: float | None, steps: int | None) -> None:
+def _refuse_useless(given: set[str], engine: str, ensemble: str) -> None:
+    """Options that would change nothing are mistakes."""
+    for name, useless, why in (
+        ("friction", ensemble == "nve", "nve has no thermostat"),
+        ("friction", engine == "ase" and ensemble == "npt", "npt of the ase engine (MTK) has none"),
+        ("pressure", ensemble != "npt", f"{ensemble} keeps the volume; give --ensemble npt"),
+        ("platform", engine != "openmm", "only OpenMM has platforms; give --engine openmm"),
+    ):
+        if useless and name in given:
+            raise ConfigError(f"--{name} would change nothing: {why}")
+
+
+def _check_device(device: str | None) -> None:
+    if device is None:
+        return
+    from mlip_md.engine import find_device
+
+    try:
+        find_device(device)
+    except ConfigError as error:
+        there = str(error).partition(". ")[0]
+        raise ConfigError(
+            f"--device: {there}. Write --device cpu, gpu or cuda:1, or leave it out; for a GPU "
+            "install the extra: pip install 'mlip-md[cuda13]'"
+        ) from error
+
+
+def _restart(
+    folder: Path,
+    length: float | None,
+    steps: int | None,
+    platform: str | None,
+    device: str | None,
+) -> None:
     from mlip_md.integrations.md import read_settings, restart_md
 
     settings = read_settings(folder)
+    if platform is not None:
+        _refuse_useless({"platform"}, settings.engine, settings.ensemble)
+    _check_device(device)
     more = _steps(steps, length, settings.timestep)
-    _headline(settings, f"continuing {folder}")
-    with _Progress(settings) as progress:
-        _interruptible(lambda: restart_md(folder, steps=more, progress=progress), progress)
+    with _Progress(settings, f"continuing {folder}") as progress:
+        if (platform, device) != (None, None):
+            progress.later(
+                "On another platform or device the run goes on from its last positions and "
+                "velocities, but not exactly as it would have"
+            )
+        _interruptible(
+            lambda: restart_md(
+                folder, steps=more, platform=platform, device=device, progress=progress
+            ),
+            progress,
+        )
     _conclusion(folder)
 
 
-def _headline(settings: MDSettings, structure: str | None) -> None:
-    from rich.console import Console
-
+def _headline(settings: MDSettings, structure: str) -> str:
     target = "" if settings.ensemble == "nve" else f" at {settings.temperature:g} K"
     if settings.ensemble == "npt":
         target += f" and {settings.pressure:g} bar"
-    Console(highlight=False).print(
-        f"[bold]{structure or 'paracetamol'}[/bold]: {settings.ensemble.upper()}{target}, "
+    return (
+        f"[bold]{structure}[/bold]: {settings.ensemble.upper()}{target}, "
         f"{settings.timestep:g} fs steps, model {settings.model}, engine {settings.engine}"
     )
 
 
-def _interruptible(run: Any, progress: _Progress) -> Path:
+def _interruptible(run: Callable[[], Path], progress: _Progress) -> Path:
     """Run; after Ctrl-C say how to go on."""
     try:
         return run()
     except KeyboardInterrupt:
         progress.stop()
-        folder = progress.folder
-        if folder is not None:
-            typer.echo(f"Interrupted. Continue with: mlip-md md --restart {folder}", err=True)
+        if progress.folder is None:
+            raise  # nothing to go on with
+        typer.echo(f"Interrupted. Continue with: mlip-md md --restart {progress.folder}", err=True)
         raise typer.Exit(130) from None
     except MLIPError:
         progress.stop()
@@ -191,13 +276,14 @@ def _interruptible(run: Any, progress: _Progress) -> Path:
 class _Progress:
     """Progress of a run: a bar on a terminal, some lines elsewhere."""
 
-    def __init__(self, settings: MDSettings) -> None:
+    def __init__(self, settings: MDSettings, structure: str) -> None:
         from rich.console import Console
 
         self.console = Console(highlight=False)
         self.timestep = settings.timestep
         self.total = settings.steps
         self.folder: Path | None = None
+        self._waiting = [_headline(settings, structure)]
         self._bar: Any = None
         self._task: Any = None
         self._next_line = 0.0
@@ -218,12 +304,29 @@ class _Progress:
             self._bar.stop()
             self._bar = None
 
+    def later(self, text: str) -> None:
+        """Say something when the input has been found good."""
+        self._waiting.append(text)
+
     def stage(self, text: str) -> None:
-        """A phase without steps begins."""
+        """A phase without steps begins; at the first one, all input has been found good."""
+        while self._waiting:
+            self.console.print(self._waiting.pop(0))
         if self._bar is not None:
             self._bar.update(self._task, description=text)
         else:
             self.console.print(f"{text} ...")
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+        self.console.print(f"[yellow]{text}[/yellow]")
+
+    def stopping(self) -> None:
+        """Ctrl-C came; nothing here may wait for what the signal has interrupted."""
+        if self._bar is not None:
+            self._bar.update(self._task, description="Stopping after this step")
+        else:
+            os.write(2, b"Stopping after this step; Ctrl-C again stops at once\n")
 
     def begin(self, folder: Path, done: int, total: int) -> None:
         """Stepping begins."""
@@ -236,22 +339,28 @@ class _Progress:
     def update(self, frame: Frame, steps_per_second: float) -> None:
         """Another frame is there."""
         per_day = steps_per_second * self.timestep * 1e-6 * 86400
-        left = _clock((self.total - frame.step) / max(steps_per_second, 1e-9))
-        info = f"{frame.time:.3f} ps  {frame.temperature:4.0f} K  {per_day:.3g} ns/day  {left} left"
+        left = _clock((self.total - frame.step) / steps_per_second) if steps_per_second else "?"
+        info = (
+            f"{frame.time:.3f} ps  {frame.temperature:4.0f} K  {steps_per_second:.3g} steps/s  "
+            f"{per_day:.3g} ns/day  {left} left"
+        )
         if self._bar is not None:
             self._bar.update(self._task, completed=frame.step, info=info)
         elif frame.step >= min(self._next_line, self.total):
-            self.console.print(f"step {frame.step}/{self.total}  {info}")
+            share = 100 * frame.step / self.total
+            self.console.print(
+                f"step {frame.step}/{self.total} {share:3.0f}%  {info}", soft_wrap=True
+            )
             self._next_line += (self.total - self._first) / LINES
 
 
 def _bar(console: Any) -> Any:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
-        MofNCompleteColumn(),
+        TaskProgressColumn(),
         TextColumn("{task.fields[info]}"),
         console=console,
         expand=True,
@@ -279,7 +388,7 @@ def _conclusion(folder: Path) -> None:
     console.print(table)
     console.print(f"\n[bold]{folder}[/bold]")
     for name, text in report.contents(folder):
-        console.print(f"  {name:<20} {text}")
+        console.print(f"  {name:<18} {text}", soft_wrap=True)
     if sys.stdout.isatty():
         console.print(f"Continue with: mlip-md md --restart {folder} --length 1")
 
@@ -288,9 +397,9 @@ def minimize_command(
     structure: StructureArgument = None,
     model: ModelOption = DEFAULT_MODEL,
     fmax: Annotated[float, typer.Option(help="eV/Å: largest force at which to stop.")] = 0.01,
-    steps: Annotated[int, typer.Option(help="At most so many steps.")] = 500,
+    steps: Annotated[int, typer.Option(min=1, help="At most so many steps.")] = 500,
     optimizer: Annotated[
-        Literal["bfgs", "fire"], typer.Option(help="fire for thousands of atoms.")
+        str, typer.Option(help="fire for thousands of atoms.", **_one_of("bfgs", "fire"))
     ] = "bfgs",
     relax_cell: Annotated[
         bool, typer.Option("--relax-cell", help="Relax the cell too (periodic structures).")
@@ -303,6 +412,9 @@ def minimize_command(
     ] = None,
 ) -> None:
     """Relax a structure and write it."""
+    if not 0 < fmax < math.inf:
+        raise ConfigError(f"--fmax {fmax:g} is not allowed; it must be positive and finite")
+    _check_device(device)
     from ase.io import write
     from rich.console import Console
 
@@ -314,8 +426,7 @@ def minimize_command(
     console = Console(highlight=False)
     given = read_structure(structure)
     path = output or Path(f"{given.name}-minimized.extxyz")
-    if path.exists():
-        raise ConfigError(f"{path} exists; name another file with --output")
+    _check_writable(path, given.atoms)
     calculator = MLIPCalculator(model, dtype=DTYPES[precision], device=device)
     console.print(f"[bold]{given.name}[/bold]: {len(given.atoms)} atoms, model {model}")
     shown: list[int] = []
@@ -342,3 +453,25 @@ def minimize_command(
     console.print(f"{ending}: {energy:.6f} eV. Wrote {path}")
     if not converged:
         raise typer.Exit(1)
+
+
+def _check_writable(path: Path, atoms: Atoms) -> None:
+    """Try to write a file of this name before anything is computed for it."""
+    import tempfile
+
+    from ase.io import write
+
+    if path.exists():
+        raise ConfigError(f"{path} exists; name another file with --output")
+    if not path.parent.is_dir():
+        raise ConfigError(f"there is no folder {path.parent} for {path.name}; make it first")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"{path.parent.resolve()} may not be written; name another --output")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            write(Path(folder) / path.name, atoms)
+        except Exception as error:
+            raise ConfigError(
+                f"ASE cannot write {path.name} ({type(error).__name__}: {error}); the ending says "
+                "the format: .extxyz, .xyz, .pdb or .cif, for example"
+            ) from error

@@ -83,9 +83,10 @@ class ASEBackend:
         """Evaluate once, so that everything is compiled."""
         self.atoms.get_potential_energy()
 
-    def minimize(self) -> None:
-        """Relax the positions (FIRE) until forces are small or the steps are used up."""
-        FIRE(self.atoms, logfile=None).run(fmax=MINIMIZE_FORCE, steps=MINIMIZE_STEPS)
+    def minimize(self) -> bool:
+        """Relax the positions (FIRE); False if the steps were used up before forces were small."""
+        run = FIRE(self.atoms, logfile=None)
+        return bool(run.run(fmax=MINIMIZE_FORCE, steps=MINIMIZE_STEPS))
 
     def start(self) -> None:
         """Draw velocities and set up the integrator."""

@@ -1,4 +1,9 @@
-"""Molecular dynamics with OpenMM."""
+"""Molecular dynamics with OpenMM.
+
+Integrators, minimizer and the checkpoint are OpenMM's. The barostat is not (``VolumeMoves`` says
+why), nor are the reporters: all engines write the same log, trajectories and restart file, which
+can be cut back to one point in time, so that a continued run equals an uninterrupted one.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +18,16 @@ import openmm
 import openmm.app
 from ase import units
 from openmm import unit
-from openmmml import MLPotential
 
-import mlip_md
-from mlip_md.engine import Engine
 from mlip_md.errors import ConfigError, SimulationError, StructureError
 from mlip_md.integrations.md_ase import MINIMIZE_FORCE, degrees_of_freedom, draw_velocities
 from mlip_md.integrations.models import DTYPES
-from mlip_md.integrations.openmm_force import ANGSTROM_PER_NM, KJ_PER_MOL_PER_EV
+from mlip_md.integrations.openmm_force import (
+    ANGSTROM_PER_NM,
+    KJ_PER_MOL_PER_EV,
+    MLForce,
+    open_potential,
+)
 from mlip_md.integrations.report import Frame
 from mlip_md.integrations.structures import Structure, make_topology, whole_molecules
 
@@ -156,16 +163,23 @@ class OpenMMBackend:
     def __init__(self, settings: MDSettings, structure: Structure) -> None:
         self.settings = settings
         self.structure = openmm_cell(structure)
-        self.potential = mlip_md.load(settings.model)
+        self.potential = open_potential(settings.model)
         self.atoms = self.structure.atoms.copy()
         self.potential.species(self.atoms.numbers)
         self._periodic = bool(self.atoms.pbc.any())
         species = self.potential.species(self.atoms.numbers)
         self._reference = float(self.potential.reference_energies(species).sum())
-        # The pressure needs the stress, for which OpenMM has no place. This engine shares all that
-        # is compiled with the one behind the force.
-        dtype = DTYPES[settings.precision]
-        self._engine = Engine(self.potential, dtype=dtype, device=settings.device)
+        # Kept at hand because the pressure needs the stress, for which OpenMM has no place.
+        self._force = MLForce(
+            settings.model,
+            self.potential.sha256,
+            self.atoms.numbers,
+            None,
+            self._periodic,
+            False,
+            {"dtype": DTYPES[settings.precision], "device": settings.device},
+        )
+        _ = self._force.engine  # what it refuses is refused here, not at the first step
         self._moves: VolumeMoves | None = None
         labels = np.zeros(0)
         if settings.ensemble == "npt":
@@ -184,11 +198,16 @@ class OpenMMBackend:
     def _make_simulation(self) -> openmm.app.Simulation:
         settings = self.settings
         topology = make_topology(self.structure)
-        # Neither the thermostat nor nve may lose momenta to a centre-of-mass remover: all 3N
+        # No remover of the centre of mass' motion, neither for the thermostat nor for nve: all 3N
         # degrees of freedom are sampled, and nve starts at rest.
-        system = MLPotential("mlip-md", modelPath=settings.model).createSystem(
-            topology, removeCMMotion=False, precision=settings.precision, device=settings.device
-        )
+        system = openmm.System()
+        if self._periodic:
+            system.setDefaultPeriodicBoxVectors(*topology.getPeriodicBoxVectors())
+        for atom in topology.atoms():
+            system.addParticle(atom.element.mass)
+        force = openmm.PythonForce(self._force)
+        force.setUsesPeriodicBoundaryConditions(self._periodic)
+        system.addForce(force)
         integrator = self._integrator()
         with _as_simulation_error():
             if settings.platform is None:
@@ -224,13 +243,15 @@ class OpenMMBackend:
         with _as_simulation_error():
             self._simulation.context.getState(energy=True, forces=True)
 
-    def minimize(self) -> None:
-        """Relax the positions (L-BFGS) until forces are small or the iterations are used up."""
+    def minimize(self) -> bool:
+        """Relax the positions (L-BFGS); False if the iterations were used up before."""
+        last = _LastIteration()
         tolerance = MINIMIZE_FORCE * KJ_PER_MOL_PER_EV * ANGSTROM_PER_NM
         with _as_simulation_error():
             self._simulation.minimizeEnergy(
-                tolerance * unit.kilojoule_per_mole / unit.nanometer, MINIMIZE_STEPS
+                tolerance * unit.kilojoule_per_mole / unit.nanometer, MINIMIZE_STEPS, last
             )
+        return last.number < MINIMIZE_STEPS
 
     def start(self) -> None:
         """Draw velocities."""
@@ -267,7 +288,8 @@ class OpenMMBackend:
         cell = np.zeros((3, 3))
         if self._periodic:
             cell = np.array(state.getPeriodicBoxVectors(asNumpy=True)._value) * ANGSTROM_PER_NM
-        potential = state.getPotentialEnergy()._value / KJ_PER_MOL_PER_EV + self._reference
+        interaction = state.getPotentialEnergy()._value / KJ_PER_MOL_PER_EV
+        potential = interaction + self._reference
         kinetic = state.getKineticEnergy()._value / KJ_PER_MOL_PER_EV
         step = self._simulation.currentStep
         return Frame(
@@ -280,13 +302,21 @@ class OpenMMBackend:
             kinetic=kinetic,
             conserved=potential + kinetic if settings.ensemble == "nve" else None,
             temperature=temperature(kinetic, degrees_of_freedom(self.atoms, settings.ensemble)),
-            pressure=self._pressure(positions, cell, kinetic) if self._periodic else None,
+            pressure=self._pressure(positions, cell, interaction, kinetic)
+            if self._periodic
+            else None,
         )
 
-    def _pressure(self, positions: np.ndarray, cell: np.ndarray, kinetic: float) -> float:
-        """Pressure (eV/Å³) from the potential's stress and the kinetic energy (eV)."""
-        pbc = np.ones(3, bool)
-        result = self._engine.evaluate(positions, self.atoms.numbers, cell, pbc)
+    def _pressure(
+        self, positions: np.ndarray, cell: np.ndarray, interaction: float, kinetic: float
+    ) -> float:
+        """Pressure (eV/Å³) from the potential's stress; ``interaction`` and ``kinetic`` in eV."""
+        result = self._force.last_result
+        # After a refused move of the volume the latest result is that of the move.
+        if result is None or not np.isclose(
+            result.interaction_energy, interaction, rtol=1e-12, atol=0.0
+        ):
+            result = self._force.engine.evaluate(positions, self.atoms.numbers, cell, True)
         if result.stress is None:
             raise StructureError("the cell has no volume, and so there is no pressure")
         volume = abs(float(np.linalg.det(cell)))
@@ -315,7 +345,10 @@ class OpenMMBackend:
         """Go on from a checkpoint; on another machine or platform, with fresh thermostat noise."""
         context = self._simulation.context
         try:
-            context.loadCheckpoint(arrays["checkpoint"].tobytes())
+            if values["platform"] == context.getPlatform().getName():
+                context.loadCheckpoint(arrays["checkpoint"].tobytes())
+            else:
+                self._restore_motion(arrays, values["step"])
         except openmm.OpenMMException as error:
             logger.warning(
                 "OpenMM's checkpoint (%s) does not fit this machine (%s); going on from its "
@@ -323,12 +356,21 @@ class OpenMMBackend:
                 values["platform"],
                 error,
             )
-            self._set_positions(self._simulation, arrays["positions"], arrays["cell"])
-            context.setVelocities(arrays["velocities"] / NM_PER_PS)
+            self._restore_motion(arrays, values["step"])
         self._simulation.currentStep = int(values["step"])
         if self._moves is not None:
             self._moves.labels = arrays["molecules"]
             self._moves.restore(values["moves"])
+
+    def _restore_motion(self, arrays: dict[str, np.ndarray], step: int) -> None:
+        """Positions and velocities, and a seed that does not repeat the noise of the start."""
+        context = self._simulation.context
+        integrator = self._simulation.integrator
+        if isinstance(integrator, openmm.LangevinMiddleIntegrator):
+            integrator.setRandomNumberSeed((self.settings.seed + step) % (2**31 - 1) + 1)
+            context.reinitialize()
+        self._set_positions(self._simulation, arrays["positions"], arrays["cell"])
+        context.setVelocities(arrays["velocities"] / NM_PER_PS)
 
     def describe(self) -> dict[str, Any]:
         """Engine, integrator, platform."""
@@ -343,17 +385,30 @@ class OpenMMBackend:
 
     def compilations(self) -> int:
         """How often the potential has been compiled so far."""
-        return self._engine.num_compilations
+        return self._force.engine.num_compilations
+
+
+class _LastIteration(openmm.MinimizationReporter):
+    """Remembers how far a minimization came."""
+
+    number = 0
+
+    def report(self, iteration: int, *_: Any) -> bool:
+        """Note the iteration, counted from 0, and go on."""
+        self.number = iteration + 1
+        return False
 
 
 def _platform(name: str) -> openmm.Platform:
+    from mlip_md.integrations.md import allowed
+
     try:
         return openmm.Platform.getPlatformByName(name)
     except openmm.OpenMMException as error:
         count = openmm.Platform.getNumPlatforms()
         known = [openmm.Platform.getPlatform(i).getName() for i in range(count)]
         raise ConfigError(
-            f"OpenMM has no platform {name!r} here; it has {', '.join(known)}"
+            f"OpenMM has no platform {name!r} here; {allowed(name, known)}"
         ) from error
 
 
@@ -363,6 +418,9 @@ def _as_simulation_error() -> Iterator[None]:
     try:
         yield
     except openmm.OpenMMException as error:
-        if "Ctrl-C" in str(error):
+        # <NULL>: the Ctrl-C fell between OpenMM and the potential.
+        if "Ctrl-C" in str(error) or str(error).strip() == "<NULL>":
             raise KeyboardInterrupt from None
-        raise SimulationError(str(error)) from error
+        # The force advises whoever steps it; a run gives its own advice.
+        lines = [x for x in str(error).splitlines() if "minimize first" not in x]
+        raise SimulationError("\n".join(lines)) from error

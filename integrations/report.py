@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import os
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from mlip_md.errors import CheckpointError
 LOG = "log.csv"
 TOPOLOGY = "topology.pdb"
 TRAJECTORY = "trajectory.dcd"
+TRAJECTORY_XTC = "trajectory.xtc"
 TRAJECTORY_ASE = "trajectory.extxyz"
 PLOT = "energies.png"
 SUMMARY = "summary.json"
@@ -39,6 +42,10 @@ COLUMNS = (
     "density_g_cm3",
 )
 """Columns of the log; a quantity that a run does not have stays empty."""
+
+
+DRIFT_PS = 1.0
+"""Shortest log (ps) of which a drift is told; below, the slope is that of fluctuations."""
 
 
 class Frame(NamedTuple):
@@ -89,8 +96,30 @@ def log_row(frame: Frame, mass: float) -> dict[str, float | int | None]:
     return row
 
 
+def trajectory_name(trajectory_format: str) -> str:
+    """File of the trajectory for mdtraj in a format (dcd or xtc)."""
+    return TRAJECTORY_XTC if trajectory_format == "xtc" else TRAJECTORY
+
+
+def check_sizes(folder: Path, sizes: dict[str, int]) -> None:
+    """Look whether a run's files can be cut back to a restart point.
+
+    Raises:
+        CheckpointError: if one is missing or too short.
+    """
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.exists():
+            raise CheckpointError(f"there is no {path}, to which the run would go on writing")
+        if path.stat().st_size < size:
+            raise CheckpointError(f"{path} is shorter than when the restart file was written")
+
+
 class RunFiles:
-    """The growing files of a run: log and trajectories, for mdtraj (DCD + PDB) and for ASE.
+    """The growing files of a run: log and trajectories, for mdtraj (with the PDB) and for ASE.
+
+    DCD files know the time of their first frame and a constant interval; a last frame between two
+    reports has its own time in the log, in the trajectory for ASE and in XTC files only.
 
     Args:
         folder: the run's folder.
@@ -98,6 +127,7 @@ class RunFiles:
         topology: its OpenMM topology.
         timestep: fs.
         interval: steps between frames.
+        trajectory: name of the trajectory for mdtraj; its ending says whether it is DCD or XTC.
         sizes: None for a new run; else bytes of each file at the restart point, to which the files
             are cut, so that frames written after it do not appear twice.
     """
@@ -110,18 +140,20 @@ class RunFiles:
         *,
         timestep: float,
         interval: int,
+        trajectory: str = TRAJECTORY,
         sizes: dict[str, int] | None = None,
     ) -> None:
         self.folder = folder
-        self.frames = 0
+        self._names = (LOG, trajectory, TRAJECTORY_ASE)
         self._atoms = atoms.copy()
         self._mass = float(atoms.get_masses().sum())
+        check_sizes(folder, sizes or {})
         for name, size in (sizes or {}).items():
-            _cut(folder / name, size)
+            os.truncate(folder / name, size)
         self._log = (folder / LOG).open("a" if sizes else "w", newline="", encoding="utf-8")
         self._ase = (folder / TRAJECTORY_ASE).open("a" if sizes else "w", encoding="utf-8")
-        self._binary = (folder / TRAJECTORY).open("r+b" if sizes else "w+b")
-        self._dcd = _dcd(self._binary, topology, timestep, interval, sizes is not None)
+        make = _XTC if trajectory == TRAJECTORY_XTC else _DCD
+        self._binary = make(folder / trajectory, topology, timestep, interval, sizes is not None)
         if not sizes:
             csv.DictWriter(self._log, COLUMNS).writeheader()
             _write_topology(folder / TOPOLOGY, topology, atoms)
@@ -131,18 +163,14 @@ class RunFiles:
         row = log_row(frame, self._mass)
         cells = {k: _number(v) for k, v in row.items()}
         csv.DictWriter(self._log, COLUMNS).writerow(cells)
-        from openmm import Vec3, unit
-
-        box = [Vec3(*v) for v in frame.cell] * unit.angstrom if frame.cell.any() else None
-        self._dcd.writeModel(frame.positions * unit.angstrom, periodicBoxVectors=box)
+        self._binary.write(frame)
         self._ase.write(_extxyz(self._atoms, frame))
-        for file in (self._log, self._ase, self._binary):
+        for file in (self._log, self._ase):
             file.flush()
-        self.frames += 1
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each growing file as they are now."""
-        return {n: (self.folder / n).stat().st_size for n in (LOG, TRAJECTORY, TRAJECTORY_ASE)}
+        return {n: (self.folder / n).stat().st_size for n in self._names}
 
     def close(self) -> None:
         """Close all files."""
@@ -156,22 +184,67 @@ def _number(value: float | int | None) -> str | int:
     return value if isinstance(value, int) else f"{value:.10g}"
 
 
-def _cut(path: Path, size: int) -> None:
-    if not path.exists() or path.stat().st_size < size:
-        raise CheckpointError(f"{path} is shorter than when the restart file was written")
-    os.truncate(path, size)
+def _for_openmm(frame: Frame) -> tuple[Any, Any]:
+    """Positions and box vectors (or None) with OpenMM's units."""
+    from openmm import Vec3, unit
+
+    box = [Vec3(*v) for v in frame.cell] * unit.angstrom if frame.cell.any() else None
+    return frame.positions * unit.angstrom, box
 
 
-def _dcd(file: Any, topology: Any, timestep: float, interval: int, append: bool) -> Any:
-    """OpenMM's DCD writer; after a cut the frame count in the header is put right."""
-    from openmm.app import DCDFile
+class _DCD:
+    """A growing DCD file; after a cut the frame count in its header is put right."""
 
-    if append:
-        frames = _dcd_frames(file)
-        file.seek(8)
-        file.write(frames.to_bytes(4, "little"))
-        file.flush()
-    return DCDFile(file, topology, timestep * 1e-3, interval, interval, append=append)
+    def __init__(
+        self, path: Path, topology: Any, timestep: float, interval: int, append: bool
+    ) -> None:
+        from openmm.app import DCDFile
+
+        self._file = path.open("r+b" if append else "w+b")
+        if append:
+            frames = _dcd_frames(self._file)
+            self._file.seek(8)
+            self._file.write(frames.to_bytes(4, "little"))
+            self._file.flush()
+        self._writer = DCDFile(
+            self._file, topology, timestep * 1e-3, interval, interval, append=append
+        )
+
+    def write(self, frame: Frame) -> None:
+        positions, box = _for_openmm(frame)
+        self._writer.writeModel(positions, periodicBoxVectors=box)
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _XTC:
+    """A growing XTC file; OpenMM opens and closes it for every frame."""
+
+    def __init__(
+        self, path: Path, topology: Any, timestep: float, interval: int, append: bool
+    ) -> None:
+        self._arguments = (str(path), topology, timestep * 1e-3)
+        self._interval = interval
+        if not append:
+            path.write_bytes(b"")
+        self._writer = self._open(0, append)
+
+    def _open(self, first: int, append: bool) -> Any:
+        from openmm.app import XTCFile
+
+        return XTCFile(*self._arguments, first, self._interval, append=append)
+
+    def write(self, frame: Frame) -> None:
+        positions, box = _for_openmm(frame)
+        rest = frame.step % self._interval
+        # The writer counts steps in intervals; one that starts elsewhere gives another step.
+        writer = self._open(rest - self._interval, append=True) if rest else self._writer
+        writer.writeModel(positions, periodicBoxVectors=box)
+
+    def close(self) -> None:
+        pass
 
 
 def _dcd_frames(file: Any) -> int:
@@ -230,7 +303,7 @@ def write_restart(path: Path, arrays: dict[str, np.ndarray], values: dict[str, A
 
 
 def read_restart(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Read what ``write_restart`` wrote.
+    """Read what ``write_restart`` wrote; of its content, what every run has is checked.
 
     Raises:
         CheckpointError: if there is none or it is damaged.
@@ -241,8 +314,17 @@ def read_restart(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
             values = json.loads(str(arrays.pop("json")))
-    except (ValueError, OSError, KeyError, EOFError) as error:
+    except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise CheckpointError(f"{path} is damaged ({error}); start a new run") from error
+    kinds = {"step": int, "sizes": dict, "name": str, "sha256": str}
+    if not isinstance(values, dict):
+        values = {}
+    wrong = [name for name, kind in kinds.items() if not isinstance(values.get(name), kind)]
+    wrong += sorted({"numbers", "positions", "cell", "pbc"} - arrays.keys())
+    if wrong:
+        raise CheckpointError(
+            f"{path} is damaged ({', '.join(wrong)} missing or wrong); start a new run"
+        )
     return arrays, values
 
 
@@ -275,10 +357,13 @@ def statistics(log: dict[str, np.ndarray], n_atoms: int) -> dict[str, float | No
 
     Returns:
         mean_temperature_K and std_temperature_K; drift_meV_per_atom_ps (slope of the conserved
-        quantity, None without one); mean_pressure_bar and mean_density_g_cm3 of periodic runs.
+        quantity, None without one or below 1 ps); mean_pressure_bar and mean_density_g_cm3 of
+        periodic runs.
     """
     half = slice(len(log["step"]) // 2, None)
-    drift = slope(log["time_ps"], log["conserved_eV"])
+    time = log["time_ps"]
+    long = len(time) > 0 and np.ptp(time) > DRIFT_PS * (1 - 1e-9)
+    drift = slope(time, log["conserved_eV"]) if long else None
 
     def mean(name: str) -> float | None:
         values = log[name][half]
@@ -295,7 +380,7 @@ def statistics(log: dict[str, np.ndarray], n_atoms: int) -> dict[str, float | No
 
 
 def plot(log: dict[str, np.ndarray], path: Path, *, title: str, target: float | None) -> None:
-    """Draw energies and temperature (and density, where there is one) over time.
+    """Draw energies and temperature over time, and pressure and density where they vary.
 
     Args:
         log: columns as ``read_log`` gives them.
@@ -307,21 +392,29 @@ def plot(log: dict[str, np.ndarray], path: Path, *, title: str, target: float | 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    periodic = bool(np.isfinite(log["density_g_cm3"]).any())
-    rows = 3 if periodic else 2
-    figure = Figure(figsize=(8, 2.6 * rows + 0.6), layout="constrained")
+    more = [
+        (name, label, color)
+        for name, label, color in (
+            ("pressure_bar", "pressure (bar)", "tab:purple"),
+            ("density_g_cm3", "density (g/cm³)", "tab:green"),
+        )
+        if np.isfinite(log[name]).any() and np.ptp(log[name]) > 0
+    ]
+    rows = 2 + len(more)
+    figure = Figure(figsize=(8, 2.4 * rows + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, 1, sharex=True)
     time = log["time_ps"]
-    _plot_energies(axes[0], log)
-    axes[1].plot(time, log["temperature_K"], color="tab:red", linewidth=1)
+    style: dict[str, Any] = {"linewidth": 1, "marker": "." if len(time) < 20 else None}
+    _plot_energies(axes[0], log, style)
+    axes[1].plot(time, log["temperature_K"], color="tab:red", **style)
     if target is not None:
         axes[1].axhline(target, color="black", linestyle="--", linewidth=1, label=f"{target:g} K")
-        axes[1].legend(loc="lower right", fontsize=8)
+        axes[1].legend(loc="best", fontsize=8)
     axes[1].set_ylabel("temperature (K)")
-    if periodic:
-        axes[2].plot(time, log["density_g_cm3"], color="tab:green", linewidth=1)
-        axes[2].set_ylabel("density (g/cm³)")
+    for axis, (name, label, color) in zip(axes[2:], more, strict=True):
+        axis.plot(time, log[name], color=color, **style)
+        axis.set_ylabel(label)
     axes[-1].set_xlabel("time (ps)")
     for axis in axes:
         axis.grid(alpha=0.3)
@@ -330,20 +423,19 @@ def plot(log: dict[str, np.ndarray], path: Path, *, title: str, target: float | 
     figure.savefig(path, dpi=130)
 
 
-def _plot_energies(axis: Any, log: dict[str, np.ndarray]) -> None:
-    """Energies relative to the first total energy, so that all curves fit one axis."""
-    time, origin = log["time_ps"], log["potential_eV"][0]
+def _plot_energies(axis: Any, log: dict[str, np.ndarray], style: dict[str, Any]) -> None:
+    """Energies relative to those of the first frame, so that all curves fit one axis."""
     for name, label, color in (
         ("potential_eV", "potential", "tab:blue"),
         ("kinetic_eV", "kinetic", "tab:orange"),
         ("total_eV", "total", "black"),
         ("conserved_eV", "conserved", "tab:purple"),
     ):
-        values = log[name] - (0.0 if name == "kinetic_eV" else origin)
+        values = log[name] - log[name][0]
         same = name == "conserved_eV" and np.allclose(log[name], log["total_eV"], rtol=0, atol=1e-9)
         if np.isfinite(values).any() and not same:
-            axis.plot(time, values, label=label, color=color, linewidth=1)
-    axis.set_ylabel(f"energy (eV)\nzero: potential {origin:.3f} eV")
+            axis.plot(log["time_ps"], values, label=label, color=color, **style)
+    axis.set_ylabel("energy change since\nthe first frame (eV)")
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
 
 
@@ -374,12 +466,16 @@ def summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
 def contents(folder: Path) -> list[tuple[str, str]]:
     """Files of a run folder and what they are for."""
     described = [
-        (PLOT, "energies and temperature"),
+        (PLOT, "energies and temperature over time"),
         (LOG, "the same as numbers"),
-        (TRAJECTORY, f"for mdtraj: mdtraj.load('{TRAJECTORY}', top='{TOPOLOGY}')"),
+        *(
+            (name, f"mdtraj.load('{name}', top='{TOPOLOGY}')")
+            for name in (TRAJECTORY, TRAJECTORY_XTC)
+        ),
         (TOPOLOGY, "atoms, residues and bonds"),
-        (TRAJECTORY_ASE, f"for ASE: ase.io.read('{TRAJECTORY_ASE}', ':')"),
-        (SUMMARY, "settings, speed, averages"),
+        (TRAJECTORY_ASE, f"ase.io.read('{TRAJECTORY_ASE}', ':')"),
+        (SUMMARY, "speed, averages, versions"),
+        (SETTINGS, "what was run"),
         (RESTART, "where to go on"),
     ]
     return [(name, text) for name, text in described if (folder / name).exists()]

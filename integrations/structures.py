@@ -19,6 +19,11 @@ _OPENMM_SUFFIXES = {".pdb": "PDBFile", ".pdbx": "PDBxFile", ".mmcif": "PDBxFile"
 _BOND_MARGIN = 1.2
 """Atoms closer than this times the sum of their covalent radii count as bonded."""
 
+_APART = 2.5
+"""Factor on the length of its shortest bond within which an atom is not alone."""
+MAX_DENSITY = 30.0
+"""g/cm³; the densest solids have 23, and a cell that gives more does not hold its atoms."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
@@ -52,7 +57,8 @@ def read_structure(source: str | os.PathLike[str] | None = None) -> Structure:
         The structure, without calculator and constraints.
 
     Raises:
-        StructureError: if there is no such file or it cannot be read.
+        StructureError: if there is no such file, it cannot be read, or its cell is too small for
+            its atoms.
     """
     text = DEFAULT_MOLECULE if source is None else os.fspath(source)
     path = Path(text)
@@ -66,8 +72,26 @@ def read_structure(source: str | os.PathLike[str] | None = None) -> Structure:
         with resources.as_file(folder / f"{text}.extxyz") as bundled:
             return Structure(text, _read_ase(bundled))
     if path.suffix.lower() in _OPENMM_SUFFIXES or _is_mmcif(path):
-        return _read_openmm(path)
-    return Structure(path.stem, _read_ase(path))
+        structure = _read_openmm(path)
+    else:
+        structure = Structure(path.stem, _read_ase(path))
+    _check_cell(path, structure.atoms)
+    return structure
+
+
+def _check_cell(path: Path, atoms: Atoms) -> None:
+    """Refuse the dummy cell that files of molecules may have (CRYST1 1 1 1 in PDB files)."""
+    from ase.units import _amu
+
+    if not atoms.pbc.any() or atoms.cell.rank < 3:
+        return
+    density = atoms.get_masses().sum() * _amu * 1e27 / abs(atoms.cell.volume)
+    if density > MAX_DENSITY:
+        lengths = " x ".join(f"{length:.4g}" for length in atoms.cell.lengths())
+        raise StructureError(
+            f"{path}: a cell of {lengths} Å is too small for {len(atoms)} atoms "
+            f"({density:.3g} g/cm³); remove it (the CRYST1 line of a PDB file) or give the real one"
+        )
 
 
 def _is_mmcif(path: Path) -> bool:
@@ -81,11 +105,14 @@ def _is_mmcif(path: Path) -> bool:
 def _read_ase(path: Path) -> Atoms:
     from ase.io import read
 
+    if path.is_dir():
+        raise StructureError(f"{path} is a folder; name a file in it")
     try:
         atoms = read(path)
     except Exception as error:
         raise StructureError(
-            f"ASE cannot read {path}: {type(error).__name__}: {error}; convert it to extxyz or PDB"
+            f"ASE cannot read {path} ({type(error).__name__}: {error}); is it damaged, or its name "
+            "wrong for its format? extxyz and PDB are safe choices"
         ) from error
     if not isinstance(atoms, Atoms) or not len(atoms):
         raise StructureError(f"{path} holds no atoms")
@@ -99,12 +126,15 @@ def _read_openmm(path: Path) -> Structure:
     import openmm.app
     from openmm import unit
 
+    if path.suffix.lower() == ".pdb" and not _has_atom_records(path):
+        raise StructureError(f"{path} has no atoms: it lacks lines that begin with ATOM or HETATM")
     try:
         reader = _OPENMM_SUFFIXES.get(path.suffix.lower(), "PDBxFile")
         file = getattr(openmm.app, reader)(str(path))
     except Exception as error:
         raise StructureError(
-            f"OpenMM cannot read {path}: {type(error).__name__}: {error}; convert it to extxyz"
+            f"{path} is damaged or not of the format that its name says; OpenMM cannot read it "
+            f"({type(error).__name__}: {error})"
         ) from error
     elements = [atom.element for atom in file.topology.atoms()]
     if not elements or None in elements:
@@ -115,6 +145,11 @@ def _read_openmm(path: Path) -> Structure:
     numbers = [element.atomic_number for element in elements]
     atoms = Atoms(numbers, np.array(positions), cell=cell, pbc=cell is not None)
     return Structure(path.stem, atoms, file.topology)
+
+
+def _has_atom_records(path: Path) -> bool:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return any(line.startswith(("ATOM  ", "HETATM")) for line in file)
 
 
 def bonds(atoms: Atoms) -> np.ndarray:
@@ -167,6 +202,56 @@ def whole_molecules(atoms: Atoms) -> tuple[np.ndarray, np.ndarray]:
     cells[alone] = 0
     labels[alone] = labels.max() + 1 + np.arange(alone.sum())
     return atoms.positions + cells @ atoms.cell.array, labels
+
+
+class BondWatch:
+    """Notices when molecules fly apart into single atoms, as they do when a time step is too long.
+
+    An atom is alone if it had bonds at the start and now has no neighbor within ``_APART`` times
+    the shortest of them. That is not so in reactions, melts and clusters that evaporate molecule by
+    molecule; molecules of two atoms, which may well dissociate, are not looked at.
+
+    Args:
+        atoms: the structure at the start.
+    """
+
+    def __init__(self, atoms: Atoms) -> None:
+        from ase.neighborlist import natural_cutoffs, neighbor_list
+
+        self._i, self._j, self._shifts, lengths = neighbor_list(
+            "ijSd", atoms, natural_cutoffs(atoms, mult=_BOND_MARGIN)
+        )
+        shortest = np.full(len(atoms), np.inf)
+        np.minimum.at(shortest, self._i, lengths)
+        labels = molecules(len(atoms), np.stack([self._i, self._j], axis=1))
+        watched = np.isfinite(shortest) & (np.bincount(labels)[labels] > 2)
+        self._limits = np.where(watched, _APART * shortest, np.inf)
+        self._allowed = max(1.0, 0.25 * float(watched.sum()))
+        self._pbc, self._cell = atoms.pbc.copy(), atoms.cell.array.copy()
+
+    def broken(self, positions: np.ndarray, cell: np.ndarray) -> int:
+        """Number of atoms that are alone, or 0 while it is a quarter of all or less.
+
+        Args:
+            positions: (n, 3) Å, not wrapped since the start.
+            cell: (3, 3) Å; zeros stand for that of the start.
+        """
+        from mlip_md.neighbors import neighbor_list
+
+        cell = cell if cell.any() else self._cell
+        # Whoever still has an old neighbor is not alone; that spares the search nearly always.
+        alone = self._alone(positions[self._j] - positions[self._i] + self._shifts @ cell, self._i)
+        if alone <= self._allowed:
+            return 0
+        cutoff = float(self._limits[np.isfinite(self._limits)].max())
+        i, j, shifts = neighbor_list(positions, cell, self._pbc, cutoff)
+        alone = self._alone(positions[j] - positions[i] + shifts @ cell, i)
+        return alone if alone > self._allowed else 0
+
+    def _alone(self, vectors: np.ndarray, i: np.ndarray) -> int:
+        nearest = np.full(len(self._limits), np.inf)
+        np.minimum.at(nearest, i, np.linalg.norm(vectors, axis=1))
+        return int(np.sum(np.isfinite(self._limits) & (nearest > self._limits)))
 
 
 def make_topology(structure: Structure) -> Any:

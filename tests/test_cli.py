@@ -17,7 +17,9 @@ import mlip_md
 from mlip_md import bundled, cli, errors
 from mlip_md.model_file import load, save
 
-COMMANDS = ["md", "minimize", "train", "evaluate", "make-dataset", "show", "convert"]
+COMMANDS = [
+    "md", "minimize", "train", "check", "evaluate", "prepare", "make-dataset", "show", "convert",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +146,55 @@ def test_convert_refuses_unknown_formats_and_folders(run, tiny, tmp_path):
     code, _, err = run("convert", tiny, tmp_path / "none" / "m.zip")
     assert (code, "no such folder" in err) == (2, True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_convert_into_a_folder_is_refused(run, tiny, tmp_path):
+    (tmp_path / "m.zip").mkdir()
+    code, _, err = run("convert", tiny, tmp_path / "m.zip", "--force")
+    assert (code, err.endswith("m.zip is a folder; name a file\n")) == (2, True)
+
+
+def test_errors_of_the_operating_system_name_the_users_file(run, monkeypatch):
+    def fail(model):
+        raise OSError(28, "No space left on device", ".m.zip.bc8c.tmp", None, "m.zip")
+
+    monkeypatch.setattr(mlip_md, "load", fail)
+    assert run("show", "x")[::2] == (5, "Error: m.zip: No space left on device\n")
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """The bundled potential, kept so that runs of the same molecule share what is compiled."""
+    from mlip_md.engine import Engine
+    from mlip_md.integrations.structures import read_structure
+
+    engine = Engine(mlip_md.load("organics-gfn2"))
+    atoms = read_structure().atoms
+    engine.evaluate(atoms.positions, atoms.numbers)
+    return engine
+
+
+@pytest.mark.parametrize("engine", ["ase", "openmm"])
+def test_the_main_job(run, tmp_path, monkeypatch, compiled, engine):
+    """``mlip-md md`` with the bundled model and molecule, only shorter."""
+    from mlip_md.integrations import report
+
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("md", "--engine", engine, "--steps", 24, "--no-minimize")
+    assert (code, err) == (0, "")
+    assert out.startswith("paracetamol: NVT at 300 K")
+    assert "step 24/24 100%" in out
+    folder = tmp_path / "md-paracetamol-1"
+    assert {file.name for file in folder.iterdir()} == {n for n, _ in report.contents(folder)}
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["status"], summary["step"]) == ("finished", 24)
+    assert summary["model_sha256"] == compiled.potential.sha256
+    log = report.read_log(folder / "log.csv")
+    np.testing.assert_array_equal(log["step"], [0, 10, 20, 24])
+    assert np.ptp(log["total_eV"]) < 1.0
+    code, out, err = run("md", "--restart", folder)
+    assert (code, out) == (5, "")
+    assert "--steps or --length" in err
 
 
 def test_errors_are_one_line_without_traceback(run, tmp_path):

@@ -2,8 +2,12 @@
 
 import dataclasses
 import json
+import re
+import signal
+import sys
 
 import ase.io
+import jax
 import mdtraj
 import numpy as np
 import openmm
@@ -15,6 +19,7 @@ from small_models import random_mace
 from typer.testing import CliRunner
 
 import mlip_md
+from mlip_md import cli
 from mlip_md.cli import app
 from mlip_md.errors import (
     CheckpointError,
@@ -37,7 +42,8 @@ def potential():
 @pytest.fixture(autouse=True)
 def pair_engine(monkeypatch, potential):
     monkeypatch.setattr(mlip_md, "load", lambda name: potential)
-    for module in ("ase", "openmm_force", "md_openmm"):
+    monkeypatch.setattr(PairEngine, "device", jax.devices()[0], raising=False)
+    for module in ("ase", "openmm_force"):
         monkeypatch.setattr(f"mlip_md.integrations.{module}.Engine", PairEngine)
 
 
@@ -149,12 +155,38 @@ def test_npt_relaxes_the_volume(crystal, tmp_path, engine):
         assert np.ptp(log["conserved_eV"]) < 0.02 * np.ptp(log["potential_eV"])
 
 
+@pytest.mark.parametrize("steps", [3, 10, 25])
+@pytest.mark.parametrize("trajectory_format", ["dcd", "xtc"])
+def test_the_last_step_is_always_a_frame(crystal, tmp_path, steps, trajectory_format):
+    folder = run_md(
+        settings(crystal, steps=steps, trajectory_format=trajectory_format), tmp_path / "run"
+    )
+    wanted = sorted({*range(0, steps + 1, 10), steps})
+    file = folder / report.trajectory_name(trajectory_format)
+    for more in (0, 18):
+        if more:
+            restart_md(folder, steps=more)  # and then it is none any more
+            wanted = sorted({*range(0, steps + more + 1, 10), steps + more})
+        log = report.read_log(folder / report.LOG)
+        frames = ase.io.read(folder / report.TRAJECTORY_ASE, ":")
+        trajectory = mdtraj.load(file, top=folder / report.TOPOLOGY)
+        np.testing.assert_array_equal(log["step"], wanted)
+        assert [f.info["step"] for f in frames] == wanted
+        np.testing.assert_allclose(
+            trajectory.xyz * 10, [f.positions for f in frames], atol=0.0051, rtol=0
+        )
+        np.testing.assert_allclose(trajectory.unitcell_lengths, 0.59, atol=1e-5)
+        if trajectory_format == "xtc":
+            np.testing.assert_allclose(trajectory.time, log["time_ps"], atol=1e-6)
+        assert (folder / report.PLOT).stat().st_size > 10_000
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("ensemble", ["nve", "nvt", "npt"])
 def test_restart_continues_exactly(cluster, crystal, tmp_path, engine, ensemble):
     structure = crystal if ensemble == "npt" else cluster
     # Long enough for the barostat of OpenMM to change the size of its moves before the restart.
-    first, total = (430, 800) if (engine, ensemble) == ("openmm", "npt") else (30, 60)
+    first, total = (433, 800) if (engine, ensemble) == ("openmm", "npt") else (33, 60)
     common = {"engine": engine, "ensemble": ensemble, "pressure": 60_000.0}
     whole = run_md(settings(structure, steps=total, **common), tmp_path / "1")
     half = run_md(settings(structure, steps=first, **common), tmp_path / "2")
@@ -308,6 +340,139 @@ def test_interrupted_run_can_go_on(cluster, tmp_path, engine):
     np.testing.assert_array_equal(log["step"], [0, 10, 20, 30, 40])
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize("presses", [1, 2])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_ctrl_c_ends_the_step(
+    cluster, tmp_path, engine, presses, monkeypatch, capfd, interruptible
+):
+    class Pressed(PairEngine):
+        def evaluate(self, *structure):
+            if self.calls == 17:
+                for _ in range(presses):
+                    signal.raise_signal(signal.SIGINT)
+            return super().evaluate(*structure)
+
+    whole = run_md(settings(cluster, engine=engine, platform=None), tmp_path / "whole")
+    for module in ("ase", "openmm_force"):
+        monkeypatch.setattr(f"mlip_md.integrations.{module}.Engine", Pressed)
+    options = ["--engine", engine, "--steps", "40", "--report-interval", "10", "--no-minimize"]
+    folder = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", ["mlip-md", "md", cluster, *options, "-o", str(folder)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    told = capfd.readouterr().err
+    assert told.count("Stopping after this step") == told.count("Interrupted") == 1
+    assert f"mlip-md md --restart {folder}" in told.replace("\n", "")
+    step = report.read_restart(folder / report.RESTART)[1]["step"]
+    assert (10 < step < 20) if presses == 1 else step == 10
+    assert report.read_log(folder / report.LOG)["step"][-1] == step
+    assert json.loads((folder / report.SUMMARY).read_text())["status"] == "interrupted"
+    for module in ("ase", "openmm_force"):
+        monkeypatch.setattr(f"mlip_md.integrations.{module}.Engine", PairEngine)
+    restart_md(folder)
+    assert (folder / report.LOG).read_text() == (whole / report.LOG).read_text()
+
+
+def test_ctrl_c_is_left_alone_where_it_is_ignored():
+    from mlip_md.interrupt import CtrlC
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with CtrlC(lambda: None) as ctrl_c:
+            signal.raise_signal(signal.SIGINT)
+        assert not ctrl_c.requested
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_openmm_says_null_for_ctrl_c():
+    from mlip_md.integrations.md_openmm import _as_simulation_error
+
+    with pytest.raises(KeyboardInterrupt), _as_simulation_error():
+        raise openmm.OpenMMException("<NULL>")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_molecules_that_fly_apart_are_no_success(tmp_path, engine):
+    """Carbon atoms in bonding distance, where the pair potential repels them strongly."""
+    positions = 1.7 * np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0.2]])
+    Atoms("C4", positions=positions).write(tmp_path / "square.xyz")
+    folder = tmp_path / "run"
+    with pytest.raises(SimulationError, match="fell apart") as caught:
+        run_md(
+            settings(str(tmp_path / "square.xyz"), engine=engine, ensemble="nve", steps=2000),
+            folder,
+        )
+    assert str(caught.value).count("smaller time step") == 1
+    frames = ase.io.read(folder / report.TRAJECTORY_ASE, ":")
+    nearest = np.min(frames[-1].get_all_distances() + 100 * np.eye(4), axis=1)
+    assert 2.2 < nearest.min() < 2.5 * 1.7
+    assert report.read_restart(folder / report.RESTART)[1]["step"] == frames[-1].info["step"]
+
+
+def test_what_is_no_falling_apart(crystal):
+    from ase.build import molecule
+
+    from mlip_md.integrations.structures import BondWatch
+
+    def moved(atoms, vectors):
+        return BondWatch(atoms).broken(atoms.positions + vectors, atoms.cell.array)
+
+    water = molecule("H2O")
+    apart = 9.0 * np.arange(3)[:, None]
+    assert moved(water, apart) == 3
+    assert moved(water, apart * [[0], [0], [1]]) == 0  # one hydrogen atom goes its way
+    assert moved(molecule("H2"), 9.0 * np.arange(2)[:, None]) == 0  # so does a dissociating dimer
+    pair = water + water
+    pair.positions[3:] += 3.0
+    assert moved(pair, 20.0 * (np.arange(6) > 2)[:, None]) == 0  # whole molecules evaporate
+    box = water.copy()
+    box.set_cell([9, 9, 9])
+    box.pbc = True
+    assert moved(box, np.zeros((3, 3))) == 0
+    assert moved(box, 3.0 * np.arange(3)[:, None]) == 3
+    # A melt: all atoms have exchanged their neighbors.
+    copper = bulk("Cu", cubic=True).repeat(3)
+    order = np.random.default_rng(0).permutation(len(copper))
+    assert moved(copper, copper.positions[order] - copper.positions) == 0
+
+
+def test_openmm_evaluates_no_frame_twice(crystal, tmp_path, monkeypatch):
+    calls = []
+
+    class Counting(PairEngine):
+        def evaluate(self, *structure):
+            calls.append(1)
+            return super().evaluate(*structure)
+
+    monkeypatch.setattr("mlip_md.integrations.openmm_force.Engine", Counting)
+    run_md(settings(crystal, engine="openmm", steps=50), tmp_path / "run")
+    assert 50 <= len(calls) <= 52
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_minimization_that_does_not_end_is_told(cluster, tmp_path, engine, monkeypatch):
+    class Notes(md.Silent):
+        def note(self, text):
+            notes.append(text)
+
+    for steps in (300, 3):
+        notes = []
+        for module in ("md_ase", "md_openmm"):
+            monkeypatch.setattr(f"mlip_md.integrations.{module}.MINIMIZE_STEPS", steps)
+        run_md(
+            settings(cluster, engine=engine, minimize=True, steps=10),
+            tmp_path / str(steps),
+            progress=Notes(),
+        )
+        assert [n for n in notes if "used up its iterations" in n] == notes
+        assert len(notes) == (steps == 3)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_minimization_lowers_the_energy(cluster, tmp_path, engine):
     folder = run_md(settings(cluster, engine=engine, minimize=True, steps=10), tmp_path / "run")
@@ -358,6 +523,86 @@ def test_bad_settings(cluster, tmp_path, changes, error, text):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["temperature", "friction", "pressure", "timestep"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_that_are_none(name, value):
+    with pytest.raises(ConfigError, match=rf"^{name} = {value} .*finite$") as caught:
+        MDSettings(**{name: value})
+    assert "-inf" not in str(caught.value)
+
+
+def test_output_is_looked_at_before_anything_is_computed(cluster, tmp_path, monkeypatch):
+    def never(*_):
+        raise AssertionError("a backend was built")
+
+    monkeypatch.setattr(md, "make_backend", never)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    for name, text in (("file", "is a file"), ("file/x", "is a file"), ("full", "not empty")):
+        with pytest.raises(ConfigError, match=text):
+            run_md(settings(cluster), tmp_path / name)
+
+
+def test_damaged_folders_cannot_go_on(cluster, tmp_path):
+    folder = run_md(settings(cluster), tmp_path / "run")
+    file = folder / report.RESTART
+    good = file.read_bytes()
+    arrays, values = report.read_restart(file)
+    damaged = [good[:-100], good[: len(good) // 2], b"", b"nonsense"]
+    for step in ("five", None):
+        report.write_restart(file, arrays, values | {"step": step})
+        damaged.append(file.read_bytes())
+    report.write_restart(file, arrays, {})
+    damaged.append(file.read_bytes())
+    report.write_restart(file, {}, values)
+    damaged.append(file.read_bytes())
+    for content in damaged:
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"restart\.npz is damaged"):
+            restart_md(folder, steps=10)
+    del arrays["momenta"]
+    report.write_restart(file, arrays, values)
+    with pytest.raises(CheckpointError, match="momenta"):
+        restart_md(folder, steps=10)
+    file.write_bytes(good)
+    for name in (report.TOPOLOGY, report.TRAJECTORY, report.SETTINGS):
+        content = (folder / name).read_bytes()
+        (folder / name).unlink()
+        with pytest.raises(CheckpointError, match=f"there is no .*{name}"):
+            restart_md(folder, steps=10)
+        (folder / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match="--steps or --length"):
+        restart_md(folder)
+    with pytest.raises(ConfigError, match="there is no folder"):
+        restart_md(tmp_path / "nosuch")
+    restart_md(folder, steps=10)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("a.pdb", "hello\nEND\n", "ATOM or HETATM"),
+        ("b.pdb", "ATOM      1  C   MOL A   1       0.0\n", "b.pdb is damaged"),
+        ("c.xyz", "what is this\n", "c.xyz"),
+        (
+            "d.pdb",
+            "CRYST1    1.000    1.000    1.000  90.00  90.00  90.00 P 1           1\n"
+            "HETATM    1  C1  MOL A   1       0.000   0.000   0.000  1.00  0.00           C\n"
+            "HETATM    2  C2  MOL A   1       1.500   0.000   0.000  1.00  0.00           C\n",
+            "CRYST1",
+        ),
+        ("e.xyz", '1\nLattice="1 0 0 0 0.5 0 0 0 1"\nC 0 0 0\n', "too small for 1 atoms"),
+    ],
+)
+def test_files_that_are_no_structures(tmp_path, name, content, text):
+    from mlip_md.integrations.structures import read_structure
+
+    (tmp_path / name).write_text(content)
+    with pytest.raises(StructureError, match=text):
+        read_structure(tmp_path / name)
+
+
 def test_unknown_element_and_used_folder(cluster, tmp_path):
     Atoms("Au", positions=[[0, 0, 0]]).write(tmp_path / "gold.xyz")
     with pytest.raises(UnsupportedElementError, match="Au"):
@@ -374,8 +619,10 @@ def test_command_line(cluster, tmp_path, monkeypatch):
     short = ["--steps", "20", "--report-interval", "10", "--no-minimize"]
     result = runner.invoke(app, ["md", cluster, *short], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert "ns/day" in result.output
     assert "md-cluster-1" in result.output
+    line = r"step {0}/20 +{1}%  0\.0{2} ps +\d+ K  [\d.]+ steps/s  [\d.e-]+ ns/day  0:00:00 left\n"
+    assert re.search(line.format(20, 100, "10"), result.output)
+    assert re.search(line.format(10, 50, "05"), result.output)
     result = runner.invoke(app, ["md", "--restart", "md-cluster-1", "--length", "0.01"])
     assert result.exit_code == 0, result.output
     assert report.read_log(tmp_path / "md-cluster-1" / report.LOG)["step"][-1] == 40
@@ -389,6 +636,87 @@ def test_command_line(cluster, tmp_path, monkeypatch):
     assert np.linalg.norm(relaxed.get_forces(), axis=1).max() < 0.05
     with pytest.raises(ConfigError, match="exists"):
         runner.invoke(app, ["minimize", cluster], catch_exceptions=False)
+
+
+def test_options_that_do_nothing_are_refused(cluster, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for options, text in (
+        (["--ensemble", "nve", "--friction", "5"], "--friction"),
+        (["--ensemble", "npt", "--friction", "5"], "--friction"),
+        (["--pressure", "3"], "--pressure"),
+        (["--platform", "CPU"], "--platform"),
+        (["--device", "tpu"], "--device tpu|--device cpu"),
+        (["--engine", "openmm", "--platform", "Cpu"], r"did you mean CPU\?"),
+        (["--length", "inf"], "--length inf"),
+        (["--length", "nan"], "--length nan"),
+        (["--length", "-1"], "--length -1"),
+        (["--length", "1", "--timestep", "nan"], "--timestep nan"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            CliRunner().invoke(app, ["md", cluster, *options], catch_exceptions=False)
+    for options, text in (
+        (["--engine", "openm"], "did you mean openmm?"),
+        (["--ensemble", "NVT"], "did you mean nvt?"),
+        (["--steps", "0"], "--steps"),
+        (["--report-interval", "0"], "--report-interval"),
+        (["--seed", "-1"], "--seed"),
+    ):
+        result = CliRunner().invoke(app, ["md", cluster, *options])
+        assert result.exit_code == 2
+        assert text in " ".join(result.output.replace("│", " ").split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_minimize_looks_at_its_options_first(cluster, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def never(*_, **__):
+        raise AssertionError("a calculator was made")
+
+    monkeypatch.setattr("mlip_md.integrations.ase.MLIPCalculator", never)
+    for options, text in (
+        (["-o", "out.foo"], "out.foo"),
+        (["-o", "nodir/out.xyz"], "no folder nodir"),
+        (["-o", "."], "exists"),
+        (["--fmax", "-1"], "--fmax"),
+        (["--fmax", "nan"], "--fmax"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            CliRunner().invoke(app, ["minimize", cluster, *options], catch_exceptions=False)
+    assert CliRunner().invoke(app, ["minimize", cluster, "--steps", "-3"]).exit_code == 2
+
+
+@pytest.mark.parametrize("ensemble", ["nvt", "npt"])
+def test_restart_on_another_platform(crystal, tmp_path, ensemble):
+    folder = run_md(settings(crystal, engine="openmm", ensemble=ensemble), tmp_path / "run")
+    result = CliRunner().invoke(
+        app, ["md", "--restart", str(folder), "--steps", "10", "--platform", "CPU"]
+    )
+    assert result.exit_code == 0, result.output
+    assert "not exactly as it would have" in " ".join(result.output.split())
+    assert json.loads((folder / report.SUMMARY).read_text())["platform"] == "CPU"
+    assert md.read_settings(folder).platform == "CPU"
+    frames = ase.io.read(folder / report.TRAJECTORY_ASE, ":")
+    assert frames[-1].info["step"] == 50
+    # 5 fs at the velocities that were saved.
+    moved = frames[-1].positions - frames[-2].positions
+    expected = frames[-2].get_velocities() * 5.0 * ase.units.fs
+    assert np.abs(moved - expected).max() < 0.5 * np.abs(expected).max()
+    ase_run = run_md(settings(crystal), tmp_path / "ase")
+    with pytest.raises(ConfigError, match="--platform would change nothing"):
+        CliRunner().invoke(
+            app, ["md", "--restart", str(ase_run), "--platform", "CPU"], catch_exceptions=False
+        )
+
+
+def test_no_drift_is_told_of_a_short_log():
+    time = np.linspace(0, 1, 11)
+    log = {name: np.full(11, np.nan) for name in report.COLUMNS}
+    log |= {"step": np.arange(11), "time_ps": time, "temperature_K": time + 300}
+    log["conserved_eV"] = 0.02 * time
+    assert report.statistics(log, 4)["drift_meV_per_atom_ps"] == pytest.approx(5.0)
+    log["time_ps"] = time * 0.5
+    assert report.statistics(log, 4)["drift_meV_per_atom_ps"] is None
 
 
 def test_minimize_relaxes_the_cell(crystal, tmp_path, monkeypatch):
