@@ -6,7 +6,9 @@ have random weights made so strong that forces are some eV/Å. The last tests ru
 models that break laws: a gate that cannot fail proves nothing.
 """
 
+import copy
 import functools
+import itertools
 import re
 from dataclasses import dataclass, field, replace
 
@@ -16,6 +18,7 @@ import pytest
 from ase import Atoms
 from ase.build import molecule as g2_molecule
 from ase.units import fs, kB
+from reference_library import jit
 
 import mlip_md
 from mlip_md import bundled
@@ -47,6 +50,12 @@ CONFIGS = {
 }
 RADIAL_STRENGTH = {"mace": 1.0, "nequip": 4.0}
 """Factor on the radial networks of random weights: forces of some eV/Å."""
+ROUNDING = 128 * 2.0**-24
+"""Part of the largest component by which forces and stresses in float32 may be off.
+
+Each is a sum of contributions that have gone through some hundred rounded operations (2^-24 each)
+and that cancel in part. It counts for more than the tolerance from 13 eV/Å on.
+"""
 NAMES = (*CONFIGS, *(name for name in ("organics-gfn2",) if name in bundled.names()))
 
 
@@ -74,16 +83,14 @@ def random_potential(name):
 
     def draw(path, leaf):
         weights = rng.standard_normal(leaf.shape)
-        key = jax.tree_util.keystr(path)
-        if "MLP_0" in key:  # NequIP divides by no fan-in where it uses these kernels
+        if "MLP_0" in jax.tree_util.keystr(path):  # NequIP divides by no fan-in where it uses these
             weights *= 2.0 / np.sqrt(leaf.shape[0])
-        if re.search("MLP_0|MultiLayerPerceptron_0", key):
-            weights *= RADIAL_STRENGTH[name] ** (1 / (3 if "MLP_0" in key else 4))
         return weights.astype(np.float32)
 
+    params = jax.tree_util.tree_map_with_path(draw, shapes)
     return Potential(
         config=config,
-        params=jax.tree_util.tree_map_with_path(draw, shapes),
+        params=strengthened(params, RADIAL_STRENGTH[name]),
         elements=ELEMENTS,
         atomic_energies=ATOMIC_ENERGIES,
         cutoff=CUTOFF,
@@ -93,35 +100,76 @@ def random_potential(name):
     )
 
 
+def strengthened(params, factor):
+    """Weights with a factor on the radial networks, shared among their layers."""
+
+    def strengthen(path, leaf):
+        key = jax.tree_util.keystr(path)
+        if re.search("MLP_0|MultiLayerPerceptron_0", key):
+            leaf = (leaf * factor ** (1 / (3 if "MLP_0" in key else 4))).astype(leaf.dtype)
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(strengthen, params)
+
+
 @functools.cache
 def potential(name):
     return random_potential(name) if name in CONFIGS else mlip_md.load(name)
 
 
+class OneSize(engine_module._Runtime):
+    """A runtime that is shared with no other test and compiles one size of graph, in full once."""
+
+    def __init__(self, potential, dtype, device, room):
+        super().__init__(potential, dtype, device)
+        self.room = room
+
+    def sizes(self, nodes, edges, graphs, *options):
+        if nodes < self.room.nodes and edges <= self.room.edges and graphs <= self.room.graphs:
+            return self.room
+        return super().sizes(nodes, edges, graphs, *options)
+
+    def run(self, floats, integers, sizes, search, kept=None):
+        if sizes == self.room:
+            return super().run(floats, integers, sizes, search, kept)
+        once = jit(functools.partial(self._predict, kept=kept, sizes=sizes, search=search))
+        with self._precision():
+            return jax.device_get(once(self._params, floats, integers))
+
+
 class Subject:
-    """A potential under test, through the engine; one size of graph, so one compilation."""
+    """A potential under test, through the engine."""
 
     def __init__(self, potential, dtype):
         self.potential, self.double = potential, dtype == "float64"
         self.cutoff, self.layers = potential.cutoff, potential.config.receptive_layers
         self.exact_atoms = potential.config.architecture == "mace"
         self.engine = Engine(potential, dtype)
-        self.room = Sizes(32, 8 * round(1.37 * self.cutoff**3), 4)
-        choose = self.engine._runtime.sizes
+        room = Sizes(40, 8 * round(1.37 * self.cutoff**3), 8)
+        self.engine._runtime = OneSize(potential, dtype, self.engine.device, room)
 
-        def sizes(nodes, edges, graphs, *options):
-            if nodes < self.room.nodes and edges <= self.room.edges and graphs <= self.room.graphs:
-                return self.room
-            return choose(nodes, edges, graphs, *options)
-
-        self.engine._runtime.sizes = sizes
+    def strengthened(self, factor):
+        """The same with stronger radial networks, and nothing compiled anew."""
+        other = copy.copy(self)
+        other.engine = copy.copy(self.engine)
+        other.engine._runtime = runtime = copy.copy(self.engine._runtime)
+        with runtime._precision():
+            weights = strengthened(runtime._params, factor)
+            runtime._params = jax.device_put(weights, runtime._device)
+        return other
 
     def tolerance(self, double, single):
         return double if self.double else single
 
+    def rounded(self, double, single, values):
+        """A tolerance of components; in float32 rounding grows with the largest of them."""
+        return self.tolerance(double, max(single, ROUNDING * np.abs(values).max()))
+
     def force_tolerance(self, result):
-        """eV/Å; in float32 rounding grows with the forces themselves."""
-        return self.tolerance(1e-9, max(1e-4, 5e-5 * np.abs(result.forces).max()))
+        return self.rounded(1e-9, 1e-4, result.forces)
+
+    def stress_tolerance(self, result):
+        return self.rounded(1e-10, 1e-6, result.stress)
 
     def evaluate(self, atoms):
         return self.engine.evaluate(*inputs(atoms))
@@ -184,6 +232,13 @@ class Null(Subject):
         return np.zeros(n), np.zeros((n, 3)), np.zeros((graphs, 3, 3))
 
 
+def excess(value, limit):
+    """A deviation in units of its tolerance; what is no number exceeds any."""
+    if not np.isfinite(value) or limit == 0.0:
+        return np.inf if value else 0.0
+    return value / limit
+
+
 @dataclass
 class Report:
     """Deviations from laws and the sizes of effects that a gate measured."""
@@ -192,11 +247,9 @@ class Report:
     floors: dict = field(default_factory=dict)
 
     def below(self, name, deviation, tolerance):
-        """State that a law holds; of several measurements the worst counts."""
-        worst = float(np.max(np.abs(deviation)))
-        if name in self.deviations:
-            worst = np.maximum(worst, self.deviations[name][0])
-        self.deviations[name] = worst, tolerance
+        """State that a law holds; of several measurements the worst, in tolerances, counts."""
+        pairs = self.deviations.get(name, (0.0, tolerance)), (np.abs(deviation).max(), tolerance)
+        self.deviations[name] = max(pairs, key=lambda pair: excess(*pair))
 
     def floor(self, name, size, least):
         """State that an effect is there; of several measurements the weakest counts."""
@@ -255,11 +308,11 @@ def crystal():
     return atoms
 
 
-def chain(subject, n):
-    """A zigzag of n atoms in which only neighbours see each other."""
-    x = 0.58 * subject.cutoff * np.arange(n)
-    y = 0.3 * (np.arange(n) % 2)
-    return Atoms(np.resize([6, 8, 7, 6, 1], n), np.stack([x, y, 0 * x], axis=1))
+def chain(cutoff, n):
+    """A zigzag of n atoms at bonds a little shorter than the cutoff, and no others within it."""
+    width = 0.25 * cutoff
+    x = np.sqrt((0.97 * cutoff) ** 2 - width**2) * np.arange(n)
+    return Atoms(np.resize([6, 8, 7, 6, 1], n), np.stack([x, width * (np.arange(n) % 2), 0 * x], 1))
 
 
 def moved(atoms, displacement):
@@ -296,36 +349,31 @@ def joined(*structures):
 # Gates
 
 GATES = {}
-SINGLE_PRECISION = []
-"""Gates that mean something in float32."""
+DOUBLE_PRECISION_ONLY = []
 
 
-def gate(function=None, *, single=False):
+def gate(function=None, *, double_only=False):
     if function is None:
-        return functools.partial(gate, single=single)
+        return functools.partial(gate, double_only=double_only)
     GATES[function.__name__] = function
-    if single:
-        SINGLE_PRECISION.append(function.__name__)
+    if double_only:
+        DOUBLE_PRECISION_ONLY.append(function.__name__)
     return function
 
 
 def compare(subject, report, home, other, turn=None, order=slice(None), far=False):
     """Energy, forces and stress of ``other`` are those of ``home``, turned and reordered."""
     turn = np.eye(3) if turn is None else turn
-    n = len(home.forces)
-    energy = subject.tolerance(1e-9 if far else 1e-10, (1e-3 if far else 1e-4) * np.sqrt(n))
+    energy = subject.tolerance(1e-9 if far else 1e-10, 1e-4)
     report.below("energy", other.energy - home.energy, energy)
     report.below("forces", other.forces - home.forces[order] @ turn, subject.force_tolerance(home))
     report.below("energies", other.energies - home.energies[order], subject.tolerance(1e-9, 1e-4))
     if home.stress is not None and other.stress is not None:
-        report.below(
-            "stress",
-            other.stress - turn.T @ home.stress @ turn,
-            subject.tolerance(1e-10, 1e-6),
-        )
+        stress = turn.T @ home.stress @ turn
+        report.below("stress", other.stress - stress, subject.stress_tolerance(home))
 
 
-@gate(single=True)
+@gate
 def rotation(subject, report):
     for atoms in (molecule(), crystal()):
         home = subject.evaluate(atoms)
@@ -339,7 +387,7 @@ def rotation(subject, report):
     report.floor("energy of turning one half", abs(change), 0.01)
 
 
-@gate(single=True)
+@gate
 def inversion(subject, report):
     for atoms in (molecule(), crystal()):
         home = subject.evaluate(atoms)
@@ -348,7 +396,7 @@ def inversion(subject, report):
             compare(subject, report, home, subject.evaluate(deformed(atoms, turn)), turn)
 
 
-@gate(single=True)
+@gate
 def permutation(subject, report):
     for atoms in (molecule(), crystal()):
         home = subject.evaluate(atoms)
@@ -362,7 +410,7 @@ def permutation(subject, report):
         report.floor("energy of swapping two elements", abs(change), 0.01)
 
 
-@gate(single=True)
+@gate
 def translation(subject, report):
     for atoms in (molecule(), crystal()):
         home = subject.evaluate(atoms)
@@ -374,7 +422,7 @@ def translation(subject, report):
         report.floor("energy of moving one atom", abs(change), 1e-3)
 
 
-@gate(single=True)
+@gate
 def lattice_shifts_of_atoms(subject, report):
     atoms = crystal()
     home = subject.evaluate(atoms)
@@ -386,7 +434,7 @@ def lattice_shifts_of_atoms(subject, report):
     report.floor("energy of a tenth of a shift", abs(change), 0.01)
 
 
-@gate(single=True)
+@gate
 def supercell(subject, report):
     atoms = crystal()
     home, many = subject.evaluate(atoms), subject.evaluate(atoms.repeat((2, 1, 2)))
@@ -405,7 +453,7 @@ def supercell(subject, report):
     report.floor("energy of the periodic images", abs(change), 0.01)
 
 
-@gate(single=True)
+@gate
 def other_vectors_of_the_same_lattice(subject, report):
     atoms = crystal()
     home = subject.evaluate(atoms)
@@ -420,7 +468,7 @@ def other_vectors_of_the_same_lattice(subject, report):
     report.floor("energy of another lattice", abs(change), 0.01)
 
 
-@gate(single=True)
+@gate
 def open_axis(subject, report):
     """Mixed periodicity is a wide vacuum; the vector of an open axis is not read."""
     periodic, slab = crystal(), crystal()
@@ -437,7 +485,7 @@ def open_axis(subject, report):
         report.below(
             "stress times volume",
             result.stress * volumes[1] - home.stress * volumes[0],
-            subject.tolerance(1e-9, 1e-3),
+            subject.tolerance(1e-9, 1e-4),
         )
     vacuum = periodic.copy()
     vacuum.cell[1] = 20.0 * vacuum.cell[1]
@@ -448,24 +496,40 @@ def open_axis(subject, report):
     report.floor("energy of the third period", abs(change), 1e-3)
 
 
-@gate(single=True)
+APART = ([0.0, 60.0, 0.0], [1000.0, 0.0, 0.0], [3000.0, 1500.0, 1.0], [4000.0, 3000.0, -1.0])
+
+
+def stiffness(subject, atoms):
+    """eV/Å²: most that forces change when all coordinates change at random by 1 Å, taken small."""
+    signs = np.random.default_rng(6).choice([-1e-3, 1e-3], (4, len(atoms), 3))
+    forces = [[subject.evaluate(moved(atoms, way * s)).forces for s in signs] for way in (1, -1)]
+    return np.abs(np.subtract(*forces)).max() / 2e-3
+
+
+@gate
 def size_consistency(subject, report):
+    """Two copies have twice the energy, however far apart.
+
+    An engine that closes the gap has coordinates of 16 to 32 Å: float32 rounds them by 2^-20 Å.
+    """
     atoms = molecule()
     home = subject.evaluate(atoms)
     report.strong(home)
-    turn = rotation_matrix(4)
-    far = Atoms(atoms.numbers, atoms.positions @ turn + [0.0, 60.0, 0.0])
-    both = subject.evaluate(joined(atoms, far))
-    half = len(atoms)
-    report.below("energy", both.energy - 2 * home.energy, subject.tolerance(1e-10, 1e-4))
-    report.below("forces", both.forces[:half] - home.forces, subject.force_tolerance(home))
-    report.below("forces", both.forces[half:] - home.forces @ turn, subject.force_tolerance(home))
+    turn, half = rotation_matrix(4), len(atoms)
+    forces = subject.force_tolerance(home)
+    forces = subject.tolerance(forces, max(forces, 2.0**-20 * stiffness(subject, atoms)))
+    for offset in APART:
+        far = Atoms(atoms.numbers, atoms.positions @ turn + offset)
+        both = subject.evaluate(joined(atoms, far))
+        report.below("energy", both.energy - 2 * home.energy, subject.tolerance(1e-10, 1e-4))
+        report.below("forces", both.forces[:half] - home.forces, forces)
+        report.below("forces", both.forces[half:] - home.forces @ turn, forces)
     gap = np.ptp(atoms.positions[:, 0]) + 2.0
     near = subject.evaluate(joined(atoms, moved(atoms, [gap, 0.0, 0.0])))
     report.floor("energy of two copies 2 Å apart", abs(near.energy - 2 * home.energy), 1e-3)
 
 
-@gate(single=True)
+@gate
 def isolated_atom(subject, report):
     """MACE: E0 exactly. NequIP: E0 and a constant of the species (its residual path)."""
     reference = dict(
@@ -495,7 +559,7 @@ def isolated_atom(subject, report):
         report.floor("energy of a bond", abs(close.energy - alone[number] - alone[6]), 1e-3)
 
 
-@gate(single=True)
+@gate
 def net_force_and_torque(subject, report):
     for atoms in (molecule(), crystal()):
         result = subject.evaluate(atoms)
@@ -506,14 +570,24 @@ def net_force_and_torque(subject, report):
             report.below("net torque", torque, subject.tolerance(1e-9, 1e-4))
 
 
-STEP = 1e-4
-"""Å, or strain. Networks are so rough that an error of fourth order in it is needed."""
+DIFFERENCE = 3e-4
+"""Part of the largest component by which a derivative of float32 energies may be off."""
 
 
-def slope(function):
-    """Derivative at 0 from five points."""
-    near, far = (function(h) - function(-h) for h in (STEP, 2 * STEP))
-    return (8 * near - far) / (12 * STEP)
+def derivative(subject, deform, read):
+    """Derivative at 0 of what is read of results, from five points that are computed together.
+
+    Networks are so rough that an error of fourth order in the step (Å, or strain) is needed. In
+    float32 the step is where that error and the rounding of energies, divided by it, are alike.
+    """
+    step = subject.tolerance(1e-4, 5e-3)
+    results = subject.evaluate_batch([deform(n * step) for n in (1, -1, 2, -2)])
+    a, b, c, d = (read(result) for result in results)
+    return (8 * (a - b) - (c - d)) / (12 * step)
+
+
+def interaction_energy(result):
+    return result.interaction_energy
 
 
 @gate
@@ -521,13 +595,16 @@ def forces_are_minus_the_gradient(subject, report):
     for atoms in (molecule(), crystal()):
         result = subject.evaluate(atoms)
         report.strong(result)
+        tolerance = subject.tolerance(1e-6, DIFFERENCE * np.abs(result.forces).max())
         for index in np.ndindex(len(atoms), 3):
             direction = np.zeros((len(atoms), 3))
             direction[index] = 1.0
-            gradient = slope(
-                lambda h: subject.evaluate(moved(atoms, h * direction)).energy  # noqa: B023
+            gradient = derivative(
+                subject,
+                lambda h: moved(atoms, h * direction),  # noqa: B023
+                interaction_energy,
             )
-            report.below("force", result.forces[index] + gradient, 1e-6)
+            report.below("force", result.forces[index] + gradient, tolerance)
 
 
 @gate
@@ -535,25 +612,29 @@ def stress_is_the_derivative(subject, report):
     for atoms in (crystal(), left_handed(crystal())):
         result = subject.evaluate(atoms)
         volume = abs(np.linalg.det(atoms.cell.array))
+        largest = np.abs(result.stress).max()
+        tolerance = subject.tolerance(1e-7, DIFFERENCE * largest)
         for a, b in [(0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1)]:
             strain = np.zeros((3, 3))
             strain[a, b] += 0.5
             strain[b, a] += 0.5
-            derivative = slope(
-                lambda h: subject.evaluate(deformed(atoms, np.eye(3) + h * strain)).energy  # noqa: B023
+            change = derivative(
+                subject,
+                lambda h: deformed(atoms, np.eye(3) + h * strain),  # noqa: B023
+                interaction_energy,
             )
-            report.below("stress", result.stress[a, b] - derivative / volume, 1e-7)
-            report.below("stress", result.stress[b, a] - derivative / volume, 1e-7)
+            report.below("stress", result.stress[a, b] - change / volume, tolerance)
+            report.below("stress", result.stress[b, a] - change / volume, tolerance)
             report.floor("smallest component", abs(result.stress[a, b]), 2e-6)
-        report.floor("largest component", np.abs(result.stress).max(), 5e-3)
+        report.floor("largest component", largest, 5e-3)
 
 
-@gate(single=True)
+@gate
 def stress_is_a_symmetric_tensor(subject, report):
     """It turns with the crystal, and of a cluster in a box it is the virial of the forces."""
-    tolerance = subject.tolerance(1e-10, 1e-6)
     for atoms in (crystal(), left_handed(crystal())):
         home = subject.evaluate(atoms)
+        tolerance = subject.stress_tolerance(home)
         report.below("symmetric", home.stress - home.stress.T, tolerance)
         for seed in range(3):
             turn = rotation_matrix(seed)
@@ -566,27 +647,32 @@ def stress_is_a_symmetric_tensor(subject, report):
         cluster.cell = box
         result = subject.evaluate(cluster)
         virial = -result.forces.T @ cluster.positions / abs(np.linalg.det(box))
-        report.below("virial", result.stress - virial, tolerance)
+        report.below("virial", result.stress - virial, subject.stress_tolerance(result))
 
 
 @gate
 def batch_equals_single(subject, report):
     """Also: nothing that happens in one structure of a batch is felt in another."""
-    structures = [molecule(), crystal(), left_handed(pair_in_box()), pair()]
-    singles = [subject.evaluate(atoms) for atoms in structures]
-    batch = subject.evaluate_batch(structures)
-    structures[1] = moved(structures[1], np.eye(6, 3) * 0.2)
-    disturbed = subject.evaluate_batch(structures)
-    for index, (one, together) in enumerate(zip(singles, batch, strict=True)):
-        report.strong(one)
-        report.below("energy", together.interaction_energy - one.interaction_energy, 1e-12)
-        report.below("forces", together.forces - one.forces, 1e-12)
-        if one.stress is not None:
-            report.below("stress", together.stress - one.stress, 1e-12)
-        if index != 1:
-            report.below("crosstalk", disturbed[index].forces - together.forces, 0.0)
-    change = np.abs(disturbed[1].forces - batch[1].forces).max()
-    report.floor("disturbance", change, 0.1)
+    tolerance = subject.tolerance(1e-12, 1e-5)
+    large = [molecule(), crystal(), left_handed(pair_in_box()), pair()]
+    small = [part for atoms in (large[1], *large[:3]) for part in (atoms[:3], atoms[3:6])]
+    for structures in (large[:1], large[1:3], large, small):
+        batch = subject.evaluate_batch(structures)
+        for atoms, together in zip(structures, batch, strict=True):
+            one = subject.evaluate(atoms)
+            report.below("energy", together.interaction_energy - one.interaction_energy, tolerance)
+            report.below("forces", together.forces - one.forces, tolerance)
+            if one.stress is not None:
+                report.below("stress", together.stress - one.stress, tolerance)
+    batch = subject.evaluate_batch(large)
+    disturbed = subject.evaluate_batch([large[0], moved(large[1], np.eye(6, 3) * 0.2), *large[2:]])
+    for index in range(len(large)):
+        report.strong(batch[index])
+        change = disturbed[index].forces - batch[index].forces
+        if index == 1:
+            report.floor("disturbance", np.abs(change).max(), 0.1)
+        else:
+            report.below("crosstalk", change, 0.0)
 
 
 def pair_in_box():
@@ -595,7 +681,7 @@ def pair_in_box():
     return atoms
 
 
-@gate(single=True)
+@gate
 def smooth_at_the_cutoff(subject, report):
     """A lone atom approaches: E and F vanish as δ³ and δ², so that E, F and dF/dr are continuous.
 
@@ -615,11 +701,10 @@ def smooth_at_the_cutoff(subject, report):
     energy, force = depth(0.5)
     report.floor("energy 0.5 Å inside", energy, 1e-5)
     report.floor("force 0.5 Å inside", force, 1e-4)
-    if not subject.double:
-        return
-    order = np.log2(depth(0.12)) - np.log2(depth(0.06))
-    report.floor("order of the energy", order[0], 2.9)
-    report.floor("order of the force", order[1], 1.9)
+    if subject.double:
+        order = np.log2(depth(0.12)) - np.log2(depth(0.06))
+        report.floor("order of the energy", order[0], 2.9)
+        report.floor("order of the force", order[1], 1.9)
     jumps_in_a_molecule(subject, report)
 
 
@@ -647,43 +732,87 @@ def jumps_in_a_molecule(subject, report):
 
     def crossing(t):
         result = subject.evaluate(joined(atoms, probe(center + (subject.cutoff + t) * along)))
-        return np.append(result.energy, result.forces.ravel())
+        return np.append(result.interaction_energy, result.forces.ravel())
 
     h = 5e-4  # Å
     home = crossing(0.0)
     coarse, fine = (crossing(t) - 2 * home + crossing(-t) for t in (h, h / 2))
-    curvature = coarse[1:] / h**2
-    report.below("jump of E", (4 * fine - coarse)[0], 1e-9)
-    report.below("jump of F", (4 * fine - coarse)[1:], 1e-7)
-    report.below("jump of dF/dr", (4 * fine - coarse)[1:] / h, 1e-4)
+    jump = 4 * fine - coarse
+    report.below("jump of E", jump[0], subject.tolerance(1e-9, 1e-4))
+    report.below("jump of F", jump[1:], subject.tolerance(1e-7, 1e-3))
     stiffness = np.abs(crossing(h) - crossing(-h))[1:].max() / (2 * h)
     report.floor("dF/dr", stiffness, 0.1)
-    report.floor("d²F/dr²", np.abs(curvature).max(), 0.1)
+    if subject.double:
+        report.below("jump of dF/dr", jump[1:] / h, 1e-4)
+        report.floor("d²F/dr²", np.abs(coarse[1:]).max() / h**2, 0.1)
 
 
 @gate
 def receptive_field(subject, report):
-    """An atom feels those that are at most ``layers`` edges away, and no others."""
-    layers = subject.layers
+    """An atom feels those that are at most ``layers`` bonds away, and no others.
+
+    Bonds are 0.97 cutoffs long, where next to nothing passes; the radial networks are made so
+    strong that what does pass is seen through all layers.
+    """
+    subject, layers = subject.strengthened(3000.0), subject.layers
     for start, order in ((0, 1), (layers + 1, -1)):
-        atoms = chain(subject, layers + 2)
+        atoms = chain(subject.cutoff, layers + 2)
         home = subject.evaluate(atoms)
         for hops in range(1, layers + 2):
             shift = np.zeros((layers + 2, 3))
             shift[start + order * hops] = [0.0, 0.2, 0.1]
             change = abs(subject.evaluate(moved(atoms, shift)).energies - home.energies)[start]
             if hops <= layers:
-                report.floor(f"{hops} edges away", change, 1e-9)
+                report.floor(f"{hops} bonds away", change, 1e-6)
             else:
-                report.below("one edge further", change, 1e-11)
+                report.below("one bond further", change, subject.tolerance(1e-11, 1e-7))
 
 
 @gate
+def repeatable(subject, report):
+    """The same question has the same answer, bit by bit, whatever was asked in between."""
+    structures = [molecule(), crystal()]
+    first = [subject.evaluate(atoms) for atoms in structures]
+    for _ in range(3):
+        for atoms, once in zip(structures, first, strict=True):
+            again = subject.evaluate(atoms)
+            report.below("energy", again.energy - once.energy, 0.0)
+            report.below("energies", again.energies - once.energies, 0.0)
+            report.below("forces", again.forces - once.forces, 0.0)
+    report.below("stress", again.stress - once.stress, 0.0)
+    report.strong(first[0])
+
+
+@gate
+def short_range(subject, report):
+    """Two atoms at 0.3 to 2.5 Å: finite, and the force is minus the slope of the energy.
+
+    Whether they repel each other is not asked: no data says so to a network; random ones and some
+    pairs of trained ones attract below 0.5 Å, with forces that change tenfold within 0.05 Å.
+    """
+    if subject.potential.config.architecture == "nequip":
+        subject = subject.strengthened(0.5)  # else gates open and shut there within 1e-5 Å
+    for numbers in itertools.combinations_with_replacement(subject.potential.elements, 2):
+        largest = 0.0
+        for r in np.geomspace(0.3, 2.5, 8):
+            h = r * subject.tolerance(5e-5, 4e-4)
+            where = [[0.0, 0.0, r + n * h] for n in (0, 1, -1, 2, -2)]
+            dimers = [Atoms(numbers, [[0.0, 0.0, 0.0], position]) for position in where]
+            results = subject.evaluate_batch(dimers)
+            here, a, b, c, d = map(interaction_energy, results)
+            force = results[0].forces[1, 2]
+            error = (force + (8 * (a - b) - (c - d)) / (12 * h)) / (1.0 + abs(here) + abs(force))
+            report.below("relative error", error, subject.tolerance(1e-7, 2e-2))
+            largest = max(largest, abs(force))
+        report.floor("largest force", largest, 0.5)
+
+
+@gate(double_only=True)
 def hessian_is_symmetric(subject, report):
     atoms = pair()
     n = 3 * len(atoms)
     rows = [
-        -slope(lambda h: subject.evaluate(moved(atoms, h * direction)).forces)  # noqa: B023
+        -derivative(subject, lambda h: moved(atoms, h * direction), lambda r: r.forces)  # noqa: B023
         for direction in np.eye(n).reshape(n, -1, 3)
     ]
     hessian = np.array(rows).reshape(n, n)
@@ -693,53 +822,81 @@ def hessian_is_symmetric(subject, report):
     report.floor("coupling of the molecules", np.abs(hessian[:9, 9:]).max(), 1e-3)
 
 
-def verlet(subject, atoms, velocities, step, n_steps):
-    """Velocity Verlet: atoms and velocities at the end, total and kinetic energies before steps."""
-    atoms, velocities = atoms.copy(), velocities.copy()
-    masses = atoms.get_masses()[:, None]
+def verlet(subject, atoms, start, steps, n_steps):
+    """Velocity Verlet of several trajectories at once.
+
+    Args:
+        start: positions and velocities, (trajectories, atoms, 3) each.
+        steps: time steps of the trajectories.
+
+    Returns:
+        Positions and velocities at the end; total and kinetic energies before every step.
+    """
+    positions, velocities = np.array(start)
+    masses, steps = atoms.get_masses()[:, None], np.reshape(steps, (-1, 1, 1))
     total, kinetic = [], []
-    result = subject.evaluate(atoms)
+
+    def forces():
+        results = subject.evaluate_batch([Atoms(atoms.numbers, where) for where in positions])
+        energies.append([result.interaction_energy for result in results])
+        return np.array([result.forces for result in results])
+
+    energies = []
+    force = forces()
     for _ in range(n_steps):
-        kinetic.append(0.5 * np.sum(masses * velocities**2))
-        total.append(result.energy + kinetic[-1])
-        velocities += 0.5 * step * result.forces / masses
-        atoms.positions += step * velocities
-        result = subject.evaluate(atoms)
-        velocities += 0.5 * step * result.forces / masses
-    return atoms, velocities, np.array(total), np.array(kinetic)
+        kinetic.append(0.5 * np.sum(masses * velocities**2, axis=(1, 2)))
+        total.append(energies[-1] + kinetic[-1])
+        velocities += 0.5 * steps * force / masses
+        positions += steps * velocities
+        force = forces()
+        velocities += 0.5 * steps * force / masses
+    return (positions, velocities), np.array(total), np.array(kinetic)
 
 
 @gate
 def dynamics(subject, report):
-    """Energy fluctuates with the square of the time step, and time can be turned back."""
+    """Energy fluctuates with the square of the time step, and time can be turned back.
+
+    In float32 steps are longer, so that fluctuations exceed rounding, as far as networks let them.
+    """
     atoms = pair()
     atoms.set_masses(6 * [12.0])  # random weights would throw hydrogen about
     velocities = np.random.default_rng(5).normal(size=(6, 3)) * np.sqrt(kB * 300.0 / 12.0)
-    step, n_steps = 0.02 * fs, 500
-    there, final, total, kinetic = verlet(subject, atoms, velocities, step, n_steps)
-    _, _, finer, _ = verlet(subject, atoms, velocities, step / 2, 2 * n_steps)
-    back, _, _, _ = verlet(subject, there, -final, step, n_steps)
-    ratio = (total - total[0]).std() / (finer[::2] - finer[0]).std()
+    longer = 0.05 if subject.potential.config.architecture == "nequip" else 0.1
+    step, n_steps = subject.tolerance(0.02, longer) * fs, 400
+    start = [2 * [atoms.positions], 2 * [velocities]]
+    # Two trajectories, one of them at half the step: it goes on while the other goes back.
+    there, total, kinetic = verlet(subject, atoms, start, [step, step / 2], n_steps)
+    turned = there[0], there[1] * np.reshape([-1, 1], (2, 1, 1))
+    back, finer, _ = verlet(subject, atoms, turned, [step, step / 2], n_steps)
+    finer = np.concatenate([total[:, 1], finer[:, 1]])
+    ratio = total[:, 0].std() / finer[::2].std()
     report.below("ratio of fluctuations - 4", ratio - 4.0, 0.5)
-    report.below("time reversal", back.positions - atoms.positions, 1e-9)
-    report.floor("exchange with kinetic energy", np.ptp(kinetic), 0.02)
-    report.floor("path", np.abs(there.positions - atoms.positions).max(), 0.03)
+    distance = back[0][0] - atoms.positions
+    report.below("time reversal", distance, subject.tolerance(1e-9, 1e-3))
+    report.floor("exchange with kinetic energy", np.ptp(kinetic[:, 0]), 0.02)
+    report.floor("path", np.abs(there[0][0] - atoms.positions).max(), 0.03)
 
 
+@gate
 def padding(subject, report):
     """Capacities of just what is needed, one more and many more give the same."""
     atoms = crystal()
+    n, tolerance = len(atoms), subject.tolerance(1e-12, 1e-5)
     home = subject.evaluate(atoms)
     report.strong(home)
-    for capacity, graphs in ((lambda n: n, 1), (lambda n: n + 1, 2), (lambda n: 4 * n, 2)):
-        energies, forces, stress = subject.padded(atoms, capacity, capacity, graphs)
-        n = len(atoms)
-        report.below("energy", energies.sum() - home.interaction_energy, 1e-12)
-        report.below("forces", forces[:n] - home.forces, 1e-12)
-        report.below("stress", stress[0] - home.stress, 1e-12)
-        if graphs > 1:
-            padded = np.concatenate([energies[n:], forces[n:].ravel(), stress[1:].ravel()])
-            report.below("padding", padded, 0.0)
+    room = subject.engine._runtime.room
+    for capacities in (
+        (lambda n: n, lambda n: n, 1),
+        (lambda n: n + 1, lambda n: n + 1, 2),
+        (lambda _: room.nodes, lambda _: room.edges, room.graphs),
+    ):
+        energies, forces, stress = subject.padded(atoms, *capacities)
+        report.below("energy", energies.sum() - home.interaction_energy, tolerance)
+        report.below("forces", forces[:n] - home.forces, tolerance)
+        report.below("stress", stress[0] - home.stress, tolerance)
+        padded = [energies[n:], forces[n:].ravel(), stress[1:].ravel()]
+        report.below("padding", np.concatenate([*padded, [0.0]]), 0.0)
 
 
 # Tests
@@ -765,32 +922,37 @@ def test_double_precision(name, gate, record_property):
     check(GATES[gate], subject(name, "float64"), record_property)
 
 
-@pytest.mark.parametrize("gate", SINGLE_PRECISION)
+@pytest.mark.parametrize("gate", [name for name in GATES if name not in DOUBLE_PRECISION_ONLY])
 @pytest.mark.parametrize("name", NAMES)
 def test_single_precision(name, gate, record_property):
     check(GATES[gate], subject(name, "float32"), record_property)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_padding_changes_nothing(name, record_property):
-    check(padding, subject(name, "float64"), record_property)
-
-
 # A gate that cannot fail proves nothing
 
 
-@pytest.fixture(scope="module")
-def intact():
-    return subject("mace", "float64")
-
-
-@pytest.mark.parametrize("gate", [*GATES, "padding"])
+@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("constant", [0.0, 1.0])
-def test_no_gate_passes_a_model_without_interactions(intact, gate, constant):
+@pytest.mark.parametrize("dtype", engine_module.DTYPES)
+def test_no_gate_passes_a_model_without_interactions(dtype, gate, constant):
     report = Report()
     with np.errstate(invalid="ignore", divide="ignore"):
-        {**GATES, "padding": padding}[gate](Null(intact, constant), report)
+        GATES[gate](Null(subject("mace", dtype), constant), report)
     assert report.failures()
+
+
+def test_the_worst_of_several_measurements_counts():
+    report = Report()
+    for deviation, tolerance in ((1.0, 2.0), (0.1, 0.15), (-1e-3, 1.0)):
+        report.below("law", [0.0, deviation], tolerance)
+    assert report.deviations["law"] == (0.1, 0.15)
+    assert not report.failures()
+    for deviation, tolerance in ((np.nan, 1.0), (1.0, 2.0), (0.0, 0.0)):
+        report.below("law", [0.0, deviation], tolerance)
+    assert "law: nan is above" in report.failures()[0]
+    report.floor("effect", np.nan, 0.1)
+    report.floor("effect", 1.0, 0.1)
+    assert len(report.failures()) == 2
 
 
 def volume(atoms):
@@ -836,6 +998,17 @@ def tail(atoms):
     return 1e-3 * np.sum(distances[distances > 0] ** -6.0)
 
 
+def bonds(atoms):
+    return 1e-6 * np.sum(atoms.get_all_distances() < CUTOFF)
+
+
+RANDOM = np.random.default_rng(0)
+
+
+def noise(_):
+    return 1e-6 * RANDOM.normal()
+
+
 def curl(atoms, result):
     return result.forces + 0.05 * np.cross([0.0, 0.0, 1.0], atoms.positions)
 
@@ -850,7 +1023,7 @@ ALTERATIONS = {
     ),
     "forces too large": (
         with_forces(lambda atoms, result: 1.0001 * result.forces),
-        "forces_are_minus_the_gradient",
+        "forces_are_minus_the_gradient short_range",
     ),
     "forces of the other sign": (
         with_forces(lambda atoms, result: -result.forces),
@@ -884,15 +1057,38 @@ ALTERATIONS = {
     ),
     "a tail beyond the cutoff": (
         with_energy(tail),
-        "smooth_at_the_cutoff receptive_field isolated_atom forces_are_minus_the_gradient",
+        "smooth_at_the_cutoff receptive_field isolated_atom forces_are_minus_the_gradient "
+        "short_range",
     ),
+    "a step at the cutoff": (with_energy(bonds), "smooth_at_the_cutoff"),
+    "noise": (with_energy(noise), "repeatable batch_equals_single"),
 }
 
 
-@pytest.mark.parametrize("alteration", ALTERATIONS)
-def test_gates_catch(intact, alteration):
-    alter, gates = ALTERATIONS[alteration]
-    for gate in gates.split():
-        report = Report()
-        GATES[gate](Altered(intact, alter), report)
-        assert report.failures(), gate
+def amplified(alter, factor):
+    """An alteration that changes results ``factor`` times as much."""
+
+    def amplify(atoms, result):
+        changed = vars(alter(atoms, result))
+        return Result(**{
+            name: value if value is None else value + factor * (changed[name] - value)
+            for name, value in vars(result).items()
+        })  # fmt: skip
+
+    return amplify
+
+
+@pytest.mark.parametrize("dtype", engine_module.DTYPES)
+@pytest.mark.parametrize(
+    ("alteration", "gate"),
+    [(name, gate) for name, (_, gates) in ALTERATIONS.items() for gate in gates.split()],
+)
+def test_gates_catch(alteration, gate, dtype):
+    """Small breaches of laws in float64; in float32 those that are 300 times as large."""
+    if dtype == "float32" and gate in (*DOUBLE_PRECISION_ONLY, "dynamics"):
+        return
+    alter, report = ALTERATIONS[alteration][0], Report()
+    if dtype == "float32":
+        alter = amplified(alter, 300.0)
+    GATES[gate](Altered(subject("mace", dtype), alter), report)
+    assert report.failures()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +34,8 @@ MOST_IMAGES = 2e7
 MOST_BINS = 50_000
 """Bins of vesin's grid. From 100,000 on it divides by zero where the grid is thin."""
 
+_searches = threading.local()
+_KEPT_UP_TO = 50_000  # atoms; some 200 MB
 _SERIAL_BELOW = 5000  # atoms; threads that wait for each other cost more than they save
 
 
@@ -84,11 +87,8 @@ def host_edges(positions: Float64, cell: Float64, pbc: Bool, cutoff: float) -> H
     positions = close_gaps(positions, cell, pbc, 2.0 * cutoff)
     reach = _reach(positions, cell, pbc, cutoff)
     check_density(positions, cell, pbc, reach)
-    # A list object of its own in every call: vesin's keep their results and are not thread-safe.
-    search = vesin.NeighborList(
-        cutoff=reach, full_list=True, n_threads=1 if len(positions) < _SERIAL_BELOW else 0
-    )
-    # It never reads the vectors of open axes.
+    # It never reads the vectors of open axes. What it returns lies in the search's own memory.
+    search = _search(len(positions), reach)
     pairs, shifts, lengths = search.compute(positions, cell, pbc, "PSd", copy=False)
     if reach > cutoff:
         near = lengths < cutoff
@@ -96,12 +96,28 @@ def host_edges(positions: Float64, cell: Float64, pbc: Bool, cutoff: float) -> H
     # A full list holds the reverse of every pair, so reading pairs backwards gives the same list.
     receivers = pairs[:, 0].astype(np.uint16 if len(positions) <= 2**16 else np.int32)
     order = np.argsort(receivers, kind="stable")  # a radix sort for 16 bits
+    ordered = np.take(shifts, order, axis=0)
     return HostEdges(
         pairs[:, 1].astype(np.int32)[order],
         receivers[order].astype(np.int32),
-        -shifts[order],
+        np.negative(ordered, out=ordered),
         lengths[order],
     )
+
+
+def _search(n_atoms: int, cutoff: float) -> vesin.NeighborList:
+    """A search of vesin's: the thread's own, whose memory is at hand, if it is not large.
+
+    Its results are overwritten by the next search, so that threads cannot share one.
+    """
+    n_threads = 1 if n_atoms < _SERIAL_BELOW else 0
+    if n_atoms > _KEPT_UP_TO:
+        return vesin.NeighborList(cutoff=cutoff, full_list=True, n_threads=n_threads)
+    kept = getattr(_searches, "last", None)
+    if kept is None or kept[0] != (cutoff, n_threads):
+        search = vesin.NeighborList(cutoff=cutoff, full_list=True, n_threads=n_threads)
+        kept = _searches.last = (cutoff, n_threads), search
+    return kept[1]
 
 
 def _reach(positions: Float64, cell: Float64, pbc: Bool, cutoff: float) -> float:
