@@ -674,7 +674,8 @@ def _results(
             _check_finite(structure, energies[nodes], forces[nodes], stress[index])
         reference = potential.reference_energies(structure.species)
         interaction = float(energies[nodes].sum())
-        energy = interaction + float(reference.sum())
+        with np.errstate(over="ignore"):
+            energy = interaction + float(reference.sum())
         if not math.isfinite(energy):
             raise NonFiniteError(
                 f"the energies of the atoms add up to {energy} eV; look at the potential's "

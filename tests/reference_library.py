@@ -53,9 +53,9 @@ def library_network(architecture, hyperparameters, statistics):
     return network(network.Config(**hyperparameters), DatasetInfo(**statistics))
 
 
-def applied(network):
-    """Node energies ``apply(params, graph)`` of a network of the library."""
-    return lambda params, graph: network.apply(params, *inputs(graph))
+def applied(network, **options):
+    """Node energies ``apply(params, graph)`` of a network of the library; options are flax's."""
+    return lambda params, graph: network.apply(params, *inputs(graph), **options)
 
 
 def inputs(graph):

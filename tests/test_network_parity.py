@@ -195,7 +195,7 @@ def random_weights(network, graph):
     return float64(strong_weights(jax.eval_shape(network.init, jax.random.key(0), graph)))
 
 
-def reference(config):
+def reference(config, **options):
     """The network of the library with our face: apply(params, graph)."""
     values = dict(vars(config))
     info = {
@@ -204,7 +204,7 @@ def reference(config):
         "avg_num_neighbors": AVG_NUM_NEIGHBORS,
         "avg_r_min_angstrom": AVG_R_MIN,
     }
-    return applied(library_network(config.architecture, values, info))
+    return applied(library_network(config.architecture, values, info), **options)
 
 
 def our_network(config):
@@ -299,6 +299,51 @@ def adjusted(live, degree=None, path=None):
 
 def test_live_reference_library(live):
     assert max(adjusted(live).values()) < 1.0
+
+
+def layer_features(name, captured):
+    """Features after each layer, of either implementation, as flax captured them."""
+    if name == "mace":
+        [(_, features)] = captured["MaceBlock_0"]["layer_0"]["__call__"]
+        return [features]
+    block = captured["NequipBlock_0"]
+    return [block[f"NequipLayer_{i}"]["__call__"][0] for i in range(SLIM[name].num_layers)]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_live_features(name):
+    """Features after every layer: unlike energies, odd ones know the sign of the edge vectors."""
+    config, graph = SLIM[name], random_periodic()
+    network = our_network(config)
+    if name == "nequip":
+        network = NequIP(config, NUM_SPECIES, CUTOFF, AVG_NUM_NEIGHBORS, all_features=True)
+    params = random_weights(our_network(config), graph)
+    library = reference(config, capture_intermediates=True)
+    with jax.enable_x64(True):
+        _, theirs = jit(lambda params: library(params, graph))(params)
+        ours = jit(lambda params: network.apply(params, graph, capture_intermediates=True))
+        _, captured = ours(params)
+    pairs = zip(
+        layer_features(name, captured["intermediates"]),
+        layer_features(name, theirs["intermediates"]),
+        strict=True,
+    )
+    seen = set()
+    for features, expected in pairs:
+        blocks = by_irrep(np.asarray(expected.array), expected.irreps)
+        if name == "mace":
+            blocks = [(ir, features[ir], array) for ir, array in blocks]
+        else:
+            blocks = [(ir, f, array) for f, (ir, array) in zip(features, blocks, strict=True)]
+        for ir, block, array in blocks:
+            if block is None:
+                assert not array.any()
+                continue
+            seen.add(str(ir))
+            tolerance = ENERGY_TOLERANCE * np.abs(array).max()
+            np.testing.assert_allclose(block, array, rtol=0, atol=tolerance)
+    odd = {"mace": {"0e", "1o", "2e", "3o"}, "nequip": {"0e", "0o", "1e", "1o", "2e", "2o"}}
+    assert seen == odd[name]
 
 
 @pytest.mark.parametrize("degree", [1, 2, 3])
