@@ -341,8 +341,8 @@ class _Progress:
         per_day = steps_per_second * self.timestep * 1e-6 * 86400
         left = _clock((self.total - frame.step) / steps_per_second) if steps_per_second else "?"
         info = (
-            f"{frame.time:.3f} ps  {frame.temperature:4.0f} K  {steps_per_second:.3g} steps/s  "
-            f"{per_day:.3g} ns/day  {left} left"
+            f"{frame.time:.3f} ps  {frame.temperature:4.0f} K  {_short(steps_per_second)} steps/s  "
+            f"{_short(per_day)} ns/day  {left} left"
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=frame.step, info=info)
@@ -352,6 +352,11 @@ class _Progress:
                 f"step {frame.step}/{self.total} {share:3.0f}%  {info}", soft_wrap=True
             )
             self._next_line += (self.total - self._first) / LINES
+
+
+def _short(value: float) -> str:
+    """Three digits, and as many as there are before the point: 0.0123, 12.3, 12345."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _bar(console: Any) -> Any:

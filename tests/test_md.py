@@ -28,6 +28,7 @@ from mlip_md.errors import (
     StructureError,
     UnsupportedElementError,
 )
+from mlip_md.integrations import cli as md_cli
 from mlip_md.integrations import md, report
 from mlip_md.integrations.md import MDSettings, restart_md, run_md
 
@@ -620,7 +621,7 @@ def test_command_line(cluster, tmp_path, monkeypatch):
     result = runner.invoke(app, ["md", cluster, *short], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert "md-cluster-1" in result.output
-    line = r"step {0}/20 +{1}%  0\.0{2} ps +\d+ K  [\d.]+ steps/s  [\d.e-]+ ns/day  0:00:00 left\n"
+    line = r"step {0}/20 +{1}%  0\.0{2} ps +\d+ K  [\d.]+ steps/s  [\d.e-]+ ns/day  \d:\d\d:\d\d left\n"
     assert re.search(line.format(20, 100, "10"), result.output)
     assert re.search(line.format(10, 50, "05"), result.output)
     result = runner.invoke(app, ["md", "--restart", "md-cluster-1", "--length", "0.01"])
@@ -636,6 +637,12 @@ def test_command_line(cluster, tmp_path, monkeypatch):
     assert np.linalg.norm(relaxed.get_forces(), axis=1).max() < 0.05
     with pytest.raises(ConfigError, match="exists"):
         runner.invoke(app, ["minimize", cluster], catch_exceptions=False)
+
+
+def test_speeds_are_written_without_exponents():
+    values = (0.0, 0.01234, 9.876, 123.4, 999.4, 1234.5, 1.2e6)
+    texts = ["0", "0.0123", "9.88", "123", "999", "1234", "1200000"]
+    assert [md_cli._short(value) for value in values] == texts
 
 
 def test_options_that_do_nothing_are_refused(cluster, tmp_path, monkeypatch):
