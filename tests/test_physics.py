@@ -118,7 +118,7 @@ def potential(name):
 
 
 class OneSize(engine_module._Runtime):
-    """A runtime that is shared with no other test and compiles one size of graph, in full once."""
+    """A runtime that no other test shares: one size of graph is compiled well, others hastily."""
 
     def __init__(self, potential, dtype, device, room):
         super().__init__(potential, dtype, device)
