@@ -159,13 +159,18 @@ def structures(cutoff, seed):
 
 
 def random_case(architecture, seed):
-    """A case of random values of all options, not too expensive for the library."""
+    """A case of random values of all options, not too expensive for the library, nor void."""
     rng = np.random.default_rng((seed, 3))
     options = OPTIONS[architecture]
     while True:
         values = {name: choices[rng.integers(len(choices))] for name, choices in options.items()}
-        if architecture == "nequip" or _affordable(values):
+        if _alive(values) if architecture == "nequip" else _affordable(values):
             return Case(architecture, values, float(rng.integers(24, 50)) / 8, seed)
+
+
+def _alive(values):
+    """Whether NequIP has more than one hidden unit that relu may silence, and all forces with it."""
+    return values["radial_net_nonlinearity"] != "relu" or values["radial_net_n_hidden"] > 1
 
 
 def _affordable(values):
