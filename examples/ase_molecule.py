@@ -13,7 +13,7 @@ from ase.md.velocitydistribution import thermalize_momenta
 from ase.optimize import BFGS
 
 from mlip_md.integrations.ase import MLIPCalculator
-from mlip_md.integrations.structures import read_structure
+from mlip_md.integrations.md.structures import read_structure
 
 
 def main(model: str, steps: int) -> None:

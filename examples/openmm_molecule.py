@@ -11,7 +11,7 @@ import openmm
 from openmm import app, unit
 from openmmml import MLPotential
 
-from mlip_md.integrations.structures import make_topology, read_structure
+from mlip_md.integrations.md.structures import make_topology, read_structure
 
 
 def main(model: str, steps: int) -> None:

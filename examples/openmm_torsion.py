@@ -13,7 +13,7 @@ import openmm
 from openmm import app, unit
 from openmmml import MLPotential
 
-from mlip_md.integrations.structures import make_topology, read_structure
+from mlip_md.integrations.md.structures import make_topology, read_structure
 
 TORSION = (1, 3, 4, 5)  # C(carbonyl), N, C(aryl), C(aryl)
 ARYL = [4, 5, 6, 7, 8, 9, 10, 15, 16, 17, 18, 19]  # what turns

@@ -24,9 +24,9 @@ import openmm
 from numpy.typing import ArrayLike, DTypeLike
 
 import mlip_md
-from mlip_md import model_file
 from mlip_md.engine import Engine, Result
 from mlip_md.errors import MLIPError, ModelFileError, NonFiniteError, StructureError
+from mlip_md.formats import own
 from mlip_md.potential import Potential
 
 KJ_PER_MOL_PER_EV = 1.602176634e-19 * 6.02214076e23 / 1000.0
@@ -68,7 +68,7 @@ def pack(potential: Potential) -> bytes:
     """The model file of a potential."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
-        model_file.save(potential, path)
+        own.save(potential, path)
         return path.read_bytes()
 
 
@@ -76,7 +76,7 @@ def _unpack(content: bytes) -> Potential:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         path.write_bytes(content)
-        return model_file.load(path)
+        return own.load(path)
 
 
 class _Calls(threading.local):

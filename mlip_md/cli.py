@@ -18,7 +18,7 @@ import typer
 
 import mlip_md
 from mlip_md import errors
-from mlip_md.integrations.cli import md_command, minimize_command
+from mlip_md.integrations.md.cli import md_command, minimize_command
 from mlip_md.trainer.cli import check_command, evaluate_command, prepare_command, train_command
 from mlip_md.trainer.generate.command import make_dataset_command
 
@@ -164,8 +164,8 @@ def convert(
         raise errors.ConfigError(f"{destination} is a folder; name a file")
     if destination.exists() and not force:
         raise errors.ConfigError(f"{destination} exists; give --force to replace it")
-    from mlip_md.instadeep import save_zip
-    from mlip_md.model_file import save
+    from mlip_md.formats.instadeep import save_zip
+    from mlip_md.formats.own import save
 
     potential = mlip_md.load(source)
     (save_zip if destination.suffix == _ENDINGS["instadeep"] else save)(potential, destination)

@@ -8,8 +8,8 @@ from ase import Atoms
 from openmm import unit
 from small_models import random_mace
 
-from mlip_md import model_file
-from mlip_md.integrations.structures import Structure, make_topology, read_structure
+from mlip_md.formats import own
+from mlip_md.integrations.md.structures import Structure, make_topology, read_structure
 
 # 1 eV in kJ/mol, from its definition and not from the package.
 EV = 1.602176634e-19 * 6.02214076e23 * 1e-3
@@ -32,7 +32,7 @@ def platform_or_skip(name):
 def make_model(folder, **options):
     """Path of a model file with a small random potential."""
     path = folder / "model.safetensors"
-    model_file.save(random_mace(**options), path)
+    own.save(random_mace(**options), path)
     return str(path)
 
 

@@ -169,7 +169,7 @@ def random_case(architecture, seed):
 
 
 def _alive(values):
-    """Whether NequIP has more than one hidden unit that relu may silence, and all forces with it."""
+    """Whether NequIP has more hidden units than one, which relu could silence with all forces."""
     return values["radial_net_nonlinearity"] != "relu" or values["radial_net_n_hidden"] > 1
 
 

@@ -15,7 +15,7 @@ from model_files import make_potential
 
 import mlip_md
 from mlip_md import bundled, cli, errors
-from mlip_md.model_file import load, save
+from mlip_md.formats.own import load, save
 
 COMMANDS = [
     "md", "minimize", "train", "check", "evaluate", "prepare", "make-dataset", "show", "convert",
@@ -166,7 +166,7 @@ def test_errors_of_the_operating_system_name_the_users_file(run, monkeypatch):
 def compiled():
     """The bundled potential, kept so that runs of the same molecule share what is compiled."""
     from mlip_md.engine import Engine
-    from mlip_md.integrations.structures import read_structure
+    from mlip_md.integrations.md.structures import read_structure
 
     engine = Engine(mlip_md.load("organics-gfn2"))
     atoms = read_structure().atoms
@@ -177,7 +177,7 @@ def compiled():
 @pytest.mark.parametrize("engine", ["ase", "openmm"])
 def test_the_main_job(run, tmp_path, monkeypatch, compiled, engine):
     """``mlip-md md`` with the bundled model and molecule, only shorter."""
-    from mlip_md.integrations import report
+    from mlip_md.integrations.md import report
 
     monkeypatch.chdir(tmp_path)
     code, out, err = run("md", "--engine", engine, "--steps", 24, "--no-minimize")

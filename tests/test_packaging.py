@@ -230,8 +230,8 @@ def normalized(distribution: str) -> str:
         ("mlip_md.integrations", ["jax", "openmm", "ase"]),
         ("mlip_md.trainer", ["jax", "openmm"]),
         ("mlip_md.trainer.cli", ["jax", "openmm", "h5py"]),
-        ("mlip_md.integrations.cli", ["jax", "openmm", "ase"]),
-        ("mlip_md.model_file", ["openmm", "ase", "optax", "h5py"]),
+        ("mlip_md.integrations.md.cli", ["jax", "openmm", "ase"]),
+        ("mlip_md.formats.own", ["openmm", "ase", "optax", "h5py"]),
         ("openmmml", ["jax", "flax"]),
     ],
 )
@@ -314,7 +314,7 @@ def state():
     levels = logging.root.level, tuple(logging.root.handlers)
     return dict(os.environ), dict(jax.config.values), levels, np.geterr()
 before = state()
-import mlip_md.model_file, mlip_md.instadeep, mlip_md.engine, mlip_md.cli
+import mlip_md.formats.own, mlip_md.formats.instadeep, mlip_md.engine, mlip_md.cli
 import mlip_md.networks.mace, mlip_md.networks.nequip, mlip_md.integrations.ase
 import mlip_md.trainer.train
 after = state()

@@ -9,8 +9,8 @@ import numpy as np
 
 from mlip_md.graph import Graph
 from mlip_md.potential import Prediction
-from mlip_md.trainer.config import Recipe
 from mlip_md.trainer.data import Batch
+from mlip_md.trainer.recipe.schema import Recipe
 
 E0 = {1: -13.6, 6: -1030.5, 8: -2043.9}
 FLIP = 3

@@ -92,11 +92,11 @@ def _train(
     dry_run: int,
     max_time: str | None,
 ) -> str:
-    from mlip_md.trainer.config import load_recipe
+    from mlip_md.trainer.recipe.schema import load_recipe
 
     seconds = parse_duration(max_time)
     recipe, origins = load_recipe(recipe_name, overrides)
-    from mlip_md.trainer.dataset import load_data
+    from mlip_md.trainer.data.training import load_data
     from mlip_md.trainer.train import Trainer
 
     folder = folder or Path("runs") / recipe.name
@@ -196,13 +196,13 @@ def check_command(
 
     A shipped recipe is the start of an own one: mlip-md check organics-gfn2 --print > own.yaml
     """
-    from mlip_md.trainer.config import load_recipe, print_recipe
+    from mlip_md.trainer.recipe.schema import load_recipe, print_recipe
 
     if print_only:
         typer.echo(print_recipe(recipe), nl=False)
         return
     checked, origins = load_recipe(recipe, overrides or [])
-    from mlip_md.trainer.dataset import load_data
+    from mlip_md.trainer.data.training import load_data
     from mlip_md.trainer.train import Trainer
 
     with _plain_warnings():
@@ -238,8 +238,8 @@ def prepare_command(
     overrides: Overrides = None,
 ) -> None:
     """Read, curate and split the data of a recipe once, into a folder that many runs can use."""
-    from mlip_md.trainer.config import load_recipe
-    from mlip_md.trainer.dataset import prepare_data
+    from mlip_md.trainer.data.training import prepare_data
+    from mlip_md.trainer.recipe.schema import load_recipe
 
     prepared = load_recipe(recipe, overrides or [])[0]
     _say_reading(prepared.data.path)

@@ -25,7 +25,7 @@ from mlip_md.trainer.data import (
     open_store,
     plan_epoch,
 )
-from mlip_md.trainer.dataset import batches
+from mlip_md.trainer.data.training import batches
 from mlip_md.trainer.step import EvalStep, make_eval_step
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mlip_md import model_file
+from mlip_md.formats import own
 from mlip_md.trainer.evaluate import Evaluation, evaluate_in_detail, write_json
 from mlip_md.trainer.runlog import RunLog
 from mlip_md.trainer.step import EvalStep
@@ -16,7 +16,7 @@ from mlip_md.trainer.step import EvalStep
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from mlip_md.trainer.dataset import TrainingData
+    from mlip_md.trainer.data.training import TrainingData
 
 MAX_POINTS = 50_000
 """Points of a parity plot; of more, evenly spaced ones are drawn."""
@@ -35,7 +35,7 @@ def write_report(folder: Path, step: EvalStep, data: TrainingData) -> Evaluation
     """
     part = "test" if data.test is not None else "validation"
     store = data.parts()[part]
-    potential = model_file.load(folder / "model.safetensors")
+    potential = own.load(folder / "model.safetensors")
     evaluation = evaluate_in_detail(
         step,
         potential.params,

@@ -12,11 +12,11 @@ import optax
 from flax import struct
 
 from mlip_md.potential import Prediction, predict
-from mlip_md.trainer.config import Recipe
 from mlip_md.trainer.data.batching import Batch
 from mlip_md.trainer.loss import LossWeights, batch_loss
 from mlip_md.trainer.metrics import Sums, error_sums
 from mlip_md.trainer.optimizer import debiased_ema, make_optimizer, update_ema
+from mlip_md.trainer.recipe.schema import Recipe
 
 Params = Any
 Apply = Callable[..., Any]

@@ -26,18 +26,18 @@ import jax
 import numpy as np
 
 import mlip_md
-from mlip_md import model_file
 from mlip_md.errors import CheckpointError, ConfigError, NonFiniteError
+from mlip_md.formats import own
 from mlip_md.networks import build_network
 from mlip_md.potential import Potential
 from mlip_md.trainer import metrics
 from mlip_md.trainer.checkpoint import CheckpointFolder, write_atomically
-from mlip_md.trainer.config import Origins, Recipe, dump_resolved
-from mlip_md.trainer.dataset import TrainingData, batches
+from mlip_md.trainer.data.training import TrainingData, batches
 from mlip_md.trainer.evaluate import evaluate_store
 from mlip_md.trainer.interrupt import Interruptions
 from mlip_md.trainer.loss import LossWeights, stage_at, weights_at
 from mlip_md.trainer.optimizer import learning_rate_schedule
+from mlip_md.trainer.recipe.schema import Origins, Recipe, dump_resolved
 from mlip_md.trainer.runlog import Echo, RunLog
 from mlip_md.trainer.step import (
     StepLog,
@@ -360,7 +360,7 @@ class Trainer:
             progress.best[stage] = {"epoch": epoch, "score": score, "errors": errors}
             potential = self.potential(params, {"epoch": epoch, "validation": errors})
             for name in (f"best-stage{stage}.safetensors", "model.safetensors"):
-                model_file.save(potential, self.folder / name)
+                own.save(potential, self.folder / name)
             self.log.event("best", step=progress.step, epoch=epoch, stage=stage, score=score)
         progress.epoch, progress.batch, progress.sums = epoch + 1, 0, {}
         self._save()

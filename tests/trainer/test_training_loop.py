@@ -17,7 +17,7 @@ from training_cases import FLIP, small_recipe, write_data_set
 from mlip_md.errors import CheckpointError, DataError, NonFiniteError
 from mlip_md.trainer import train
 from mlip_md.trainer.checkpoint import leaves_by_path, state_hash
-from mlip_md.trainer.dataset import load_data
+from mlip_md.trainer.data.training import load_data
 from mlip_md.trainer.evaluate import evaluate_store
 from mlip_md.trainer.loss import weights_at
 from mlip_md.trainer.step import averaged_params, init_state, make_eval_step, make_train_step
@@ -55,7 +55,7 @@ def saved():
         patch.setattr(train, "build_network", build)
         patch.setattr(train, "make_train_step", compiled_once)
         patch.setattr(train, "make_eval_step", lambda apply: evaluation)
-        patch.setattr(train.model_file, "save", save)
+        patch.setattr(train.own, "save", save)
         yield models
 
 

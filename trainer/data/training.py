@@ -14,7 +14,6 @@ import numpy as np
 
 from mlip_md.elements import symbol
 from mlip_md.errors import ConfigError, DataError
-from mlip_md.trainer.config import SYMBOLS, CurationConfig, DataConfig, Recipe
 from mlip_md.trainer.data import (
     Batch,
     BatchBudget,
@@ -31,6 +30,7 @@ from mlip_md.trainer.data import (
     prepare,
 )
 from mlip_md.trainer.data.readers import SPLITS
+from mlip_md.trainer.recipe.schema import SYMBOLS, CurationConfig, DataConfig, Recipe
 
 OF_ATOMS = ("positions", "atomic_numbers", "forces")
 OF_EDGES = ("senders", "receivers", "shifts")

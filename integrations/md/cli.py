@@ -21,8 +21,8 @@ from mlip_md.integrations.models import DEFAULT_MODEL
 if TYPE_CHECKING:
     from ase import Atoms
 
-    from mlip_md.integrations.md import MDSettings
-    from mlip_md.integrations.report import Frame
+    from mlip_md.integrations.md.report import Frame
+    from mlip_md.integrations.md.run import MDSettings
 
 ModelOption = Annotated[
     str,
@@ -34,7 +34,7 @@ def _one_of(*choices: str) -> Any:
     """Keywords of an option that takes one of some words; a misspelled one is told the nearest."""
 
     def parse(text: str) -> str:
-        from mlip_md.integrations.md import allowed
+        from mlip_md.integrations.md.run import allowed
 
         if text not in choices:
             raise typer.BadParameter(f"{text!r} is not allowed; {allowed(text, choices)}")
@@ -141,7 +141,7 @@ def md_command(
         _refuse_with_restart(given)
         _restart(restart, length, steps, platform, device)
         return
-    from mlip_md.integrations.md import DEFAULT_STEPS, MDSettings, run_md
+    from mlip_md.integrations.md.run import DEFAULT_STEPS, MDSettings, run_md
 
     _refuse_useless(given, engine, ensemble)
     _check_device(device)
@@ -226,7 +226,7 @@ def _restart(
     platform: str | None,
     device: str | None,
 ) -> None:
-    from mlip_md.integrations.md import read_settings, restart_md
+    from mlip_md.integrations.md.run import read_settings, restart_md
 
     settings = read_settings(folder)
     if platform is not None:
@@ -383,7 +383,7 @@ def _conclusion(folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from mlip_md.integrations import report
+    from mlip_md.integrations.md import report
 
     console = Console(highlight=False)
     summary = json.loads((folder / report.SUMMARY).read_text(encoding="utf-8"))
@@ -424,9 +424,9 @@ def minimize_command(
     from rich.console import Console
 
     from mlip_md.integrations.ase import MLIPCalculator
-    from mlip_md.integrations.md_ase import minimize
+    from mlip_md.integrations.md.backends.ase import minimize
+    from mlip_md.integrations.md.structures import read_structure
     from mlip_md.integrations.models import DTYPES
-    from mlip_md.integrations.structures import read_structure
 
     console = Console(highlight=False)
     given = read_structure(structure)

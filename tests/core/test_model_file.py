@@ -15,9 +15,10 @@ import safetensors.numpy
 from model_files import make_potential, refused
 
 import mlip_md
-from mlip_md import bundled, model_file
+from mlip_md import bundled
 from mlip_md.errors import ConfigError
-from mlip_md.model_file import flatten, load, open_potential, save, unflatten
+from mlip_md.formats import own
+from mlip_md.formats.own import flatten, load, open_potential, save, unflatten
 from mlip_md.networks.config import MACEConfig, config_from_dict
 from mlip_md.potential import Potential
 
@@ -57,7 +58,7 @@ def rewrite(file: Path, change=lambda d: None, change_tensors=lambda t: None) ->
     description.pop("sha256")
     change(description)
     change_tensors(tensors)
-    file.write_bytes(model_file._serialize(description, tensors))
+    file.write_bytes(own._serialize(description, tensors))
 
 
 def test_what_was_saved_comes_back_bit_for_bit(potential, tmp_path):

@@ -21,14 +21,15 @@ from openmm_cases import (
 from openmmml import MLPotential
 from small_models import random_mace
 
-from mlip_md import model_file
 from mlip_md.errors import ConfigError
-from mlip_md.integrations import openmm_force, report
+from mlip_md.formats import own
+from mlip_md.integrations import openmm_force
 from mlip_md.integrations.ase import MLIPCalculator
-from mlip_md.integrations.md import MDSettings, run_md
+from mlip_md.integrations.md import report
+from mlip_md.integrations.md.run import MDSettings, run_md
 from mlip_md.integrations.openmm_force import open_potential
 
-PEPTIDE = Path(__file__).parents[1] / "examples" / "alanine_dipeptide.pdb"
+PEPTIDE = Path(__file__).parents[2] / "examples" / "alanine_dipeptide.pdb"
 
 
 @pytest.fixture(scope="module", params=PLATFORMS)
@@ -45,7 +46,7 @@ def potential():
 @pytest.fixture(scope="module")
 def model(potential, tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
-    model_file.save(potential, path)
+    own.save(potential, path)
     return str(path)
 
 

@@ -106,7 +106,7 @@ def open_potential(name_or_path: str | os.PathLike[str]) -> Potential:
     if not os.path.exists(path):
         raise ModelFileError(f"there is no model {name!r}; {_known_models()}")
     if path.suffix == ".zip":
-        from mlip_md.instadeep import load_zip
+        from mlip_md.formats.instadeep import load_zip
 
         return load_zip(path)
     if path.suffix == ".safetensors":

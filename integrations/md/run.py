@@ -29,12 +29,12 @@ from mlip_md.errors import (
     SimulationError,
     StructureError,
 )
-from mlip_md.integrations import report
+from mlip_md.integrations.md import report
+from mlip_md.integrations.md.report import Frame
+from mlip_md.integrations.md.structures import BondWatch, Structure, make_topology, read_structure
 from mlip_md.integrations.models import DEFAULT_MODEL, lasting_name
-from mlip_md.integrations.report import Frame
-from mlip_md.integrations.structures import BondWatch, Structure, make_topology, read_structure
-from mlip_md.interrupt import CtrlC
 from mlip_md.potential import Potential
+from mlip_md.signals import CtrlC
 
 EngineName = Literal["ase", "openmm"]
 Ensemble = Literal["nve", "nvt", "npt"]
@@ -224,10 +224,10 @@ def make_backend(settings: MDSettings, structure: Structure) -> Backend:
             "or give the structure a cell"
         )
     if settings.engine == "ase":
-        from mlip_md.integrations.md_ase import ASEBackend
+        from mlip_md.integrations.md.backends.ase import ASEBackend
 
         return ASEBackend(settings, structure)
-    from mlip_md.integrations.md_openmm import OpenMMBackend
+    from mlip_md.integrations.md.backends.openmm import OpenMMBackend
 
     return OpenMMBackend(settings, structure)
 

@@ -28,9 +28,10 @@ from mlip_md.errors import (
     StructureError,
     UnsupportedElementError,
 )
-from mlip_md.integrations import cli as md_cli
-from mlip_md.integrations import md, report
-from mlip_md.integrations.md import MDSettings, restart_md, run_md
+from mlip_md.integrations.md import cli as md_cli
+from mlip_md.integrations.md import report
+from mlip_md.integrations.md import run as md
+from mlip_md.integrations.md.run import MDSettings, restart_md, run_md
 
 ENGINES = ["ase", "openmm"]
 
@@ -205,7 +206,7 @@ def test_restart_continues_exactly(cluster, crystal, tmp_path, engine, ensemble)
 
 def test_volume_moves_of_an_ideal_gas():
     """<V> = (N + 1) kT / P for N molecules without forces, var V = (N + 1) (kT / P)²."""
-    from mlip_md.integrations.md_openmm import VolumeMoves
+    from mlip_md.integrations.md.backends.openmm import VolumeMoves
 
     system = openmm.System()
     for _ in range(8):
@@ -239,7 +240,7 @@ def test_volume_moves_of_an_ideal_gas():
 def test_molecules_cut_by_the_boundary_are_made_whole():
     from ase.build import molecule
 
-    from mlip_md.integrations.structures import bonds, molecules, whole_molecules
+    from mlip_md.integrations.md.structures import bonds, molecules, whole_molecules
 
     one = molecule("CH3CH2OH")
     rng = np.random.default_rng(0)
@@ -378,7 +379,7 @@ def test_ctrl_c_ends_the_step(
 
 
 def test_ctrl_c_is_left_alone_where_it_is_ignored():
-    from mlip_md.interrupt import CtrlC
+    from mlip_md.signals import CtrlC
 
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -391,7 +392,7 @@ def test_ctrl_c_is_left_alone_where_it_is_ignored():
 
 
 def test_openmm_says_null_for_ctrl_c():
-    from mlip_md.integrations.md_openmm import _as_simulation_error
+    from mlip_md.integrations.md.backends.openmm import _as_simulation_error
 
     with pytest.raises(KeyboardInterrupt), _as_simulation_error():
         raise openmm.OpenMMException("<NULL>")
@@ -418,7 +419,7 @@ def test_molecules_that_fly_apart_are_no_success(tmp_path, engine):
 def test_what_is_no_falling_apart(crystal):
     from ase.build import molecule
 
-    from mlip_md.integrations.structures import BondWatch
+    from mlip_md.integrations.md.structures import BondWatch
 
     def moved(atoms, vectors):
         return BondWatch(atoms).broken(atoms.positions + vectors, atoms.cell.array)
@@ -483,8 +484,8 @@ def test_minimization_lowers_the_energy(cluster, tmp_path, engine):
 
 
 def test_left_handed_cell_is_not_mirrored(tmp_path):
-    from mlip_md.integrations.md_openmm import openmm_cell
-    from mlip_md.integrations.structures import Structure
+    from mlip_md.integrations.md.backends.openmm import openmm_cell
+    from mlip_md.integrations.md.structures import Structure
 
     rng = np.random.default_rng(0)
     cell = np.array([[0.5, 7.0, 1.0], [8.0, 0.3, -1.0], [1.0, 2.0, 9.0]])
@@ -597,7 +598,7 @@ def test_damaged_folders_cannot_go_on(cluster, tmp_path):
     ],
 )
 def test_files_that_are_no_structures(tmp_path, name, content, text):
-    from mlip_md.integrations.structures import read_structure
+    from mlip_md.integrations.md.structures import read_structure
 
     (tmp_path / name).write_text(content)
     with pytest.raises(StructureError, match=text):
@@ -737,7 +738,7 @@ def test_minimize_relaxes_the_cell(crystal, tmp_path, monkeypatch):
 
 
 def test_bundled_molecule_is_whole():
-    from mlip_md.integrations.structures import (
+    from mlip_md.integrations.md.structures import (
         bonds,
         bundled_molecules,
         make_topology,

@@ -18,12 +18,12 @@ from ase.optimize import BFGS, FIRE
 
 from mlip_md.errors import ConfigError, StructureError
 from mlip_md.integrations.ase import MLIPCalculator
+from mlip_md.integrations.md.report import BAR, Frame
+from mlip_md.integrations.md.structures import Structure
 from mlip_md.integrations.models import DTYPES
-from mlip_md.integrations.report import BAR, Frame
-from mlip_md.integrations.structures import Structure
 
 if TYPE_CHECKING:
-    from mlip_md.integrations.md import MDSettings
+    from mlip_md.integrations.md.run import MDSettings
 
 MINIMIZE_FORCE = 0.05
 MINIMIZE_STEPS = 300
@@ -128,7 +128,7 @@ class ASEBackend:
 
     def frame(self) -> Frame:
         """The present state."""
-        from mlip_md.integrations.md import temperature
+        from mlip_md.integrations.md.run import temperature
 
         atoms, settings = self.atoms, self.settings
         potential, kinetic = atoms.get_potential_energy(), atoms.get_kinetic_energy()

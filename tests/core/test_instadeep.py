@@ -16,10 +16,10 @@ import pytest
 from ase.build import molecule
 from model_files import make_potential, refused, zipped
 
-from mlip_md import instadeep
 from mlip_md.engine import Engine
-from mlip_md.instadeep import load_zip, save_zip
-from mlip_md.model_file import flatten
+from mlip_md.formats import instadeep
+from mlip_md.formats.instadeep import load_zip, save_zip
+from mlip_md.formats.own import flatten
 from mlip_md.networks.config import MACEConfig, NequIPConfig, config_to_dict
 from mlip_md.potential import Potential
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from reference_library import applied, graph_of, jit, library_network, strong_weights
 
+from mlip_md.formats.instadeep import load_zip
 from mlip_md.graph import edge_vectors, pad_graphs
-from mlip_md.instadeep import load_zip
 from mlip_md.networks import MACEConfig, NequIPConfig, build_network, layers, nequip
 from mlip_md.networks.nequip import NequIP
 from mlip_md.potential import predict

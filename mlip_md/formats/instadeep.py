@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from mlip_md.errors import ModelFileError
-from mlip_md.model_file import (
+from mlip_md.formats.own import (
     MAX_HEADER_BYTES,
     check_potential,
     check_statistics,

@@ -20,7 +20,9 @@ from ase import units
 from openmm import unit
 
 from mlip_md.errors import ConfigError, SimulationError, StructureError
-from mlip_md.integrations.md_ase import MINIMIZE_FORCE, degrees_of_freedom, draw_velocities
+from mlip_md.integrations.md.backends.ase import MINIMIZE_FORCE, degrees_of_freedom, draw_velocities
+from mlip_md.integrations.md.report import Frame
+from mlip_md.integrations.md.structures import Structure, make_topology, whole_molecules
 from mlip_md.integrations.models import DTYPES
 from mlip_md.integrations.openmm_force import (
     ANGSTROM_PER_NM,
@@ -28,11 +30,9 @@ from mlip_md.integrations.openmm_force import (
     MLForce,
     open_potential,
 )
-from mlip_md.integrations.report import Frame
-from mlip_md.integrations.structures import Structure, make_topology, whole_molecules
 
 if TYPE_CHECKING:
-    from mlip_md.integrations.md import MDSettings
+    from mlip_md.integrations.md.run import MDSettings
 
 logger = logging.getLogger(__name__)
 
@@ -279,7 +279,7 @@ class OpenMMBackend:
 
     def frame(self) -> Frame:
         """The present state."""
-        from mlip_md.integrations.md import temperature
+        from mlip_md.integrations.md.run import temperature
 
         settings = self.settings
         with _as_simulation_error():
@@ -400,7 +400,7 @@ class _LastIteration(openmm.MinimizationReporter):
 
 
 def _platform(name: str) -> openmm.Platform:
-    from mlip_md.integrations.md import allowed
+    from mlip_md.integrations.md.run import allowed
 
     try:
         return openmm.Platform.getPlatformByName(name)

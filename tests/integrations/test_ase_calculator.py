@@ -21,11 +21,11 @@ from ase.filters import FrechetCellFilter
 from ase.io import Trajectory
 from small_models import ELEMENTS, random_mace
 
-from mlip_md import model_file
 from mlip_md.engine import Engine
 from mlip_md.errors import ConfigError, ModelFileError, StructureError, UnsupportedElementError
+from mlip_md.formats import own
 from mlip_md.integrations.ase import MLIPCalculator
-from mlip_md.integrations.structures import read_structure
+from mlip_md.integrations.md.structures import read_structure
 
 CELL = np.array([[5.0, 0.0, 0.0], [1.2, 4.6, 0.0], [-0.8, 0.9, 5.5]])
 
@@ -291,7 +291,7 @@ for calculator in calculators:
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": str(Path(__file__).parents[1]),
     }
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
@@ -426,7 +426,7 @@ def test_charge_in_info_is_not_overlooked(calculator, molecule):
 
 def test_construction(potential, molecule, tmp_path, calculator):
     path = tmp_path / "model.safetensors"
-    model_file.save(potential, path)
+    own.save(potential, path)
     for name in (path, str(path)):
         assert MLIPCalculator(name).potential.sha256 == potential.sha256
     assert calculator.allowed_atomic_numbers == {1, 6, 7, 8}

@@ -8,7 +8,6 @@ from training_cases import golden, golden_batch, golden_with_stress, weights
 
 from mlip_md.errors import ConfigError
 from mlip_md.trainer import metrics
-from mlip_md.trainer.config import LossConfig, load_recipe
 from mlip_md.trainer.loss import (
     batch_loss,
     force_deltas,
@@ -17,6 +16,7 @@ from mlip_md.trainer.loss import (
     structure_losses,
     weights_at,
 )
+from mlip_md.trainer.recipe.schema import LossConfig, load_recipe
 
 
 def loss_config(kind):

@@ -42,7 +42,7 @@ class Structure:
 
 def bundled_molecules() -> list[str]:
     """Names of the molecules that come with the package."""
-    folder = resources.files("mlip_md.integrations") / "molecules"
+    folder = resources.files("mlip_md.integrations.md") / "molecules"
     return sorted(f.name.removesuffix(".extxyz") for f in folder.iterdir() if f.name.endswith("z"))
 
 
@@ -68,7 +68,7 @@ def read_structure(source: str | os.PathLike[str] | None = None) -> Structure:
                 f"there is no file {text!r}, nor a bundled molecule of that name "
                 f"({', '.join(bundled_molecules())})"
             )
-        folder = resources.files("mlip_md.integrations") / "molecules"
+        folder = resources.files("mlip_md.integrations.md") / "molecules"
         with resources.as_file(folder / f"{text}.extxyz") as bundled:
             return Structure(text, _read_ase(bundled))
     if path.suffix.lower() in _OPENMM_SUFFIXES or _is_mmcif(path):

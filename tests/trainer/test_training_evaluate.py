@@ -16,11 +16,12 @@ from training_cases import E0, molecules, small_recipe, write_data_set
 from typer.testing import CliRunner
 
 from mlip_md.errors import ConfigError, DataError
-from mlip_md.trainer import cli, dataset
-from mlip_md.trainer.config import RECIPES, dump_resolved, load_recipe
+from mlip_md.trainer import cli
 from mlip_md.trainer.data import SplitRule, Statistics, Structure, prepare
-from mlip_md.trainer.dataset import prepare_data
+from mlip_md.trainer.data import training as dataset
+from mlip_md.trainer.data.training import prepare_data
 from mlip_md.trainer.evaluate import evaluate, write_json
+from mlip_md.trainer.recipe.schema import RECIPES, dump_resolved, load_recipe
 from mlip_md.trainer.report import draw_curves, draw_parity
 from mlip_md.trainer.train import Outcome, Trainer
 
@@ -204,7 +205,7 @@ def test_commands_check_and_prepare(tmp_path):
     result = CliRunner().invoke(app, ["prepare", str(recipe), str(tmp_path / "prepared")])
     assert result.exit_code == 0, result.output
     assert "48 train, 6 validation, 6 test" in result.output
-    from mlip_md.trainer.dataset import load_data
+    from mlip_md.trainer.data.training import load_data
 
     mapped = load_recipe(str(recipe), [f"data.path={tmp_path / 'prepared'}"])[0]
     direct = load_recipe(str(recipe))[0]
@@ -289,7 +290,7 @@ def test_labels_of_other_names_and_unusable_structures(tmp_path):
     """The recipe names the labels of an extxyz file and what to do with structures without them."""
     from ase.build import molecule
 
-    from mlip_md.trainer.dataset import load_data
+    from mlip_md.trainer.data.training import load_data
 
     frames = []
     for k in range(12):
@@ -336,7 +337,7 @@ def test_exit_codes_of_the_train_command(status, code, tmp_path, monkeypatch):
         return SimpleNamespace(notes=("a.h5: kept 7 of 9 structures",), statistics=statistics)
 
     monkeypatch.setattr("mlip_md.trainer.train.Trainer", Instant)
-    monkeypatch.setattr("mlip_md.trainer.dataset.load_data", load)
+    monkeypatch.setattr("mlip_md.trainer.data.training.load_data", load)
     app = typer.Typer()
     app.command()(cli.train_command)
     options = ["--run", str(tmp_path), "--resume", "allow-changes", "--max-time", "23:30"]
@@ -375,7 +376,7 @@ def test_from_recipe_to_a_potential_that_loads(kind, tmp_path):
     """Whole way with real networks: train, best model, report, load, evaluate."""
     import mlip_md
     from mlip_md.trainer.data import read
-    from mlip_md.trainer.dataset import load_data
+    from mlip_md.trainer.data.training import load_data
 
     models = {
         "mace": small_recipe("x").model,

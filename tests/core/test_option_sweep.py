@@ -21,7 +21,7 @@ from option_cases import OPTIONS, SHORT, SYSTEMS, Case, random_case
 from reference_library import applied, inputs, jit, library_network, strong_weights
 
 from mlip_md.errors import ConfigError
-from mlip_md.instadeep import load_zip
+from mlip_md.formats.instadeep import load_zip
 from mlip_md.networks import MACEConfig, NequIPConfig, build_network, layers
 from mlip_md.networks.config import ACTIVATIONS, RADIAL_ENVELOPES
 from mlip_md.networks.product_basis import monomial_indices, reduced_couplings

@@ -7,7 +7,6 @@ import optax
 import pytest
 from training_cases import golden
 
-from mlip_md.trainer.config import OptimizerConfig
 from mlip_md.trainer.optimizer import (
     debiased_ema,
     decay_mask,
@@ -15,6 +14,7 @@ from mlip_md.trainer.optimizer import (
     make_optimizer,
     update_ema,
 )
+from mlip_md.trainer.recipe.schema import OptimizerConfig
 
 WARM = {
     "init_learning_rate": 1e-3,

@@ -35,8 +35,8 @@ from openmm_cases import (
 from openmmml import MLPotential
 from small_models import random_mace
 
-from mlip_md import model_file
 from mlip_md.errors import ConfigError, ModelFileError, StructureError, UnsupportedElementError
+from mlip_md.formats import own
 from mlip_md.integrations import openmm_force
 from mlip_md.integrations.ase import MLIPCalculator
 from mlip_md.integrations.openmm import force_options
@@ -298,7 +298,7 @@ def test_moved_and_changed_models(molecule, tmp_path):
     gc.collect()
     moved = tmp_path / "moved.safetensors"
     os.rename(path, moved)
-    model_file.save(random_mace(seed=6), path)
+    own.save(random_mace(seed=6), path)
     context = context_of(openmm.XmlSerializer.deserialize(text), molecule)
     with pytest.raises(openmm.OpenMMException, match="another model"):
         context.getState(energy=True)

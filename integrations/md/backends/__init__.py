@@ -1,0 +1,1 @@
+"""The engines that integrate the equations of motion."""

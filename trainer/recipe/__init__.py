@@ -1,0 +1,1 @@
+"""Recipes: the schema of a training run and how YAML becomes one."""
