@@ -29,6 +29,10 @@ class CheckpointError(MLIPError, RuntimeError):
     """A checkpoint is damaged or belongs to another run."""
 
 
+class OutputError(MLIPError, OSError):
+    """A file could not be written: no room, no permission, no such folder."""
+
+
 class CapacityError(MLIPError, MemoryError):
     """A neighbour list would need more memory than it may have."""
 

@@ -1,50 +1,86 @@
-"""Ctrl-C while something runs that should end in good order."""
+"""Signals and time limits that ask a long piece of work to end in good order."""
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
+import time
 from collections.abc import Callable
-from types import FrameType
+from types import FrameType, TracebackType
+from typing import Any, Literal
+
+Reason = Literal["keyboard", "terminated", "time"]
+
+_DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
 
 
-class CtrlC:
-    """While entered, notes Ctrl-C, so that no library can swallow it.
+class Interruptions:
+    """While entered, notes signals instead of dying of them, so that no library can swallow one.
 
     Python raises KeyboardInterrupt wherever it happens to be; in a destructor or in a callback of C
-    code it is printed and lost, and the work goes on. Signal handlers belong to the main thread;
-    elsewhere, and where SIGINT is ignored or somebody else's, nothing changes.
+    code it is printed and lost, and the work goes on. A second signal of the same kind acts as
+    usual. Signal handlers belong to the main thread; elsewhere, and where a signal is ignored or
+    somebody else's, nothing changes and only the time limit is kept.
 
     Attributes:
-        requested: whether Ctrl-C was pressed.
-        patient: the first press only sets ``requested``; otherwise it raises KeyboardInterrupt at
-            once, as the second one always does.
+        patient: signals are only noted; otherwise Ctrl-C also raises KeyboardInterrupt at once.
     """
 
-    def __init__(self, tell: Callable[[], None]) -> None:
-        """Keep what is called, inside the signal handler, when a press is only noted."""
-        self.requested = self.patient = False
+    def __init__(
+        self,
+        *signals: signal.Signals,
+        max_seconds: float = math.inf,
+        patient: bool = True,
+        tell: Callable[[], None] | None = None,
+    ) -> None:
+        """Start the clock.
+
+        Args:
+            signals: that are noted, such as ``signal.SIGINT``.
+            max_seconds: limit after which ``reason`` becomes "time".
+            patient: see the class.
+            tell: called inside the signal handler when a signal is only noted.
+        """
+        self.patient = patient
+        self._signals = signals
+        self._end = time.monotonic() + max_seconds
         self._tell = tell
-        self._installed = False
+        self._noted: Reason | None = None
+        self._before: dict[int, Any] = {}
+
+    @property
+    def reason(self) -> Reason | None:
+        """Why the work should stop, or None."""
+        if self._noted is None and time.monotonic() > self._end:
+            return "time"
+        return self._noted
 
     def check(self) -> None:
         """Raise KeyboardInterrupt if Ctrl-C was pressed."""
-        if self.requested:
+        if self._noted == "keyboard":
             raise KeyboardInterrupt
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        again, self.requested = self.requested, True
-        if again or not self.patient:
+        self._noted = "keyboard" if number == signal.SIGINT else "terminated"
+        signal.signal(number, self._before[number])
+        if number == signal.SIGINT and not self.patient:
             raise KeyboardInterrupt
-        self._tell()
+        if self._tell is not None:
+            self._tell()
 
-    def __enter__(self) -> CtrlC:
-        main = threading.current_thread() is threading.main_thread()
-        if main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self._note)
-            self._installed = True
+    def __enter__(self) -> Interruptions:
+        if threading.current_thread() is threading.main_thread():
+            for number in self._signals:
+                if signal.getsignal(number) in _DEFAULTS:
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._installed:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

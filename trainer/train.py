@@ -17,6 +17,7 @@ import collections
 import dataclasses
 import json
 import math
+import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,11 +31,11 @@ from mlip_md.errors import CheckpointError, ConfigError, NonFiniteError
 from mlip_md.formats import own
 from mlip_md.networks import build_network
 from mlip_md.potential import Potential
+from mlip_md.signals import Interruptions
 from mlip_md.trainer import metrics
 from mlip_md.trainer.checkpoint import CheckpointFolder, write_atomically
 from mlip_md.trainer.data.training import TrainingData, batches
 from mlip_md.trainer.evaluate import evaluate_store
-from mlip_md.trainer.interrupt import Interruptions
 from mlip_md.trainer.loss import LossWeights, stage_at, weights_at
 from mlip_md.trainer.optimizer import learning_rate_schedule
 from mlip_md.trainer.recipe.schema import Origins, Recipe, dump_resolved
@@ -184,7 +185,8 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log = RunLog(self.folder, self._echo)
         self._begin(resume)
-        with Interruptions(max_seconds) as self.interruptions:
+        signals = (signal.SIGTERM, signal.SIGINT)
+        with Interruptions(*signals, max_seconds=max_seconds) as self.interruptions:
             if self.progress.validated < 0:
                 self._validate(0, self.state.params)
             while self.progress.epoch <= self.recipe.train.epochs:

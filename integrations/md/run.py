@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ from mlip_md.integrations.md.report import Frame
 from mlip_md.integrations.md.structures import BondWatch, Structure, make_topology, read_structure
 from mlip_md.integrations.models import DEFAULT_MODEL, lasting_name
 from mlip_md.potential import Potential
-from mlip_md.signals import CtrlC
+from mlip_md.signals import Interruptions
 
 EngineName = Literal["ase", "openmm"]
 Ensemble = Literal["nve", "nvt", "npt"]
@@ -299,20 +300,20 @@ def run_md(
     )
     structure = read_structure(settings.structure)
     backend = make_backend(settings, structure)
-    with CtrlC(progress.stopping) as ctrl_c:
+    with Interruptions(signal.SIGINT, patient=False, tell=progress.stopping) as interruptions:
         progress.stage("Compiling")
         compile_seconds = _seconds(backend.warm_up)
-        ctrl_c.check()
+        interruptions.check()
         if settings.minimize:
             progress.stage("Minimizing")
             _minimize(backend, progress)
-            ctrl_c.check()
+            interruptions.check()
         backend.start()
         if folder is None:
             folder = fresh_folder(structure.name)
         folder.mkdir(parents=True, exist_ok=True)
         report.write_json(folder / report.SETTINGS, dataclasses.asdict(settings))
-        _Run(settings, backend, folder, progress, compile_seconds, ctrl_c).go()
+        _Run(settings, backend, folder, progress, compile_seconds, interruptions).go()
     return folder
 
 
@@ -366,10 +367,10 @@ def restart_md(
             f"{settings.model} is not the model that the run in {folder} was started with"
         )
     report.check_sizes(folder, values["sizes"])
-    with CtrlC(progress.stopping) as ctrl_c:
+    with Interruptions(signal.SIGINT, patient=False, tell=progress.stopping) as interruptions:
         progress.stage("Compiling")
         compile_seconds = _seconds(backend.warm_up)
-        ctrl_c.check()
+        interruptions.check()
         try:
             backend.restore(arrays, values)
         except (KeyError, ValueError, TypeError) as error:
@@ -378,7 +379,9 @@ def restart_md(
                 "start a new run"
             ) from error
         report.write_json(folder / report.SETTINGS, dataclasses.asdict(settings))
-        _Run(settings, backend, folder, progress, compile_seconds, ctrl_c, values["sizes"]).go()
+        _Run(
+            settings, backend, folder, progress, compile_seconds, interruptions, values["sizes"]
+        ).go()
     return folder
 
 
@@ -447,7 +450,7 @@ class _Run:
         folder: where to.
         progress: is told.
         compile_seconds: for the summary.
-        ctrl_c: says when to stop.
+        interruptions: says when to stop.
         sizes: of the growing files at the restart point, or None for a new run.
     """
 
@@ -458,11 +461,15 @@ class _Run:
         folder: Path,
         progress: Progress,
         compile_seconds: float,
-        ctrl_c: CtrlC,
+        interruptions: Interruptions,
         sizes: dict[str, int] | None = None,
     ) -> None:
         self.settings, self.backend, self.folder = settings, backend, folder
-        self.progress, self.compile_seconds, self.ctrl_c = progress, compile_seconds, ctrl_c
+        self.progress, self.compile_seconds, self.interruptions = (
+            progress,
+            compile_seconds,
+            interruptions,
+        )
         self.watch = BondWatch(backend.structure.atoms)
         self.last = backend.frame()
         self.first_step = self.last.step
@@ -501,10 +508,10 @@ class _Run:
     def _steps(self) -> None:
         total, interval = self.settings.steps, self.settings.interval
         self.progress.begin(self.folder, self.last.step, total)
-        self.ctrl_c.patient = True
+        self.interruptions.patient = True
         saved = time.perf_counter()
         while self.last.step < total:
-            self.ctrl_c.check()
+            self.interruptions.check()
             step, compiled, begin = self.last.step, self.backend.compilations(), time.perf_counter()
             self.last = self._advance(min(interval - step % interval, total - step))
             self._keep(write=self.last.step % interval == 0)
@@ -533,7 +540,7 @@ class _Run:
         try:
             for _ in range(steps):
                 self.backend.advance(1)
-                if self.ctrl_c.requested:
+                if self.interruptions.reason is not None:
                     break
             frame = self.backend.frame()
         except (NonFiniteError, StructureError, SimulationError) as error:
