@@ -45,5 +45,9 @@ class NonFiniteError(MLIPError, FloatingPointError):
     """A potential gave NaN or infinite energies or forces."""
 
 
+class CompilerError(MLIPError, RuntimeError):
+    """The installed compiler computes wrong numbers."""
+
+
 class SimulationError(MLIPError, RuntimeError):
     """A simulation became unstable or its engine stopped; its last good frame is kept."""
