@@ -33,6 +33,7 @@ EXIT_CODES: Mapping[type[Exception], int] = {
     errors.SimulationError: 4,
     errors.CheckpointError: 5,
     errors.OutputError: 5,
+    errors.OwnershipError: 5,
     errors.CapacityError: 7,
     errors.MLIPError: 2,
     FileNotFoundError: 2,

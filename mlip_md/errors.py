@@ -33,6 +33,10 @@ class OutputError(MLIPError, OSError):
     """A file could not be written: no room, no permission, no such folder."""
 
 
+class OwnershipError(MLIPError, RuntimeError):
+    """A run's folder is in use by another run."""
+
+
 class CapacityError(MLIPError, MemoryError):
     """A neighbour list would need more memory than it may have."""
 
