@@ -19,7 +19,7 @@ import mlip_md
 from mlip_md.engine import Engine
 from mlip_md.formats.own import expected_shapes, unflatten
 from mlip_md.potential import Potential
-from mlip_md.trainer.recipe.schema import load_recipe
+from mlip_md.trainer.recipe import load_recipe
 
 MODELS = ("mace-spice2", "nequip-spice2", "organics-gfn2")
 ELEMENTS = (1, 3, 5, 6, 7, 8, 9, 11, 14, 15, 16, 17, 19, 35, 53)

@@ -14,7 +14,15 @@ class StructureError(MLIPError, ValueError):
 
 
 class ConfigError(MLIPError, ValueError):
-    """A hyperparameter or option is unknown, or its value is not allowed or not supported."""
+    """A hyperparameter or option is unknown, or its value is not allowed or not supported.
+
+    Attributes:
+        field: the hyperparameter that it is about; empty where none is named.
+    """
+
+    def __init__(self, message: str, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class ModelFileError(MLIPError, ValueError):

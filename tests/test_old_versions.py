@@ -16,7 +16,7 @@ import mlip_md
 from mlip_md.engine import Engine
 from mlip_md.integrations.md.run import restart_md
 from mlip_md.trainer.data.training import load_data
-from mlip_md.trainer.recipe.schema import load_recipe
+from mlip_md.trainer.recipe import load_recipe
 from mlip_md.trainer.train import Trainer
 
 OLD = Path(__file__).parent / "data" / "version_0_1_0"

@@ -10,7 +10,7 @@ import numpy as np
 from mlip_md.graph import Graph
 from mlip_md.potential import Prediction
 from mlip_md.trainer.data import Batch
-from mlip_md.trainer.recipe.schema import Recipe
+from mlip_md.trainer.recipe import Recipe
 
 E0 = {1: -13.6, 6: -1030.5, 8: -2043.9}
 FLIP = 3

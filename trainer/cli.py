@@ -92,7 +92,7 @@ def _train(
     dry_run: int,
     max_time: str | None,
 ) -> str:
-    from mlip_md.trainer.recipe.schema import load_recipe
+    from mlip_md.trainer.recipe import load_recipe
 
     seconds = parse_duration(max_time)
     recipe, origins = load_recipe(recipe_name, overrides)
@@ -196,7 +196,7 @@ def check_command(
 
     A shipped recipe is the start of an own one: mlip-md check organics-gfn2 --print > own.yaml
     """
-    from mlip_md.trainer.recipe.schema import load_recipe, print_recipe
+    from mlip_md.trainer.recipe import load_recipe, print_recipe
 
     if print_only:
         typer.echo(print_recipe(recipe), nl=False)
@@ -239,7 +239,7 @@ def prepare_command(
 ) -> None:
     """Read, curate and split the data of a recipe once, into a folder that many runs can use."""
     from mlip_md.trainer.data.training import prepare_data
-    from mlip_md.trainer.recipe.schema import load_recipe
+    from mlip_md.trainer.recipe import load_recipe
 
     prepared = load_recipe(recipe, overrides or [])[0]
     _say_reading(prepared.data.path)

@@ -25,7 +25,7 @@ import numpy as np
 from mlip_md.graph import Array, sum_per_graph
 from mlip_md.potential import Prediction
 from mlip_md.trainer.data.batching import Batch
-from mlip_md.trainer.recipe.schema import LossConfig, WeightStep
+from mlip_md.trainer.recipe import LossConfig, WeightStep
 
 FORCE_CLASSES = ((0.0, 100.0, 1.0), (100.0, 200.0, 0.7), (200.0, 300.0, 0.4))
 """Reference force norms (eV/Å) above and below which a Huber δ is multiplied by the last number."""

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mlip_md.trainer.recipe.schema import OptimizerConfig
+from mlip_md.trainer.recipe import OptimizerConfig
 
 Params = Any
 

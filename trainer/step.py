@@ -16,7 +16,7 @@ from mlip_md.trainer.data.batching import Batch
 from mlip_md.trainer.loss import LossWeights, batch_loss
 from mlip_md.trainer.metrics import Sums, error_sums
 from mlip_md.trainer.optimizer import debiased_ema, make_optimizer, update_ema
-from mlip_md.trainer.recipe.schema import Recipe
+from mlip_md.trainer.recipe import Recipe
 
 Params = Any
 Apply = Callable[..., Any]

@@ -38,7 +38,7 @@ from mlip_md.trainer.data.training import TrainingData, batches
 from mlip_md.trainer.evaluate import evaluate_store
 from mlip_md.trainer.loss import LossWeights, stage_at, weights_at
 from mlip_md.trainer.optimizer import learning_rate_schedule
-from mlip_md.trainer.recipe.schema import Origins, Recipe, dump_resolved
+from mlip_md.trainer.recipe import Origins, Recipe, dump_resolved
 from mlip_md.trainer.runlog import Echo, RunLog
 from mlip_md.trainer.step import (
     StepLog,

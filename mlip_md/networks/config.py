@@ -46,9 +46,9 @@ _NUMBER_OF_KEY = {str(z): z for z in range(1, HIGHEST_ATOMIC_NUMBER + 1)}  # JSO
 AtomicEnergies = str | Mapping[int, float] | None
 
 
-def _require(condition: bool, name: str, value: object, allowed: str) -> None:
+def _require(condition: bool, name: str, value: object, allowed: str, field: str = "") -> None:
     if not condition:
-        raise ConfigError(f"{name} = {value!r} is not allowed; it must be {allowed}")
+        raise ConfigError(f"{name} = {value!r} is not allowed; it must be {allowed}", field or name)
 
 
 def _check_integer(name: str, value: object, minimum: int) -> None:
@@ -76,7 +76,7 @@ def check_number(name: str, value: object, quantity: str = "", alternative: str 
     lowest, highest, unit = LIMITS[quantity or name]
     number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
     allowed = f"a number from {lowest:g} to {highest:g}{unit}{alternative}"
-    _require(lowest <= number <= highest, name, value, allowed)
+    _require(lowest <= number <= highest, name, value, allowed, quantity)
 
 
 def _check_node_irreps(value: object) -> None:
@@ -96,7 +96,8 @@ def _irreps(name: str, value: Any) -> Irreps:
     except (ValueError, AttributeError, TypeError) as error:
         raise ConfigError(
             f"{name} = {value!r} cannot be read; write channels x degree parity, such as "
-            "64x0e + 32x1o + 4x2e"
+            "64x0e + 32x1o + 4x2e",
+            name,
         ) from error
 
 
@@ -126,7 +127,7 @@ def _checked_energies(value: AtomicEnergies) -> AtomicEnergies:
     for z, energy in value.items():
         valid = type(z) is int and 0 < z <= HIGHEST_ATOMIC_NUMBER  # True and 1.0 are no keys
         allowed = f"an atomic number, 1 to {HIGHEST_ATOMIC_NUMBER}"
-        _require(valid, f"a key of {name}", z, allowed)
+        _require(valid, f"a key of {name}", z, allowed, name)
         check_number(f"{name}[{z}]", energy, name)
     return {z: float(energy) for z, energy in value.items()}
 
@@ -219,7 +220,8 @@ class MACEConfig:
             raise ConfigError(
                 f"correlation = {self.correlation} with l_max = {self.l_max} and "
                 f"include_pseudotensors = {self.include_pseudotensors} makes {products} products "
-                f"of feature components; at most {MAX_MONOMIALS} are supported: lower one of them"
+                f"of feature components; at most {MAX_MONOMIALS} are supported: lower one of them",
+                "correlation",
             )
 
     @property

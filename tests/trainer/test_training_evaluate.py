@@ -21,7 +21,7 @@ from mlip_md.trainer.data import SplitRule, Statistics, Structure, prepare
 from mlip_md.trainer.data import training as dataset
 from mlip_md.trainer.data.training import prepare_data
 from mlip_md.trainer.evaluate import evaluate, write_json
-from mlip_md.trainer.recipe.schema import RECIPES, dump_resolved, load_recipe
+from mlip_md.trainer.recipe import RECIPES, dump_resolved, load_recipe
 from mlip_md.trainer.report import draw_curves, draw_parity
 from mlip_md.trainer.train import Outcome, Trainer
 

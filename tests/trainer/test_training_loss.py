@@ -16,7 +16,7 @@ from mlip_md.trainer.loss import (
     structure_losses,
     weights_at,
 )
-from mlip_md.trainer.recipe.schema import LossConfig, load_recipe
+from mlip_md.trainer.recipe import LossConfig, load_recipe
 
 
 def loss_config(kind):

@@ -14,7 +14,7 @@ from mlip_md.trainer.optimizer import (
     make_optimizer,
     update_ema,
 )
-from mlip_md.trainer.recipe.schema import OptimizerConfig
+from mlip_md.trainer.recipe import OptimizerConfig
 
 WARM = {
     "init_learning_rate": 1e-3,

@@ -8,7 +8,7 @@ from ruamel.yaml import YAML
 
 from mlip_md.errors import ConfigError
 from mlip_md.networks import NequIPConfig
-from mlip_md.trainer.recipe.schema import (
+from mlip_md.trainer.recipe import (
     RECIPES,
     CheckpointConfig,
     CurationConfig,

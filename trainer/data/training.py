@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mlip_md.elements import ATOMIC_NUMBERS as SYMBOLS
 from mlip_md.elements import symbol
 from mlip_md.errors import ConfigError, DataError
 from mlip_md.trainer.data import (
@@ -30,7 +31,7 @@ from mlip_md.trainer.data import (
     prepare,
 )
 from mlip_md.trainer.data.readers import SPLITS
-from mlip_md.trainer.recipe.schema import SYMBOLS, CurationConfig, DataConfig, Recipe
+from mlip_md.trainer.recipe import CurationConfig, DataConfig, Recipe
 
 OF_ATOMS = ("positions", "atomic_numbers", "forces")
 OF_EDGES = ("senders", "receivers", "shifts")

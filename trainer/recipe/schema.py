@@ -1,60 +1,22 @@
-"""Recipes: the typed schema of a training run, read from YAML with line numbers in every error.
+"""The sections of a recipe: every value of a training run with its default and its limits.
 
-A recipe holds every row of a published model card under the card's own name. Unknown keys, wrong
-types and duplicate keys are refused with file, line, column and the nearest known key; a value can
-be overridden with ``section.key=value``. YAML 1.2 is read (``1e-3`` is a number, ``No`` is text).
+A recipe holds every row of a published model card under the card's own name. Nothing here knows
+YAML; ``mlip_md.trainer.recipe.reading`` does.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import io
-import re
-import typing
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap, CommentedSeq, TaggedScalar
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from mlip_md.elements import symbol
+from mlip_md.elements import ATOMIC_NUMBERS, LARGEST_ATOMIC_NUMBER, symbol
 from mlip_md.errors import ConfigError
-from mlip_md.networks.config import CONFIGS, LIMITS, NetworkConfig, config_from_dict, config_to_dict
-
-SYMBOLS = {symbol(z): z for z in range(1, 119)}
-"""Atomic number by symbol."""
-
-RECIPES = Path(__file__).parent / "recipes"
+from mlip_md.networks.config import LIMITS, NetworkConfig, config_from_dict, config_to_dict
 
 MAX_SEED = 2**63 - 1
 """Largest seed that JAX takes."""
-
-ALIASES = {
-    ("model", "avg_um_neighbors"): "avg_num_neighbors",
-    ("data", "graph_cutoff_angstrom"): "cutoff",
-    ("data", "cutoff_angstrom"): "cutoff",
-    ("train", "ema_decay_rate"): "ema_decay",
-}
-"""Other spellings of keys, among them the published cards' own, and what they mean here."""
-
-SYNONYMS = {
-    "lr": "init_learning_rate",
-    "learning_rate": "init_learning_rate",
-    "clip": "grad_norm",
-    "max_grad_norm": "grad_norm",
-    "max_epochs": "epochs",
-    "num_epochs": "epochs",
-    "r_max": "cutoff",
-    "channels": "num_channels",
-    "num_interactions": "num_layers",
-    "ema": "ema_decay",
-    "loss_weight": "weight",
-}
-"""Words of other programs; used only to suggest a key, never accepted."""
 
 
 class Section(BaseModel):
@@ -186,7 +148,9 @@ class CurationConfig(Section):
     @field_validator("elements")
     @classmethod
     def _check_symbols(cls, elements: list[str] | None) -> list[str] | None:
-        unknown = [name for name in elements or [] if name not in SYMBOLS]
+        if elements == []:
+            raise ValueError("name at least one element, or null to allow all")
+        unknown = [name for name in elements or [] if name not in ATOMIC_NUMBERS]
         if unknown:
             raise ValueError(f"not symbols of elements: {', '.join(unknown)}")
         return elements
@@ -301,7 +265,7 @@ class Recipe(Section):
         fields = {name: value for name, value in self.model.items() if name != "kind"}
         energies = fields.get("atomic_energies")
         if isinstance(energies, Mapping):
-            fields["atomic_energies"] = {_atomic_number(z): e for z, e in energies.items()}
+            fields["atomic_energies"] = {to_atomic_number(z): e for z, e in energies.items()}
         return config_from_dict(self.model["kind"], fields)
 
     def plain(self) -> dict[str, Any]:
@@ -315,297 +279,15 @@ class Recipe(Section):
         return {**values, "model": model}
 
 
-def _atomic_number(key: object) -> int:
-    """Atomic number of a symbol, a number or the text of a number, as keys of JSON are."""
+def to_atomic_number(key: object) -> int:
+    """Atomic number of a symbol, a number or the text of a number, as keys of JSON are.
+
+    Raises:
+        ConfigError: if it is none of these.
+    """
     number = key if type(key) is int else 0
     if isinstance(key, str):
-        number = SYMBOLS.get(key, int(key) if key.isdecimal() else 0)
-    if number not in SYMBOLS.values():
+        number = ATOMIC_NUMBERS.get(key, int(key) if key.isdecimal() else 0)
+    if not 0 < number <= LARGEST_ATOMIC_NUMBER:
         raise ConfigError(f"{key} is neither the symbol of an element nor an atomic number")
     return number
-
-
-@dataclasses.dataclass(frozen=True)
-class Origins:
-    """Where each value of a recipe came from, for messages and for the resolved recipe."""
-
-    file: str
-    lines: Mapping[tuple[str | int, ...], tuple[int, int]]
-    overrides: frozenset[tuple[str | int, ...]]
-
-    def prefix(self, path: Sequence[str | int]) -> str:
-        """Text before a message on a key: ``train.yaml:3:3: optimizer.lrr``."""
-        name = ".".join(str(p) for p in path)
-        for end in range(len(path), 0, -1):
-            key = tuple(path[:end])
-            if key in self.overrides:
-                return f"--set {name}"
-            if key in self.lines:
-                line, column = self.lines[key]
-                return f"{self.file}:{line}:{column}: {name}"
-        return f"{self.file}: {name}" if name else self.file
-
-    def of(self, path: Sequence[str | int]) -> str:
-        """Short note on the origin of a value: ``default``, ``train.yaml:3`` or ``--set``."""
-        prefix = self.prefix(path)
-        if prefix.startswith("--set"):
-            return "--set"
-        return (
-            f"{self.file}:{self.lines[tuple(path)][0]}" if tuple(path) in self.lines else "default"
-        )
-
-
-def recipe_path(name_or_path: str) -> Path:
-    """The file of a recipe: a path, or the name of a shipped recipe such as ``mace-spice2``.
-
-    Raises:
-        ConfigError: if there is neither.
-    """
-    path = Path(name_or_path)
-    if path.is_file():
-        return path
-    shipped = RECIPES / f"{name_or_path.replace('-', '_')}.yaml"
-    if shipped.is_file():
-        return shipped
-    names = ", ".join(sorted(p.stem.replace("_", "-") for p in RECIPES.glob("*.yaml")))
-    raise ConfigError(f"there is no recipe {name_or_path}; give the path of one, or one of {names}")
-
-
-def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[Recipe, Origins]:
-    """Read and check a recipe.
-
-    Args:
-        name_or_path: of the YAML file, or the name of a shipped recipe.
-        overrides: ``section.key=value`` strings; the value is read as YAML.
-
-    Returns:
-        The recipe and where its values came from.
-
-    Raises:
-        ConfigError: on unreadable YAML, unknown keys or bad values, with file, line and column.
-    """
-    path = recipe_path(name_or_path)
-    tree = _read_yaml(_text(path), path.name)
-    lines = dict(_positions(tree))
-    _refuse_tags(tree, Origins(path.name, lines, frozenset()))
-    values = _plain(tree)
-    changed = set()
-    for override in overrides:
-        changed.add(_apply_override(values, override))
-    origins = Origins(path.name, lines, frozenset(changed))
-    _resolve_aliases(values, origins)
-    return _validate(values, origins), origins
-
-
-def dump_resolved(recipe: Recipe, origins: Origins) -> str:
-    """The recipe as YAML with every default filled in and the origin of each value as a comment."""
-    tree = CommentedMap(recipe.plain())
-    for name, value in list(tree.items()):
-        if isinstance(value, dict):
-            section = CommentedMap(value)
-            for key in section:
-                section.yaml_add_eol_comment(origins.of((name, key)), key, column=60)
-            tree[name] = section
-        else:
-            tree.yaml_add_eol_comment(origins.of((name,)), name, column=60)
-    stream = io.StringIO()
-    YAML().dump(tree, stream)
-    return stream.getvalue()
-
-
-def print_recipe(name_or_path: str) -> str:
-    """The text of a recipe as it is written, with its comments.
-
-    Raises:
-        ConfigError: if there is no such recipe, or it is no UTF-8 text.
-    """
-    return _text(recipe_path(name_or_path))
-
-
-def _text(path: Path) -> str:
-    content = path.read_bytes()
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        line = 1 + content.count(b"\n", 0, error.start)
-        raise ConfigError(f"{path.name}:{line}: not UTF-8 text; save the file as UTF-8") from error
-
-
-def _read_yaml(text: str, name: str) -> CommentedMap:
-    try:
-        tree = YAML().load(text)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
-        raise ConfigError(f"{place}: {_problem(error)}") from error
-    except (YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{name}: {_problem(error)}") from error
-    if not isinstance(tree, CommentedMap):
-        raise ConfigError(f"{name}: a recipe is a map of sections (model, data, optimizer, …)")
-    return tree
-
-
-def _problem(error: Exception) -> str:
-    """The first line of what a YAML reader has to say."""
-    text = getattr(error, "problem", None) or str(error) or "not readable as YAML"
-    return str(text).splitlines()[0]
-
-
-def _positions(
-    tree: Any, path: tuple[str | int, ...] = ()
-) -> Iterator[tuple[tuple[str | int, ...], tuple[int, int]]]:
-    if isinstance(tree, CommentedMap):
-        for key, value in tree.items():
-            line, column = _place(tree, key)
-            yield (*path, key), (line + 1, column + 1)
-            yield from _positions(value, (*path, key))
-    elif isinstance(tree, CommentedSeq):
-        for index, value in enumerate(tree):
-            line, column = tree.lc.item(index)
-            yield (*path, index), (line + 1, column + 1)
-            yield from _positions(value, (*path, index))
-
-
-def _place(tree: CommentedMap, key: Any) -> tuple[int, int]:
-    """Line and column of a key, from 0; of a merged one (``<<: *anchor``), where it is written."""
-    holders = [tree, *tree.merge]
-    return next((m.lc.key(key) for m in holders if key in (m.lc.data or ())), (tree.lc.line, 0))
-
-
-def _refuse_tags(value: Any, origins: Origins, path: tuple[str | int, ...] = ()) -> None:
-    tag = getattr(value, "tag", None)
-    if isinstance(value, TaggedScalar) or (tag is not None and tag.value is not None):
-        raise ConfigError(f"{origins.prefix(path)}: the tag {tag} means nothing here; remove it")
-    items = value.items() if isinstance(value, CommentedMap) else ()
-    items = enumerate(value) if isinstance(value, CommentedSeq) else items
-    for key, part in items:
-        _refuse_tags(part, origins, (*path, key))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    for kind in (bool, int, float, str):
-        if isinstance(value, kind):
-            return kind(value)
-    return value
-
-
-def _apply_override(values: dict[str, Any], override: str) -> tuple[str | int, ...]:
-    name, equals, text = override.partition("=")
-    path = tuple(name.strip().split("."))
-    if not equals or not all(path):
-        raise ConfigError(f"--set {override}: write it as section.key=value")
-    target = values
-    for key in path[:-1]:
-        target = target.setdefault(key, {})
-        if not isinstance(target, dict):
-            raise ConfigError(f"--set {override}: {key} holds no keys")
-    try:
-        target[path[-1]] = _plain(YAML(typ="safe").load(text))
-    except (YAMLError, ValueError, RecursionError) as error:
-        problem = _problem(error)
-        raise ConfigError(f"--set {override}: the value is no YAML ({problem})") from error
-    return path
-
-
-def _resolve_aliases(values: dict[str, Any], origins: Origins) -> None:
-    for (section, alias), name in ALIASES.items():
-        part = values.get(section)
-        if not isinstance(part, dict) or alias not in part:
-            continue
-        if name in part:
-            raise ConfigError(
-                f"{origins.prefix((section, alias))}: the same as {section}.{name}, which is given "
-                "too; keep one of them"
-            )
-        part[name] = part.pop(alias)
-
-
-def _validate(values: dict[str, Any], origins: Origins) -> Recipe:
-    try:
-        recipe = Recipe.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_messages(error, origins))) from error
-    kind = str(recipe.model.get("kind"))
-    if kind not in CONFIGS:
-        raise ConfigError(
-            f"{origins.prefix(('model', 'kind'))}: {kind} is not allowed; it must be one of "
-            + ", ".join(CONFIGS)
-        )
-    known = [field.name for field in dataclasses.fields(CONFIGS[kind])]
-    for key in recipe.model:
-        if key != "kind" and key not in known:
-            raise ConfigError(_unknown(("model", key), known, origins))
-    _check_energies(recipe.model.get("atomic_energies"), origins)
-    try:
-        _ = recipe.network
-    except (ValueError, TypeError) as error:
-        field = next((word for word in re.findall(r"\w+", str(error)) if word in known), "")
-        path = ("model", field) if field else ("model",)
-        raise ConfigError(f"{origins.prefix(path)}: {error}") from error
-    return recipe
-
-
-def _check_energies(energies: Any, origins: Origins) -> None:
-    """Refuse keys of a map of E0 that name no element, or one that another key names too."""
-    seen: dict[int, object] = {}
-    for key in energies if isinstance(energies, dict) else ():
-        place = origins.prefix(("model", "atomic_energies", key))
-        try:
-            number = _atomic_number(key)
-        except ConfigError as error:
-            raise ConfigError(f"{place}: {error}") from error
-        if number in seen:
-            raise ConfigError(f"{place}: the same element as {seen[number]}; keep one of them")
-        seen[number] = key
-
-
-def _messages(error: ValidationError, origins: Origins) -> Iterator[str]:
-    """One line per mistake, also where pydantic tells what each type of a union would need."""
-    found: dict[tuple[str | int, ...], list[Any]] = {}
-    for item in error.errors():
-        path = tuple(p for p in item["loc"] if p not in ("str", "list[str]"))
-        found.setdefault(path, []).append(item)
-    lists = {path[:-1] for path in found}
-    misspelled = {path[:-1] for path, items in found.items() if _is(items, "extra_forbidden")}
-    for path, items in found.items():
-        if _is(items, "extra_forbidden"):
-            yield _unknown(path, _known_keys(path[:-1]), origins)
-            continue
-        if (_is(items, "missing") and path[:-1] in misspelled) or (
-            _is(items, "string_type") and path in lists
-        ):
-            continue  # said better by the unknown key, or by the bad entry of the list
-        texts = [item["msg"].removeprefix("Value error, ") for item in items]
-        texts = [re.sub(r"dictionary or instance of \w+", "map of keys", t) for t in texts]
-        text = " or ".join([texts[0], *(t.removeprefix("Input should be ") for t in texts[1:])])
-        value = items[0]["input"]
-        given = "" if isinstance(value, dict) else f" (given: {value!r})"
-        yield f"{origins.prefix(path)}: {text[:1].lower()}{text[1:]}{given}"
-
-
-def _is(items: Sequence[Any], kind: str) -> bool:
-    return bool(items[0]["type"] == kind)
-
-
-def _known_keys(path: Sequence[str | int]) -> list[str]:
-    model: Any = Recipe
-    for part in path:
-        if isinstance(part, int):
-            continue
-        annotation = model.model_fields[part].annotation
-        candidates = [annotation, *typing.get_args(annotation)]
-        candidates += [arg for c in candidates for arg in typing.get_args(c)]
-        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return list(model.model_fields)
-
-
-def _unknown(path: Sequence[str | int], known: Sequence[str], origins: Origins) -> str:
-    key = str(path[-1])
-    words = {**{w: n for w, n in SYNONYMS.items() if n in known}, **{name: name for name in known}}
-    near = difflib.get_close_matches(key, words, n=1, cutoff=0.6)
-    hint = f"did you mean {words[near[0]]}?" if near else f"known are {', '.join(known)}"
-    return f"{origins.prefix(path)}: unknown key; {hint}"
