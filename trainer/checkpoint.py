@@ -2,9 +2,8 @@
 
 A checkpoint is one safetensors file. Its tensors are the leaves of the state by path; its metadata
 hold a JSON text (step, epoch, batch, bests, …) and the SHA-256 over that text and over every name,
-type, shape and byte of the tensors. It is written under a temporary name, synced to the disk and
-then renamed, so that a crash at any moment leaves the older files whole. Reading takes the newest
-file whose hash is right.
+type, shape and byte of the tensors. It is written whole or not at all, so that a crash at any
+moment leaves the older files whole. Reading takes the newest file whose hash is right.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
 from mlip_md.errors import CheckpointError
+from mlip_md.files import write_bytes
 
 FORMAT = 2
 
@@ -49,29 +48,6 @@ def state_hash(tensors: Mapping[str, np.ndarray], text: str = "") -> str:
     return digest.hexdigest()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that after a crash there is either its old content or the new one.
-
-    Raises:
-        CheckpointError: if the disk is full or the folder not writable; the old file is kept.
-    """
-    temporary = path.with_name(f".{path.name}.writing")
-    try:
-        with open(temporary, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{path} could not be written ({error.strerror or error})") from error
-
-
 def save(path: Path, state: Any, progress: Mapping[str, Any]) -> None:
     """Write one checkpoint.
 
@@ -81,12 +57,12 @@ def save(path: Path, state: Any, progress: Mapping[str, Any]) -> None:
         progress: plain JSON values that belong to the state.
 
     Raises:
-        CheckpointError: if the file cannot be written.
+        OutputError: if the file cannot be written.
     """
     tensors = leaves_by_path(state)
     text = json.dumps({"format": FORMAT, "progress": dict(progress)}, sort_keys=True)
     metadata = {"checkpoint": text, "sha256": state_hash(tensors, text)}
-    write_atomically(path, to_safetensors(tensors, metadata))
+    write_bytes(path, to_safetensors(tensors, metadata))
 
 
 def load(path: Path, template: State) -> tuple[State, dict[str, Any]]:
@@ -161,7 +137,7 @@ class CheckpointFolder:
         """Write the checkpoint of a step, then delete those beyond ``keep_latest``.
 
         Raises:
-            CheckpointError: if it cannot be written; the older ones are untouched then.
+            OutputError: if it cannot be written; the older ones are untouched then.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:09d}.safetensors"

@@ -6,7 +6,6 @@ import contextlib
 import enum
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mlip_md.errors import ConfigError
+from mlip_md.files import check_new_file, check_new_folder
 
 if TYPE_CHECKING:
     from mlip_md.trainer.data import Statistics
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 EXIT_SAVED, EXIT_KEYBOARD = 75, 130
 """75 (EX_TEMPFAIL): interrupted, the state is saved, start again with the same command."""
 
-
-E0_LOGGER = "mlip_md.trainer.data.statistics"
-"""Its warning on E0 is long; the commands say it in a line, see ``_warn_of_energies``."""
 
 Overrides = Annotated[
     list[str] | None,
@@ -96,42 +93,25 @@ def _train(
 
     seconds = parse_duration(max_time)
     recipe, origins = load_recipe(recipe_name, overrides)
-    from mlip_md.trainer.data.training import load_data
+    from mlip_md.trainer.costs import time_steps
+    from mlip_md.trainer.data import load_data
     from mlip_md.trainer.train import Trainer
 
     folder = folder or Path("runs") / recipe.name
-    _check_run_folder(folder)
+    check_new_folder(folder, "--run")
     _say_reading(recipe.data.path)
     data = load_data(recipe)
     for line in (*data.notes, *statistics_lines(data.statistics)):
         typer.echo(line)
-    _warn_of_energies(data.statistics)
     typer.echo("compiling the network")
     if dry_run:
         typer.echo(data.summary())
-        for name, value in Trainer(recipe, data, folder).dry_run(dry_run).items():
+        for name, value in time_steps(Trainer(recipe, data, folder), dry_run).items():
             typer.echo(f"{name}: {value:.4g}")
         return "done"
     with _bar() as (echo, tick):
         trainer = Trainer(recipe, data, folder, origins=origins, echo=echo, tick=tick)
         return trainer.run(resume, seconds).status  # type: ignore[arg-type] # checked by typer
-
-
-def _check_run_folder(folder: Path) -> None:
-    """Refuse a folder that cannot be made or written to, before the data are read."""
-    there = next((part for part in (folder, *folder.parents) if part.exists()), Path())
-    if not there.is_dir():
-        raise ConfigError(f"--run {folder}: {there} is a file; name a folder")
-    if not os.access(there, os.W_OK):
-        raise ConfigError(f"--run {folder}: {there} is not writable")
-
-
-def _check_output(path: Path) -> None:
-    """Refuse a file that cannot be written, before anything is computed for it."""
-    if not path.parent.is_dir():
-        raise ConfigError(f"--output {path}: there is no folder {path.parent}")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"--output {path}: not a file that can be written")
 
 
 def _say_reading(paths: str | list[str]) -> None:
@@ -141,8 +121,7 @@ def _say_reading(paths: str | list[str]) -> None:
 
 class _PlainWarnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        if record.name != E0_LOGGER:
-            typer.echo(f"Warning: {record.getMessage()}", err=True)
+        typer.echo(f"Warning: {record.getMessage()}", err=True)
 
 
 @contextlib.contextmanager
@@ -154,15 +133,6 @@ def _plain_warnings() -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
-
-
-def _warn_of_energies(statistics: Statistics) -> None:
-    for combination in statistics.undetermined:
-        typer.echo(
-            f"Warning: the data leave E0 open by any multiple of {combination}. Energies of other "
-            "compositions and of broken bonds mean nothing; give model.atomic_energies",
-            err=True,
-        )
 
 
 @contextlib.contextmanager
@@ -202,18 +172,18 @@ def check_command(
         typer.echo(print_recipe(recipe), nl=False)
         return
     checked, origins = load_recipe(recipe, overrides or [])
-    from mlip_md.trainer.data.training import load_data
+    from mlip_md.trainer.costs import count_costs
+    from mlip_md.trainer.data import load_data
     from mlip_md.trainer.train import Trainer
 
     with _plain_warnings():
         data = load_data(checked)
-    _warn_of_energies(data.statistics)
     trainer = Trainer(checked, data, Path("runs") / checked.name, origins=origins)
     for line in (*data.notes, data.summary(), *statistics_lines(data.statistics)):
         typer.echo(line)
     typer.echo(f"{checked.model['kind']} with {trainer.num_parameters:,} weights")
     if deep:
-        for name, value in trainer.step_costs().items():
+        for name, value in count_costs(trainer).items():
             typer.echo(f"{name}: {value:,.0f}")
 
 
@@ -238,18 +208,17 @@ def prepare_command(
     overrides: Overrides = None,
 ) -> None:
     """Read, curate and split the data of a recipe once, into a folder that many runs can use."""
-    from mlip_md.trainer.data.training import prepare_data
+    from mlip_md.trainer.data import prepare
     from mlip_md.trainer.recipe import load_recipe
 
     prepared = load_recipe(recipe, overrides or [])[0]
     _say_reading(prepared.data.path)
     with _plain_warnings():
-        data = prepare_data(prepared, folder)
+        data = prepare(prepared.data, prepared.network.atomic_energies, folder)
     for path, report in data.curation.items():
         typer.echo(f"{path}: {report}")
     for line in statistics_lines(data.statistics):
         typer.echo(line)
-    _warn_of_energies(data.statistics)
     counts = ", ".join(f"{len(store)} {name}" for name, store in data.parts.items())
     typer.echo(f"{folder}: {counts}; train with --set data.path={folder}")
 
@@ -282,7 +251,7 @@ def evaluate_command(
     from mlip_md.trainer.evaluate import evaluate, labelled, write_json
 
     if output is not None:
-        _check_output(output)
+        check_new_file(output, "--output")
     potential = mlip_md.load(model)
     with _plain_warnings():
         store, left_out = labelled(

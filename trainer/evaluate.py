@@ -12,20 +12,20 @@ import numpy as np
 
 from mlip_md.elements import symbol
 from mlip_md.errors import DataError
+from mlip_md.files import write_text
 from mlip_md.potential import Potential
 from mlip_md.trainer import metrics
-from mlip_md.trainer.checkpoint import write_atomically
 from mlip_md.trainer.data import (
     BatchBudget,
     GraphStore,
-    Structure,
+    LabeledStructure,
     is_prepared,
     iterate,
+    iterate_batches,
     open_prepared,
     open_store,
     plan_epoch,
 )
-from mlip_md.trainer.data.training import batches
 from mlip_md.trainer.step import EvalStep, make_eval_step
 
 
@@ -65,7 +65,7 @@ def evaluate_store(
     """
     total: dict[str, float] = {}
     plan = plan_epoch(store, budget, 0, 0, shuffle=False, on_oversize=on_oversize)
-    for _, batch in batches(store, plan, budget):
+    for _, batch in iterate_batches(store, plan, budget):
         metrics.add_sums(total, step(params, batch)[1])
     return metrics.errors(total)
 
@@ -93,7 +93,7 @@ def evaluate_in_detail(
     by_subset: dict[str, dict[str, float]] = {}
     energies, forces = [np.zeros((0, 2))], [np.zeros((0, 2))]
     plan = plan_epoch(store, budget, 0, 0, shuffle=False, on_oversize=on_oversize)
-    for indices, batch in batches(store, plan, budget):
+    for indices, batch in iterate_batches(store, plan, budget):
         prediction, _ = step(params, batch)
         energy = np.stack([batch.energy, prediction.energy], -1)[: len(indices)].astype(float)
         force = np.stack([batch.forces, prediction.forces], -1).astype(float)
@@ -146,7 +146,7 @@ def labelled(
         return _prepared(Path(path), potential, split, on_bad)
     left_out: list[str] = []
 
-    def known(structures: Iterable[Structure]) -> Iterator[Structure]:
+    def known(structures: Iterable[LabeledStructure]) -> Iterator[LabeledStructure]:
         for structure in structures:
             unknown = sorted(set(structure.atomic_numbers.tolist()) - set(potential.elements))
             if not unknown:
@@ -162,7 +162,7 @@ def labelled(
     return _graphs(known(structures), potential), len(left_out)
 
 
-def _graphs(structures: Iterable[Structure], potential: Potential) -> GraphStore:
+def _graphs(structures: Iterable[LabeledStructure], potential: Potential) -> GraphStore:
     return GraphStore.from_structures(
         structures,
         potential.cutoff,
@@ -204,7 +204,7 @@ def _unknown_elements(name: str, unknown: Sequence[int]) -> DataError:
 
 
 def evaluate(
-    potential: Potential, structures: Iterable[Structure] | GraphStore, batch_size: int = 16
+    potential: Potential, structures: Iterable[LabeledStructure] | GraphStore, batch_size: int = 16
 ) -> Evaluation:
     """Errors of a potential on labelled structures.
 
@@ -231,4 +231,4 @@ def evaluate(
 def write_json(evaluation: Evaluation, path: Path) -> None:
     """Write the errors (not the predictions) as JSON."""
     values = {"overall": evaluation.overall, "by_subset": evaluation.by_subset}
-    write_atomically(path, (json.dumps(values, indent=1) + "\n").encode())
+    write_text(path, json.dumps(values, indent=1) + "\n")

@@ -5,11 +5,15 @@ from __future__ import annotations
 import csv
 import datetime
 import json
+import platform
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlip_md.trainer.checkpoint import write_atomically
+import jax
+
+from mlip_md.files import write_text
 
 Echo = Callable[[str], None]
 
@@ -81,7 +85,7 @@ class RunLog:
             epoch: last epoch whose validation it contains.
 
         Raises:
-            CheckpointError: if a file cannot be written; its old content is kept then.
+            OutputError: if a file cannot be written; its old content is kept then.
         """
         if self.metrics.exists():
             header, *lines = self._lines() or [""]
@@ -98,7 +102,7 @@ class RunLog:
 
 
 def _write_lines(path: Path, lines: list[str]) -> None:
-    write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
+    write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def _epoch_of(line: str, header: str) -> int | None:
@@ -119,3 +123,29 @@ def _is_before(line: str, step: int, epoch: int) -> bool:
     if event["event"] in EPOCH_EVENTS:
         return bool(event["epoch"] <= epoch)
     return bool(event.get("step", 0) <= step)
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions and devices that a run depends on, as plain values."""
+    packages = ("mlip-md", "jax", "jaxlib", "flax", "optax", "e3nn-jax", "numpy", "ase", "h5py")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version(name) for name in packages},
+        "devices": [str(device) for device in jax.devices()],
+    }
+
+
+def describe_epoch(row: Mapping[str, float]) -> str:
+    """The line of ``log.txt`` for a row of ``metrics.csv``."""
+    meV = 1000.0
+    errors = (
+        f"energy {meV * row['validation_energy_rmse_per_atom']:8.3f} meV/atom  "
+        f"forces {meV * row['validation_forces_rmse']:8.2f} meV/Å (rmse)"
+    )
+    if row["epoch"] == 0:
+        return f"epoch    0  before training: {errors}"
+    return (
+        f"epoch {row['epoch']:4d}  step {row['step']:8d}  loss {row['loss']:10.4g}  {errors}  "
+        f"{row['structures_per_second']:7.1f} structures/s"
+    )

@@ -5,8 +5,7 @@ pure function of its recipe and data (on one CPU device): the order of the struc
 (seed, epoch) only, and a checkpoint holds everything else, so an interrupted and resumed run ends
 with the same bits as one that was never interrupted.
 
-A run continues with the recipe that it began with, but for the rows of ``FREE``, and on demand
-those of ``CHANGEABLE``. ``config.resolved.yaml``, ``environment.json`` and ``data.json`` are those
+``config.resolved.yaml``, ``environment.json`` and ``data.json`` are those
 of the latest continuation; what each of them changed stands in ``log.txt`` and, with the value
 before, in the ``resumed`` events of ``events.jsonl``.
 """
@@ -27,21 +26,24 @@ import jax
 import numpy as np
 
 import mlip_md
-from mlip_md.errors import CheckpointError, ConfigError, NonFiniteError
+from mlip_md.errors import CheckpointError, NonFiniteError
+from mlip_md.files import write_text
 from mlip_md.formats import own
 from mlip_md.networks import build_network
 from mlip_md.potential import Potential
 from mlip_md.signals import Interruptions
 from mlip_md.trainer import metrics
-from mlip_md.trainer.checkpoint import CheckpointFolder, write_atomically
-from mlip_md.trainer.data.training import TrainingData, batches
+from mlip_md.trainer.checkpoint import CheckpointFolder
+from mlip_md.trainer.data import TrainingData, iterate_batches
 from mlip_md.trainer.evaluate import evaluate_store
-from mlip_md.trainer.loss import LossWeights, stage_at, weights_at
+from mlip_md.trainer.loss import stage_at, weights_at
 from mlip_md.trainer.optimizer import learning_rate_schedule
-from mlip_md.trainer.recipe import Origins, Recipe, dump_resolved
-from mlip_md.trainer.runlog import Echo, RunLog
+from mlip_md.trainer.recipe import Origins, Recipe, dump_resolved, find_differences
+from mlip_md.trainer.resume import TrainingProgress, check_same, identify
+from mlip_md.trainer.runlog import Echo, RunLog, describe_environment, describe_epoch
 from mlip_md.trainer.step import (
     StepLog,
+    TrainState,
     averaged_params,
     init_state,
     make_eval_step,
@@ -51,54 +53,10 @@ from mlip_md.trainer.step import (
 IN_FLIGHT = 2
 """Steps that may wait on the device; unbounded queues can deadlock and hold memory."""
 
-FREE = ("name", "description", "data.", "train.epochs", "checkpoint.", "faults.", "log.")
-"""Rows of a recipe that may differ when a run continues. What comes out of the rows on data, the
-graphs and batches, may not: ``TrainingData.fingerprint`` holds them."""
-
-CHANGEABLE = (
-    "optimizer.init_learning_rate",
-    "optimizer.peak_learning_rate",
-    "optimizer.final_learning_rate",
-    "optimizer.warmup_steps",
-    "optimizer.transition_steps",
-    "optimizer.weight_decay",
-    "optimizer.grad_norm",
-)
-"""Rows that may also differ if changes are allowed; the saved state means the same with others."""
-
-DATA_SET = "the structures, labels or batches"
-"""What differs if ``TrainingData.fingerprint`` does."""
-
 LEARNING_RATES = "optimizer.*_learning_rate"
 
 Resume = Literal["auto", "never", "must", "allow-changes"]
 Tick = Callable[[int, int, int], None]
-
-
-@dataclasses.dataclass
-class Progress:
-    """Where a run stands; saved with every checkpoint.
-
-    Attributes:
-        epoch: the epoch being trained, counted from 1.
-        batch: its batches that are done.
-        step: batches done in all epochs.
-        validated: last epoch that was validated; -1 before the evaluation of the start.
-        best: per stage (as text, from "1"): epoch, score and errors of its best model.
-        sums: over the present epoch: loss, gradient_norm, good (steps), structures, seconds.
-    """
-
-    epoch: int = 1
-    batch: int = 0
-    step: int = 0
-    validated: int = -1
-    best: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    sums: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    def add(self, **values: float) -> None:
-        """Add to the sums of the present epoch."""
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +99,8 @@ class Trainer:
             echo: called with every line of the log.
             tick: called after every step with epoch, batches done and batches of the epoch.
         """
-        self.recipe, self.data, self.folder, self.origins = recipe, data, folder, origins
+        self.recipe, self.data, self.folder = recipe, data, folder
+        self.origins = origins or Origins()
         statistics = data.statistics
         network = build_network(
             recipe.network,
@@ -156,9 +115,11 @@ class Trainer:
         self.state = init_state(recipe, params)
         self.train_step = make_train_step(network.apply, recipe)
         self.eval_step = make_eval_step(network.apply)
-        self.progress = Progress()
+        self.progress = TrainingProgress()
         self.checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint.keep_latest)
-        self._echo, self._tick = echo, tick
+        self.log = RunLog(folder, echo)
+        self.interruptions = Interruptions()
+        self._tick = tick
         self._last_save = time.monotonic()
 
     @property
@@ -179,11 +140,11 @@ class Trainer:
             How it ended. After SIGTERM, SIGINT or the time limit the state is saved.
 
         Raises:
-            CheckpointError: if ``resume`` does not fit the folder, or a file cannot be written.
+            CheckpointError: if ``resume`` does not fit the folder.
+            OutputError: if a file cannot be written.
             NonFiniteError: if too many steps in a row gave NaN or infinity.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.log = RunLog(self.folder, self._echo)
         self._begin(resume)
         signals = (signal.SIGTERM, signal.SIGINT)
         with Interruptions(*signals, max_seconds=max_seconds) as self.interruptions:
@@ -203,22 +164,28 @@ class Trainer:
             )
         found = None
         if resume != "never":
-            allowed = FREE + (CHANGEABLE if resume == "allow-changes" else ())
-            found = self.checkpoints.restore(self.state, lambda p: self._check_same(p, allowed))
-        if found is None:
-            if resume == "must":
-                raise CheckpointError(f"{self.folder} holds no checkpoint to resume from")
-            self.log.truncate(-1, -1)
-            self._describe_run()
-            self.log.line(
-                f"{self.recipe.name}: {self.recipe.model['kind']} with {self.num_parameters:,} "
-                f"weights; {self.data.summary()}"
+            allow = resume == "allow-changes"
+            now = identify(self.recipe, self.data)
+            found = self.checkpoints.restore(
+                self.state, lambda saved: check_same(saved["recipe"], now, self.folder, allow)
             )
+        if found is not None:
+            self._continue(*found)
             return
-        state, progress = found
-        changes = _differences(progress.pop("recipe"), _identity(self.recipe, self.data))
+        if resume == "must":
+            raise CheckpointError(f"{self.folder} holds no checkpoint to resume from")
+        self.log.truncate(-1, -1)
+        self._describe_run()
+        self.log.line(
+            f"{self.recipe.name}: {self.recipe.model['kind']} with {self.num_parameters:,} "
+            f"weights; {self.data.summary()}"
+        )
+
+    def _continue(self, state: TrainState, saved: dict[str, Any]) -> None:
+        """Take up the state and the progress of a checkpoint."""
+        changes = find_differences(saved.pop("recipe"), identify(self.recipe, self.data))
         self.state = jax.tree_util.tree_map(jax.numpy.array, state)
-        self.progress = Progress(**progress)
+        self.progress = TrainingProgress(**saved)
         step, epoch = self.progress.step, self.progress.epoch
         self.log.truncate(step, self.progress.validated)
         self._describe_run()
@@ -228,30 +195,12 @@ class Trainer:
         self.log.line(f"resumed at epoch {epoch}, step {step}{with_changes}")
 
     def _describe_run(self) -> None:
-        origins = self.origins or Origins("", {}, frozenset())
-        text = {
-            "config.resolved.yaml": dump_resolved(self.recipe, origins),
-            "environment.json": json.dumps(environment(), indent=1),
+        for name, text in {
+            "config.resolved.yaml": dump_resolved(self.recipe, self.origins),
+            "environment.json": json.dumps(describe_environment(), indent=1),
             "data.json": json.dumps(self.data.description(), indent=1),
-        }
-        for name, content in text.items():
-            write_atomically(self.folder / name, content.encode())
-
-    def _check_same(self, progress: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
-        changes = _differences(progress["recipe"], _identity(self.recipe, self.data))
-        refused = [name for name in changes if not name.startswith(allowed)]
-        if not refused:
-            return
-        advice = "choose another folder"
-        if set(refused) <= set(CHANGEABLE):
-            advice += ", or go on with --resume allow-changes"
-        if DATA_SET in refused:  # better named by the rows that made the difference
-            rows = [name for name in changes if name.startswith("data.")]
-            refused = [name for name in refused if name != DATA_SET] + (rows or [DATA_SET])
-        raise CheckpointError(
-            f"the checkpoints in {self.folder} were made with another recipe or data set "
-            f"(differing: {', '.join(refused)}); {advice}"
-        )
+        }.items():
+            write_text(self.folder / name, text)
 
     def _train_epoch(self) -> bool:
         """Train the rest of the present epoch; False if interrupted (the state is saved then)."""
@@ -261,7 +210,7 @@ class Trainer:
         weights = weights_at(self.recipe.loss, progress.epoch)
         waiting: collections.deque[tuple[int, np.ndarray, StepLog]] = collections.deque()
         clock = time.monotonic()
-        for indices, batch in batches(data.train, plan, data.budget):
+        for indices, batch in iterate_batches(data.train, plan, data.budget):
             self.state, log = self.train_step(self.state, batch, weights)
             progress.batch += 1
             progress.step += 1
@@ -310,7 +259,7 @@ class Trainer:
 
     def _save(self) -> None:
         values = dataclasses.asdict(self.progress)
-        values["recipe"] = _identity(self.recipe, self.data)
+        values["recipe"] = identify(self.recipe, self.data)
         self.checkpoints.save(self.state, values, self.progress.step)
         self._last_save = time.monotonic()
 
@@ -339,7 +288,7 @@ class Trainer:
             **{f"validation_{name}": value for name, value in values.items()},
         }
         self.log.epoch(row)
-        self.log.line(_epoch_line(row))
+        self.log.line(describe_epoch(row))
         if not math.isfinite(row["score"]):
             raise NonFiniteError(
                 f"the validation errors after epoch {epoch} are not finite. Check the validation "
@@ -400,14 +349,11 @@ class Trainer:
             f"interrupted ({reason}) at epoch {self.progress.epoch}, step {self.progress.step}; "
             "the state is saved, the same command continues"
         )
-        return Outcome(reason, self.folder, self.progress.validated, self._last_errors())
-
-    def _last_errors(self) -> Mapping[str, float]:
-        best = self.progress.best
-        return best[max(best, key=int)]["errors"] if best else {}
+        errors = self.progress.last_best().get("errors", {})
+        return Outcome(reason, self.folder, self.progress.validated, errors)
 
     def _finish(self) -> Outcome:
-        best = self.progress.best[max(self.progress.best, key=int)]
+        best = self.progress.last_best()
         self.log.line(
             f"done; the best model of the last stage is of epoch {best['epoch']}, "
             f"in {self.folder / 'model.safetensors'}"
@@ -417,91 +363,3 @@ class Trainer:
 
             write_report(self.folder, self.eval_step, self.data)
         return Outcome("done", self.folder, self.progress.validated, best["errors"])
-
-    def dry_run(self, steps: int) -> dict[str, float]:
-        """Time some steps without writing anything; the weights are thrown away.
-
-        Args:
-            steps: steps to time after the first one, which compiles.
-
-        Returns:
-            compile_seconds, seconds_per_step, structures_per_second.
-        """
-        plan = self.data.plan(self.recipe.seed, 1)[: steps + 1]
-        weights: LossWeights = weights_at(self.recipe.loss, 1)
-        times, structures = [time.monotonic()], []
-        for indices, batch in batches(self.data.train, plan, self.data.budget):
-            self.state, log = self.train_step(self.state, batch, weights)
-            if not math.isfinite(float(log.loss)):
-                raise NonFiniteError(f"the loss is not finite for {self.data.names(indices)}")
-            times.append(time.monotonic())
-            structures.append(len(indices))
-        if len(times) < 3:
-            raise ConfigError("a dry run needs at least two batches; reduce data.batch_size")
-        seconds = times[-1] - times[1]
-        return {
-            "compile_seconds": times[1] - times[0],
-            "seconds_per_step": seconds / (len(times) - 2),
-            "structures_per_second": sum(structures[1:]) / seconds,
-        }
-
-    def step_costs(self) -> dict[str, float]:
-        """What a step takes by the compiler's account, without running one.
-
-        Returns:
-            state_bytes and working_bytes on the device; flops, if the compiler counts them.
-        """
-        weights = weights_at(self.recipe.loss, 1)
-        lowered = self.train_step.lower(self.state, self.data.example(), weights)
-        compiled = lowered.compile()
-        memory, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
-        return {
-            "state_bytes": float(memory.argument_size_in_bytes),
-            "working_bytes": float(memory.temp_size_in_bytes),
-            "flops": float(costs.get("flops", math.nan)),
-        }
-
-
-def environment() -> dict[str, Any]:
-    """Versions and devices that a run depends on, as plain values."""
-    import platform
-    from importlib.metadata import version
-
-    packages = ("mlip-md", "jax", "jaxlib", "flax", "optax", "e3nn-jax", "numpy", "ase", "h5py")
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: version(name) for name in packages},
-        "devices": [str(device) for device in jax.devices()],
-    }
-
-
-def _identity(recipe: Recipe, data: TrainingData) -> dict[str, Any]:
-    """The recipe and the fingerprint of the data, as JSON gives them back."""
-    values: dict[str, Any] = json.loads(json.dumps(recipe.plain()))
-    return {**values, DATA_SET: data.fingerprint}
-
-
-def _differences(before: Any, now: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
-    """Values that differ between two trees of JSON values, by dotted name."""
-    if not (isinstance(before, dict) and isinstance(now, dict)):
-        return {} if before == now else {name: (before, now)}
-    found: dict[str, tuple[Any, Any]] = {}
-    for key in (*now, *(key for key in before if key not in now)):
-        dotted = f"{name}.{key}" if name else key
-        found |= _differences(before.get(key), now.get(key), dotted)
-    return found
-
-
-def _epoch_line(row: Mapping[str, float]) -> str:
-    meV = 1000.0
-    errors = (
-        f"energy {meV * row['validation_energy_rmse_per_atom']:8.3f} meV/atom  "
-        f"forces {meV * row['validation_forces_rmse']:8.2f} meV/Å (rmse)"
-    )
-    if row["epoch"] == 0:
-        return f"epoch    0  before training: {errors}"
-    return (
-        f"epoch {row['epoch']:4d}  step {row['step']:8d}  loss {row['loss']:10.4g}  {errors}  "
-        f"{row['structures_per_second']:7.1f} structures/s"
-    )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlip_md.errors import CheckpointError
+from mlip_md.errors import CheckpointError, OutputError
 from mlip_md.trainer.checkpoint import CheckpointFolder, leaves_by_path, load, save, state_hash
 
 
@@ -111,7 +111,7 @@ def test_a_full_disk_leaves_the_old_checkpoints(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CheckpointError, match="No space left"):
+    with pytest.raises(OutputError, match="No space left"):
         folder.save(state(2), {"step": 2}, 2)
     monkeypatch.undo()
     assert folder.restore(state(0))[1] == {"step": 1}

@@ -18,14 +18,13 @@ from mlip_md.graph import edge_vectors
 from mlip_md.trainer.data import (
     BatchBudget,
     GraphStore,
-    Structure,
+    LabeledStructure,
     iterate_batches,
     make_batch,
     open_store,
     plan_epoch,
-    prefetch,
 )
-from mlip_md.trainer.data.batching import pack
+from mlip_md.trainer.data.batching import pack_greedily
 
 CUTOFF = 4.0
 E0 = {1: -13.6, 6: -1030.5, 8: -2043.9}
@@ -36,7 +35,7 @@ def labeled(atoms, generator, stress=None):
     energy = sum(E0[int(z)] for z in atoms.numbers) + generator.normal()
     forces = generator.normal(size=(len(atoms), 3))
     cell = {"cell": atoms.cell.array, "pbc": atoms.pbc} if atoms.pbc.any() else {}
-    return Structure(atoms.numbers, positions, energy, forces, stress=stress, **cell)
+    return LabeledStructure(atoms.numbers, positions, energy, forces, stress=stress, **cell)
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +181,7 @@ def test_published_packing(reference_data):
     assert dataclasses.astuple(budget) == tuple(
         golden[f"n_{what}_padded"] for what in ("node", "edge", "graph")
     )
-    starts = pack(sizes[:, 0], sizes[:, 1], budget)
+    starts = pack_greedily(sizes[:, 0], sizes[:, 1], budget)
     batches = [part.tolist() for part in np.split(sizes[:, 0], starts[1:])]
     assert batches == golden["batches_n_node"]
 
@@ -192,7 +191,7 @@ def test_packing_is_greedy(seed):
     generator = np.random.default_rng(seed)
     nodes, edges = generator.integers(1, 40, 300), generator.integers(0, 700, 300)
     budget = BatchBudget(120, 1500, 9)
-    starts = pack(nodes, edges, budget)
+    starts = pack_greedily(nodes, edges, budget)
     stops = [*starts[1:], 300]
     assert starts[0] == 0
     for start, stop in zip(starts, stops, strict=True):
@@ -222,7 +221,7 @@ def test_plan_holds_everything_once_and_is_pure(store, budget):
 def test_an_epoch_of_batches(store, budget):
     plan = plan_epoch(store, budget, 0, 3)
     energies = []
-    for batch in iterate_batches(store, plan, budget):
+    for _, batch in iterate_batches(store, plan, budget):
         assert (batch.graph.n_nodes, batch.graph.n_edges) == (budget.n_node, budget.n_edge)
         assert not batch.graph.node_mask[-1]
         energies.append(batch.energy[batch.graph.graph_mask])
@@ -230,9 +229,6 @@ def test_an_epoch_of_batches(store, budget):
     np.testing.assert_array_equal(
         np.sort(np.concatenate(energies)), np.sort(store.interaction_energy)
     )
-    resumed = list(iterate_batches(store, plan, budget, start=len(plan) - 2))
-    np.testing.assert_array_equal(resumed[0].energy, make_batch(store, plan[-2], budget).energy)
-    assert len(resumed) == 2
 
 
 def test_oversize(store):
@@ -259,7 +255,7 @@ def test_labels_need_atomic_energies(structures):
 
 def test_impossible_structures():
     numbers, forces = np.array([1, 1]), np.zeros((2, 3))
-    near = Structure(numbers, np.array([[0, 0, 0], [0, 0, 1e-3]]), 0.0, forces, name="f:[7]")
+    near = LabeledStructure(numbers, np.array([[0, 0, 0], [0, 0, 1e-3]]), 0.0, forces, name="f:[7]")
     with pytest.raises(DataError, match=r"f:\[7\]: two atoms are 0\.0010 Å apart"):
         GraphStore.from_structures([near], CUTOFF)
     with pytest.raises(DataError, match="no structures"):
@@ -273,7 +269,7 @@ def test_impossible_structures():
     ):
         fields = {"atomic_numbers": numbers, "positions": np.eye(3)[:2], "energy": 0.0}
         with pytest.raises(DataError, match=message):
-            Structure(**(fields | {"forces": forces} | changes))
+            LabeledStructure(**(fields | {"forces": forces} | changes))
 
 
 def test_far_from_the_origin_nothing_is_lost(structures):
@@ -343,53 +339,62 @@ def test_assembly_is_fast(store):
     assert min(times) < 0.05
 
 
-def num_threads():
-    return sum("_produce" in thread.name for thread in threading.enumerate())
-
-
-def wait_for_threads():
-    deadline = time.monotonic() + 5
-    while num_threads() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return num_threads()
-
-
-def test_prefetch_keeps_order():
-    assert list(prefetch(range(100), 3)) == list(range(100))
-    assert list(prefetch([], 3)) == []
-    assert list(prefetch(range(5), 0)) == list(range(5))
-    assert wait_for_threads() == 0
-
-
-def test_prefetch_passes_errors_in_their_place():
-    def items():
-        yield 1
-        yield 2
-        raise ValueError("third item")
-
-    seen = []
-    with pytest.raises(ValueError, match="third item"):  # noqa: PT012 - the loop is what raises
-        for item in prefetch(items()):
-            seen.append(item)
-    assert seen == [1, 2]
-    assert wait_for_threads() == 0
-
-
-def test_prefetch_ends_when_left_early():
-    produced = []
-
-    def items():
-        for k in range(10**6):
-            produced.append(k)
-            yield k
-
-    for item in prefetch(items(), 2):
-        if item == 5:
-            break
+def count_threads():
     gc.collect()
-    assert wait_for_threads() == 0
-    assert len(produced) <= 12
-    iterator = prefetch(items(), 2)
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        count = sum(thread.name.startswith("batches") for thread in threading.enumerate())
+        if not count:
+            break
+        time.sleep(0.01)
+    return count
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """What ``make_batch`` was called with."""
+    calls = []
+
+    def make(store, indices, budget):
+        calls.append(int(indices[0]))
+        return make_batch(store, indices, budget)
+
+    monkeypatch.setattr("mlip_md.trainer.data.batching.make_batch", make)
+    return calls
+
+
+def test_batches_come_in_order_with_their_structures(store, budget, made):
+    plan = [np.array([k % len(store)]) for k in range(40)]
+    for ahead in (0, 1, 3, 100):
+        pairs = list(iterate_batches(store, plan, budget, ahead))
+        assert [indices for indices, _ in pairs] == plan
+        for indices, batch in pairs:
+            expected = store.interaction_energy[indices]
+            np.testing.assert_array_equal(batch.energy[:1], expected)
+    assert list(iterate_batches(store, [], budget)) == []
+    assert len(made) == 4 * 40
+    assert count_threads() == 0
+
+
+def test_an_error_of_a_batch_is_raised_in_its_place(store, budget):
+    plan = [np.array([0]), np.array([1]), np.arange(len(store)), np.array([2])]
+    seen = []
+    with pytest.raises(DataError, match="do not fit into"):  # noqa: PT012 - the loop is what raises
+        for indices, _ in iterate_batches(store, plan, budget):
+            seen.append(int(indices[0]))
+    assert seen == [0, 1]
+    assert count_threads() == 0
+
+
+def test_no_batch_is_made_for_who_has_left(store, budget, made):
+    plan = [np.array([k % len(store)]) for k in range(10**4)]
+    for indices, _ in iterate_batches(store, plan, budget, 2):
+        if indices[0] == 5:
+            break
+    assert count_threads() == 0
+    assert 6 <= len(made) <= 9
+    iterator = iterate_batches(store, plan, budget, 2)
     next(iterator)
     iterator.close()
-    assert wait_for_threads() == 0
+    assert count_threads() == 0
+    assert len(made) <= 13

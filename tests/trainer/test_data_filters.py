@@ -4,17 +4,18 @@ import itertools
 
 import ase.build
 import numpy as np
+import pydantic
 import pytest
 from ase.build import molecule
 
-from mlip_md.errors import DataError
-from mlip_md.trainer.data import Structure, iterate
+from mlip_md.trainer.data import LabeledStructure, iterate
 from mlip_md.trainer.data.filters import (
     FilterCounts,
     apply_filters,
     has_single_bonds,
     make_filters,
 )
+from mlip_md.trainer.recipe import CurationConfig
 
 
 def structure(atoms="H2O", forces=None, **changes):
@@ -22,7 +23,7 @@ def structure(atoms="H2O", forces=None, **changes):
     forces = np.zeros((len(atoms), 3)) if forces is None else forces
     periodic = bool(atoms.pbc.any())
     cell = {"cell": atoms.cell.array, "pbc": atoms.pbc} if periodic else {}
-    return Structure(atoms.numbers, atoms.positions, -1.0, forces, **cell, **changes)
+    return LabeledStructure(atoms.numbers, atoms.positions, -1.0, forces, **cell, **changes)
 
 
 def pushed(*forces):
@@ -33,7 +34,9 @@ def pushed(*forces):
 
 def curate(structures, **options):
     counts = FilterCounts()
-    return list(apply_filters(structures, make_filters(**options), counts)), counts.report()
+    return list(
+        apply_filters(structures, make_filters(CurationConfig(**options)), counts)
+    ), counts.report()
 
 
 @pytest.mark.parametrize(
@@ -80,7 +83,7 @@ def test_each_filter_removes_its_own():
     kept, report = curate(data)
     assert [data.index(s) for s in kept] == [0, 5, 7]
     assert report.removed == {
-        "hydrogen_bonds": 1,
+        "one_bond_per_hydrogen": 1,
         "neutral_only": 2,
         "max_force": 1,
         "max_net_force": 1,
@@ -93,18 +96,23 @@ def test_filters_can_be_switched_off():
     lost = molecule("H2O")
     lost.positions[1] += [0, 3, 0]
     data = [structure(lost, charge=1), pushed(99.0)]
-    off = {"neutral_only": False, "max_force": None, "max_net_force": None, "hydrogen_bonds": False}
+    off = {"neutral_only": False, "max_force": None, "max_net_force": None}
+    off["one_bond_per_hydrogen"] = False
     kept, report = curate(data, **off)
     assert len(kept) == 2
     assert report.removed == {}
-    kept, report = curate(data, **off, elements=[1, 6])
+    kept, report = curate(data, **off, elements=["H", "C"])
     assert (len(kept), report.removed) == (0, {"elements": 2})
 
 
 @pytest.mark.parametrize("limit", [0.0, -1.0, float("nan")])
 def test_impossible_limits(limit):
-    with pytest.raises(DataError, match="max_force"):
-        make_filters(max_force=limit)
+    with pytest.raises(pydantic.ValidationError, match="max_force"):
+        CurationConfig(max_force=limit)
+
+
+def test_without_a_curation_everything_passes():
+    assert make_filters(None) == {}
 
 
 def test_force_limit_does_not_depend_on_the_axes():
@@ -118,6 +126,6 @@ def test_real_monomers(reference_data):
     data = iterate(reference_data / "data" / "spice_mini_gfn2" / "mini_des.hdf5")
     kept, report = curate(itertools.islice(data, 2000))
     assert report.total == 2000
-    assert report.removed["neutral_only"] + report.removed["hydrogen_bonds"] < 0.06 * 2000
-    assert report.removed["hydrogen_bonds"] < 20  # sound molecules in thermal motion pass
+    assert report.removed["neutral_only"] + report.removed["one_bond_per_hydrogen"] < 0.06 * 2000
+    assert report.removed["one_bond_per_hydrogen"] < 20  # sound molecules in thermal motion pass
     assert {s.charge for s in kept} == {0}

@@ -11,19 +11,26 @@ import pytest
 from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from mlip_md.errors import DataError
+from mlip_md.errors import ConfigError, DataError
 from mlip_md.trainer.data import (
     BatchBudget,
-    SplitRule,
     is_prepared,
     make_batch,
     open_prepared,
     plan_epoch,
     prepare,
 )
+from mlip_md.trainer.data.prepared import open_prepared_for
+from mlip_md.trainer.recipe import DataConfig
 
 NAMES = ("H2O", "CH4", "CO2", "CH3OH", "C2H6", "H2", "C6H6", "CH3COOH")
-RULE = SplitRule(fractions=(0.5, 0.25, 0.25))
+SPLIT = {"train": 0.5, "validation": 0.25, "test": 0.25}
+
+
+def prepared(path, folder=None, **rows):
+    rows = {"cutoff": 4.0, "curate": None, **rows}
+    path = path if isinstance(path, list) else str(path)
+    return prepare(DataConfig.model_validate({"path": path, **rows}), folder=folder)
 
 
 def frames(names=NAMES, copies=3, seed=0):
@@ -49,12 +56,12 @@ def path(tmp_path):
 
 def test_the_folder_holds_the_same_as_the_memory(path, tmp_path):
     curate = {"max_net_force": None}
-    ours = prepare(path, 4.0, split=RULE, curate=curate)
-    theirs = prepare(path, 4.0, split=RULE, curate=curate, folder=tmp_path / "prepared")
+    ours = prepared(path, split=SPLIT, curate=curate)
+    theirs = prepared(path, split=SPLIT, curate=curate, folder=tmp_path / "prepared")
     assert is_prepared(tmp_path / "prepared")
     assert list(ours.parts) == list(theirs.parts) == ["train", "validation", "test"]
     assert ours.statistics.to_dict() == theirs.statistics.to_dict()
-    assert ours.settings == theirs.settings
+    assert ours.config == theirs.config
     assert ours.curation[str(path)].total == theirs.curation[str(path)].total == 24
     budget = BatchBudget.from_card(4, store=ours.parts["train"])
     for name, store in ours.parts.items():
@@ -65,11 +72,10 @@ def test_the_folder_holds_the_same_as_the_memory(path, tmp_path):
         for indices in plan_epoch(store, budget, 0, 0):
             batches = (make_batch(s, indices, budget) for s in (store, other))
             jax.tree.map(np.testing.assert_array_equal, *batches)
-    assert theirs.settings["on_bad"] == "error"
 
 
 def test_nothing_is_lost_and_no_molecule_parted(path):
-    data = prepare(path, 4.0, split=RULE)
+    data = prepared(path, split=SPLIT)
     names = [name for store in data.parts.values() for name in store.names]
     assert sorted(names) == sorted(f"{path}:[{k}]" for k in range(24))
     groups = [set(store.groups) for store in data.parts.values()]
@@ -77,7 +83,7 @@ def test_nothing_is_lost_and_no_molecule_parted(path):
 
 
 def test_energies_are_relative_to_the_training_part(path):
-    data = prepare(path, 4.0, split=RULE)
+    data = prepared(path, split=SPLIT)
     train, validation = data.parts["train"], data.parts["validation"]
     np.testing.assert_allclose(train.interaction_energy.mean(), 0, atol=0.5)
     assert train.elements == validation.elements == data.statistics.elements
@@ -95,13 +101,12 @@ def test_energies_are_relative_to_the_training_part(path):
 
 def test_files_of_their_own(path, tmp_path):
     ase.io.write(tmp_path / "valid.xyz", frames(("H2O",), 2, seed=7), format="extxyz")
-    data = prepare(path, 4.0, validation=tmp_path / "valid.xyz")
+    data = prepared(path, validation=str(tmp_path / "valid.xyz"))
     assert {name: len(store) for name, store in data.parts.items()} == {
         "train": 24,
         "validation": 2,
     }
-    rule = SplitRule(fractions=(0.5, 0.25, 0.25))
-    data = prepare(path, 4.0, validation=tmp_path / "valid.xyz", split=rule)
+    data = prepared(path, validation=str(tmp_path / "valid.xyz"), split=SPLIT)
     assert {name: len(store) for name, store in data.parts.items()} == {
         "train": 18,
         "validation": 2,
@@ -112,13 +117,13 @@ def test_files_of_their_own(path, tmp_path):
 def test_leaks_between_files_are_refused(path, tmp_path):
     ase.io.write(tmp_path / "valid.xyz", frames()[3:5], format="extxyz")
     with pytest.raises(DataError, match=r"valid\.xyz:\[0\]: a duplicate.*all\.xyz:\[3\]"):
-        prepare(path, 4.0, validation=tmp_path / "valid.xyz")
+        prepared(path, validation=str(tmp_path / "valid.xyz"))
 
 
 def test_elements_of_validation_only(path, tmp_path):
     ase.io.write(tmp_path / "valid.xyz", frames(("NH3",), 1), format="extxyz")
     with pytest.raises(DataError, match=r"valid\.xyz:\[0\]: N is not among the elements H, C, O"):
-        prepare(path, 4.0, validation=tmp_path / "valid.xyz")
+        prepared(path, validation=str(tmp_path / "valid.xyz"))
 
 
 def test_marks_of_the_file(tmp_path):
@@ -126,29 +131,29 @@ def test_marks_of_the_file(tmp_path):
     for k, atoms in enumerate(marked):
         atoms.info["split"] = ("train", "validation")[k % 4 == 0]
     ase.io.write(tmp_path / "a.xyz", marked, format="extxyz")
-    data = prepare(tmp_path / "a.xyz", 4.0, split=SplitRule(marks=True))
+    data = prepared(tmp_path / "a.xyz", split={"from_file": True})
     assert data.parts["validation"].names == tuple(
         f"{tmp_path / 'a.xyz'}:[{k}]" for k in range(0, 24, 4)
     )
     assert len(data.parts["train"]) == 18
     ase.io.write(tmp_path / "b.xyz", frames(), format="extxyz")
     with pytest.raises(DataError, match="no split is marked"):
-        prepare(tmp_path / "b.xyz", 4.0, split=SplitRule(marks=True))
+        prepared(tmp_path / "b.xyz", split={"from_file": True})
 
 
 def test_a_failed_preparation_leaves_nothing(path, tmp_path):
     with open(path, "a") as stream:
         stream.write("1\nProperties=species:S:1:pos:R:3 energy=1 pbc=T\nH 0 0 0\n")
     with pytest.raises(DataError):
-        prepare(path, 4.0, folder=tmp_path / "prepared")
+        prepared(path, folder=tmp_path / "prepared")
     assert not [p for p in tmp_path.iterdir() if "prepared" in p.name]
 
 
 def test_damaged_folders(path, tmp_path):
     folder = tmp_path / "prepared"
-    prepare(path, 4.0, folder=folder)
+    prepared(path, folder=folder)
     with pytest.raises(DataError, match="exists already"):
-        prepare(path, 4.0, folder=folder)
+        prepared(path, folder=folder)
     rows = np.load(folder / "train.npy")
     np.save(folder / "train.npy", rows[:-1])
     with pytest.raises(DataError, match="do not make up the whole"):
@@ -173,4 +178,52 @@ def test_all_charged(tmp_path):
         group["elements"], group["positions"] = [1, 1], np.eye(3)[:2]
         group["forces"] = np.zeros((2, 3))
     with pytest.raises(DataError, match=r"no structure is left .*removed .*neutral_only: 1"):
-        prepare(tmp_path / "a.h5", 4.0, curate={"hydrogen_bonds": False})
+        prepared(tmp_path / "a.h5", curate={"one_bond_per_hydrogen": False})
+
+
+def test_a_folder_of_format_version_1_says_the_same_in_words_of_the_recipe(path, tmp_path):
+    ase.io.write(tmp_path / "valid.xyz", frames(("H2O",), 2, seed=7), format="extxyz")
+    rows = {
+        "validation": [str(tmp_path / "valid.xyz")],
+        "split": {**SPLIT, "by": "structure", "seed": 5},
+        "curate": {"elements": ["H", "C", "O"], "max_net_force": None},
+    }
+    folder = tmp_path / "prepared"
+    new = prepared([str(path)], folder, **rows)
+    index = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
+    assert index.pop("data") == new.config.model_dump(mode="json")
+    index["format_version"] = 1
+    index["settings"] = {
+        "on_bad": "error",
+        "energy_key": None,
+        "forces_key": None,
+        "files": {"train": [str(path)], "validation": rows["validation"], "test": []},
+        "cutoff": 4.0,
+        "split": {"marks": False, "fractions": [0.5, 0.25, 0.25], "seed": 5, "by": "structure"},
+        "curate": {"elements": [1, 6, 8], "neutral_only": True, "hydrogen_bonds": True,
+                   "max_force": 15.0, "max_net_force": None},
+    }  # fmt: skip
+    (folder / "prepared.json").write_text(json.dumps(index), encoding="utf-8")
+    old = open_prepared(folder)
+    assert old.config == new.config
+    assert {n: p.names for n, p in old.parts.items()} == {n: p.names for n, p in new.parts.items()}
+    other = new.config.model_copy(update={"path": str(folder), "on_bad": "skip"})
+    with pytest.raises(ConfigError, match=r"data\.on_bad is .skip., but .* with .error"):
+        open_prepared_for(other, "average")
+    index["settings"]["split"]["fractions"] = [0.5, 0.5, 0.5]
+    (folder / "prepared.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(DataError, match="not a folder of prepared data"):
+        open_prepared(folder)
+
+
+def test_a_warning_says_what_the_data_leave_open(tmp_path, caplog):
+    ase.io.write(tmp_path / "water.xyz", frames(("H2O",), 4), format="extxyz")
+    rows = {"split": {"by": "structure"}, "curate": None}
+    prepared(tmp_path / "water.xyz", tmp_path / "prepared", **rows)
+    folder = DataConfig.model_validate({"path": str(tmp_path / "prepared"), "cutoff": 4.0, **rows})
+    open_prepared_for(folder, "average")
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert all("any multiple of 1 E0(H) - 2 E0(O)" in text for text in said)
+    open_prepared_for(folder, {1: -13.6, 8: -2043.9})
+    assert len(caplog.records) == 2

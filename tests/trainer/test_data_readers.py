@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from ase.calculators.singlepoint import SinglePointCalculator
 
+from mlip_md.constants import BOHR, HARTREE
 from mlip_md.errors import DataError
 from mlip_md.trainer.data import iterate, read, read_atomic_energies
 from mlip_md.trainer.data.readers import formal_charge, recognize
-from mlip_md.trainer.data.structures import BOHR, HARTREE
 
 STIFFNESS, LENGTH = 0.35, 1.4  # hartree/bohr², bohr: a diatomic on a spring
 

@@ -3,15 +3,22 @@
 import itertools
 
 import numpy as np
+import pydantic
 import pytest
 
 from mlip_md.errors import DataError
 from mlip_md.trainer.data.split import split_groups
+from mlip_md.trainer.recipe import SplitConfig
 
 
-def split(groups, fractions, seed, **options):
+def config(fractions, seed=0, by="group"):
+    train, validation, test = (*fractions, 0.0)[:3]
+    return SplitConfig(train=train, validation=validation, test=test, seed=seed, by=by)
+
+
+def split(groups, fractions, seed, by="group"):
     """Indices of the structures of each part."""
-    part = split_groups(groups, fractions, seed, **options)
+    part = split_groups(groups, config(fractions, seed, by))
     return [np.flatnonzero(part == k).tolist() for k in range(3)]
 
 
@@ -22,7 +29,6 @@ def split(groups, fractions, seed, **options):
         ((0.7, 0.2, 0.1), (70, 20, 10)),
         ((0.8, 0.2), (80, 20, 0)),
         ((1.0, 0.0, 0.0), (100, 0, 0)),
-        ((0.0, 0.5, 0.5), (0, 50, 50)),
         ((0.5, 0.0, 0.5), (50, 0, 50)),
         ((1 / 3, 1 / 3, 1 / 3), (33, 34, 33)),
     ],
@@ -60,19 +66,26 @@ def test_seed_decides():
 @pytest.mark.parametrize(
     ("fractions", "message"),
     [
-        ((0.5, 0.4, 0.0), "sum to 0.9"),
-        ((1.1, -0.1, 0.0), "at least 0"),
-        ((1.0,), "two or three"),
-        ((np.nan, 0.5, 0.5), "at least 0"),
+        ((0.5, 0.4, 0.0), "must be 1, not 0.9"),
+        ((0.9, -0.1, 0.2), "greater than or equal to 0"),
+        ((0.0, 0.5, 0.5), "greater than 0"),
+        ((np.nan, 0.5, 0.5), "less than or equal to 1"),
     ],
 )
 def test_impossible_fractions(fractions, message):
-    with pytest.raises(DataError, match=message):
-        split_groups("ab", fractions, 0)
+    with pytest.raises(pydantic.ValidationError, match=message):
+        config(fractions)
+
+
+@pytest.mark.parametrize("by", ["group", "structure"])
+def test_a_part_with_files_of_its_own_leaves_its_fraction_to_training(by):
+    groups = [f"g{k}" for k in range(100)]
+    part = split_groups(groups, config((0.7, 0.2, 0.1), 3, by), ["validation"])
+    assert np.bincount(part).tolist() == [90, 0, 10]
+    part = split_groups(groups, config((0.7, 0.2, 0.1), 3, by), ["validation", "test"])
+    assert (part == 0).all()
 
 
 def test_too_few_groups():
     with pytest.raises(DataError, match=r"1 groups cannot fill 2 parts.*by 'structure'"):
-        split_groups(["water"] * 10, (0.9, 0.1), 0)
-    with pytest.raises(DataError, match="by = 'atoms'"):
-        split_groups("ab", (0.5, 0.5), 0, by="atoms")
+        split_groups(["water"] * 10, config((0.9, 0.1)))

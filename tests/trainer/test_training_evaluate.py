@@ -17,11 +17,16 @@ from typer.testing import CliRunner
 
 from mlip_md.errors import ConfigError, DataError
 from mlip_md.trainer import cli
-from mlip_md.trainer.data import SplitRule, Statistics, Structure, prepare
-from mlip_md.trainer.data import training as dataset
-from mlip_md.trainer.data.training import prepare_data
+from mlip_md.trainer.data import LabeledStructure, Statistics, load_data, prepare, read
+from mlip_md.trainer.data.statistics import warn_of_open_energies
 from mlip_md.trainer.evaluate import evaluate, write_json
-from mlip_md.trainer.recipe import RECIPES, dump_resolved, load_recipe
+from mlip_md.trainer.recipe import (
+    RECIPES,
+    DataConfig,
+    SplitConfig,
+    dump_resolved,
+    load_recipe,
+)
 from mlip_md.trainer.report import draw_curves, draw_parity
 from mlip_md.trainer.train import Outcome, Trainer
 
@@ -37,7 +42,7 @@ def potential() -> PairPotential:
 @pytest.fixture(scope="module")
 def labeled(potential):
     """Structures whose labels are the potential's own values plus known errors."""
-    plain = [Structure(n, p, 0.0, np.zeros_like(f)) for n, p, _, f in molecules(12, seed=4)]
+    plain = [LabeledStructure(n, p, 0.0, np.zeros_like(f)) for n, p, _, f in molecules(12, seed=4)]
     own = evaluate(potential, plain)
     forces = np.split(own.forces[:, 1].reshape(-1, 3), np.cumsum([len(s) for s in plain])[:-1])
     structures = []
@@ -46,7 +51,7 @@ def labeled(potential):
         e0 = sum(E0[int(z)] for z in structure.atomic_numbers)
         energy = own.energies[k, 1] * len(structure) + e0
         structures.append(
-            Structure(
+            LabeledStructure(
                 structure.atomic_numbers,
                 structure.positions,
                 energy - ERRORS[subset][0],
@@ -116,7 +121,10 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(
     run_evaluate, labeled, tmp_path, monkeypatch
 ):
     write(tmp_path / "set.xyz", [frame(s) for s in labeled[:2]], format="extxyz")
-    for output, message in (("none/errors.json", "there is no folder"), (".", "not a file")):
+    for output, message in (
+        ("none/errors.json", "there is no folder"),
+        (".", "is a folder; name a file"),
+    ):
         result = run_evaluate(tmp_path / "absent.xyz", "--output", tmp_path / output)
         assert isinstance(result.exception, ConfigError)
         assert message in str(result.exception)
@@ -153,11 +161,13 @@ def test_a_potential_is_evaluated_on_what_a_recipe_can_read(run_evaluate, labele
 
 
 def test_a_prepared_folder_is_evaluated(run_evaluate, potential, labeled, tmp_path):
-    fluorine = Structure([1, 9], [[0.0, 0, 0], [0.9, 0, 0]], -1.0, np.zeros((2, 3)))
+    fluorine = LabeledStructure([1, 9], [[0.0, 0, 0], [0.9, 0, 0]], -1.0, np.zeros((2, 3)))
     frames = [*(frame(s, split="train") for s in labeled), frame(fluorine, split="train")]
     write(tmp_path / "set.xyz", frames, format="extxyz")
     folder = tmp_path / "prepared"
-    prepare(tmp_path / "set.xyz", potential.cutoff, split=SplitRule(True), folder=folder)
+    rows = {"path": str(tmp_path / "set.xyz"), "curate": None}
+    marked = DataConfig(**rows, cutoff=potential.cutoff, split=SplitConfig(from_file=True))
+    prepare(marked, folder=folder)
     assert "not made for F" in str(run_evaluate(folder).exception)
     assert "no part test; it has train" in str(run_evaluate(folder, "--split", "test").exception)
     expected = f"{1000 * evaluate(potential, labeled).overall['forces_rmse']:.3f}"
@@ -166,7 +176,7 @@ def test_a_prepared_folder_is_evaluated(run_evaluate, potential, labeled, tmp_pa
         assert result.exit_code == 0, result.output
         assert expected in result.output
         assert "1 structures of other elements were left out" in result.output
-    prepare(tmp_path / "set.xyz", 3.0, folder=tmp_path / "other")
+    prepare(DataConfig(**rows, cutoff=3.0), folder=tmp_path / "other")
     assert "with a cutoff of 3.0 Å" in str(run_evaluate(tmp_path / "other").exception)
 
 
@@ -205,8 +215,6 @@ def test_commands_check_and_prepare(tmp_path):
     result = CliRunner().invoke(app, ["prepare", str(recipe), str(tmp_path / "prepared")])
     assert result.exit_code == 0, result.output
     assert "48 train, 6 validation, 6 test" in result.output
-    from mlip_md.trainer.data.training import load_data
-
     mapped = load_recipe(str(recipe), [f"data.path={tmp_path / 'prepared'}"])[0]
     direct = load_recipe(str(recipe))[0]
     assert load_data(mapped).fingerprint == load_data(direct).fingerprint
@@ -217,7 +225,7 @@ def prepared(tmp_path_factory):
     """A data file and the folder that it was prepared to."""
     folder = tmp_path_factory.mktemp("data")
     file = write_data_set(folder / "set.hdf5", 20)
-    prepare_data(small_recipe(file), folder / "prepared")
+    prepare(small_recipe(file).data, folder=folder / "prepared")
     return file, folder / "prepared"
 
 
@@ -235,15 +243,16 @@ def prepared(tmp_path_factory):
     ],
 )  # fmt: skip
 def test_a_prepared_folder_and_a_recipe_that_says_otherwise(row, changes, prepared):
-    assert dataset.load_data(small_recipe(prepared[1]))
+    assert load_data(small_recipe(prepared[1]))
     with pytest.raises(ConfigError, match=f"data.{row}.*change data.{row.split()[0]}"):
-        dataset.load_data(small_recipe(prepared[1], data=changes))
+        load_data(small_recipe(prepared[1], data=changes))
 
 
 def test_filters_of_a_prepared_folder_are_compared(prepared, tmp_path):
     curate = {"elements": ["H", "C", "O"], "one_bond_per_hydrogen": False, "max_net_force": None}
-    prepare_data(small_recipe(prepared[0], data={"curate": curate}), tmp_path / "curated")
-    assert dataset.load_data(small_recipe(tmp_path / "curated", data={"curate": curate}))
+    recipe = small_recipe(prepared[0], data={"curate": curate})
+    prepare(recipe.data, folder=tmp_path / "curated")
+    assert load_data(small_recipe(tmp_path / "curated", data={"curate": curate}))
     for change, row in (
         ({"one_bond_per_hydrogen": True}, "curate.one_bond_per_hydrogen is true"),
         ({"max_force": 10.0}, "curate.max_force is 10.0"),
@@ -251,14 +260,14 @@ def test_filters_of_a_prepared_folder_are_compared(prepared, tmp_path):
     ):
         other = small_recipe(tmp_path / "curated", data={"curate": {**curate, **change}})
         with pytest.raises(ConfigError, match=f"data.{row}, but"):
-            dataset.load_data(other)
+            load_data(other)
 
 
 def test_given_atomic_energies_hold_for_a_prepared_folder(prepared):
     file, folder = prepared
     for energies, source in ((E0, "given"), ("zero", "zero"), ("average", "fitted to the data")):
         model = {"kind": "mace", "atomic_energies": energies}
-        mapped, direct = (dataset.load_data(small_recipe(p, model=model)) for p in (folder, file))
+        mapped, direct = (load_data(small_recipe(p, model=model)) for p in (folder, file))
         assert mapped.statistics.atomic_energies_source == source
         assert mapped.fingerprint == direct.fingerprint
         np.testing.assert_array_equal(
@@ -275,7 +284,7 @@ def test_folders_where_files_belong_are_named(prepared):
     )
     for changes, message in cases:
         with pytest.raises(DataError, match=message):
-            dataset.load_data(small_recipe(file, data=changes))
+            load_data(small_recipe(file, data=changes))
 
 
 def test_a_shipped_recipe_can_be_printed():
@@ -289,8 +298,6 @@ def test_a_shipped_recipe_can_be_printed():
 def test_labels_of_other_names_and_unusable_structures(tmp_path):
     """The recipe names the labels of an extxyz file and what to do with structures without them."""
     from ase.build import molecule
-
-    from mlip_md.trainer.data.training import load_data
 
     frames = []
     for k in range(12):
@@ -329,15 +336,15 @@ def test_exit_codes_of_the_train_command(status, code, tmp_path, monkeypatch):
 
     def load(recipe):
         logging.getLogger("mlip_md.trainer.data.readers").warning("skipped: %s", "x.xyz:[3]")
-        logging.getLogger(cli.E0_LOGGER).warning("a long text on E0")
         energies = np.array([-13.6, -2043.9])
         statistics = Statistics(
             (1, 8), energies, "given", ("1 E0(H) - 2 E0(O)",), 9.5, 1.0, 0.5, 7, 20, 190
         )
+        warn_of_open_energies(statistics)
         return SimpleNamespace(notes=("a.h5: kept 7 of 9 structures",), statistics=statistics)
 
     monkeypatch.setattr("mlip_md.trainer.train.Trainer", Instant)
-    monkeypatch.setattr("mlip_md.trainer.data.training.load_data", load)
+    monkeypatch.setattr("mlip_md.trainer.data.load_data", load)
     app = typer.Typer()
     app.command()(cli.train_command)
     options = ["--run", str(tmp_path), "--resume", "allow-changes", "--max-time", "23:30"]
@@ -361,7 +368,7 @@ def test_a_file_where_the_run_should_go_is_found_before_the_work(tmp_path):
         arguments = ["organics-gfn2", "--run", str(tmp_path / folder)]  # and no data set is there
         error = CliRunner().invoke(app, arguments).exception
         assert isinstance(error, ConfigError)
-        assert f"{tmp_path / 'taken'} is a file; name a folder" in str(error)
+        assert f"{tmp_path / 'taken'} is a file; name another folder" in str(error)
 
 
 @pytest.mark.parametrize("text", ["5", "1:60", "a:b", ":", "-1:00"])
@@ -375,8 +382,6 @@ def test_odd_durations_are_refused(text):
 def test_from_recipe_to_a_potential_that_loads(kind, tmp_path):
     """Whole way with real networks: train, best model, report, load, evaluate."""
     import mlip_md
-    from mlip_md.trainer.data import read
-    from mlip_md.trainer.data.training import load_data
 
     models = {
         "mace": small_recipe("x").model,

@@ -17,7 +17,8 @@ from training_cases import FLIP, small_recipe, write_data_set
 from mlip_md.errors import CheckpointError, DataError, NonFiniteError
 from mlip_md.trainer import train
 from mlip_md.trainer.checkpoint import leaves_by_path, state_hash
-from mlip_md.trainer.data.training import load_data
+from mlip_md.trainer.costs import time_steps
+from mlip_md.trainer.data import load_data
 from mlip_md.trainer.evaluate import evaluate_store
 from mlip_md.trainer.loss import weights_at
 from mlip_md.trainer.step import averaged_params, init_state, make_eval_step, make_train_step
@@ -439,7 +440,7 @@ def test_averages_wait_for_the_end_of_an_accumulation(recipe, data):
 
 
 def test_a_dry_run_writes_nothing(recipe, data, tmp_path):
-    times = Trainer(recipe, data, tmp_path / "run").dry_run(3)
+    times = time_steps(Trainer(recipe, data, tmp_path / "run"), 3)
     assert times["structures_per_second"] > 0
     assert not (tmp_path / "run").exists()
 

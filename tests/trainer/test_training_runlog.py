@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from mlip_md.errors import CheckpointError
+from mlip_md.errors import OutputError
 from mlip_md.trainer.runlog import RunLog
 
 ROWS = [{"epoch": k, "step": 6 * k, "loss": 0.5 / (k + 1), "seconds": float("nan")} for k in (0, 1)]
@@ -69,6 +69,6 @@ def test_a_full_disk_while_dropping_rows_keeps_the_old_ones(log, monkeypatch):
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CheckpointError, match="No space left"):
+    with pytest.raises(OutputError, match="No space left"):
         log.truncate(0, 0)
     assert (log.metrics.read_bytes(), log.events.read_bytes()) == before

@@ -5,10 +5,8 @@ from mlip_md.trainer.data.batching import BatchBudget as BatchBudget
 from mlip_md.trainer.data.batching import iterate_batches as iterate_batches
 from mlip_md.trainer.data.batching import make_batch as make_batch
 from mlip_md.trainer.data.batching import plan_epoch as plan_epoch
-from mlip_md.trainer.data.batching import prefetch as prefetch
 from mlip_md.trainer.data.filters import CurationReport as CurationReport
 from mlip_md.trainer.data.prepared import PreparedData as PreparedData
-from mlip_md.trainer.data.prepared import SplitRule as SplitRule
 from mlip_md.trainer.data.prepared import is_prepared as is_prepared
 from mlip_md.trainer.data.prepared import open_prepared as open_prepared
 from mlip_md.trainer.data.prepared import prepare as prepare
@@ -20,4 +18,6 @@ from mlip_md.trainer.data.statistics import compute_statistics as compute_statis
 from mlip_md.trainer.data.statistics import fit_atomic_energies as fit_atomic_energies
 from mlip_md.trainer.data.store import GraphStore as GraphStore
 from mlip_md.trainer.data.store import open_store as open_store
-from mlip_md.trainer.data.structures import Structure as Structure
+from mlip_md.trainer.data.structures import LabeledStructure as LabeledStructure
+from mlip_md.trainer.data.training import TrainingData as TrainingData
+from mlip_md.trainer.data.training import load_data as load_data

@@ -1,4 +1,4 @@
-"""Batches of static shape: budgets, the plan of an epoch, assembly, prefetching.
+"""Batches of static shape: budgets, the plan of an epoch, assembly, a thread that runs ahead.
 
 The plan is a pure function of the seed and the epoch, so a run is resumed in the middle of an epoch
 with nothing but (epoch, batch), and every process of a parallel run makes the same plan.
@@ -7,10 +7,10 @@ with nothing but (epoch, batch), and every process of a parallel run makes the s
 from __future__ import annotations
 
 import dataclasses
-import queue
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from flax import struct
@@ -18,8 +18,6 @@ from flax import struct
 from mlip_md.errors import DataError
 from mlip_md.graph import Array, Graph
 from mlip_md.trainer.data.store import GraphStore, ranges
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,11 +133,11 @@ def plan_epoch(
     if shuffle:
         generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(epoch,)))
         order = generator.permutation(order)
-    starts = pack(store.num_atoms[order], store.num_edges[order], budget)
+    starts = pack_greedily(store.num_atoms[order], store.num_edges[order], budget)
     return np.split(order, starts[1:])
 
 
-def pack(num_atoms: np.ndarray, num_edges: np.ndarray, budget: BatchBudget) -> list[int]:
+def pack_greedily(num_atoms: np.ndarray, num_edges: np.ndarray, budget: BatchBudget) -> list[int]:
     """First positions of the batches into which consecutive structures are packed greedily."""
     count = len(num_atoms)
     position = np.arange(count)
@@ -252,61 +250,29 @@ def make_batch(store: GraphStore, indices: np.ndarray, budget: BatchBudget) -> B
 
 
 def iterate_batches(
-    store: GraphStore,
-    plan: Sequence[np.ndarray],
-    budget: BatchBudget,
-    start: int = 0,
-    prefetch_size: int = 2,
-) -> Iterator[Batch]:
-    """Batches of a plan from number ``start`` on, assembled ahead in a thread of their own."""
-    return prefetch((make_batch(store, indices, budget) for indices in plan[start:]), prefetch_size)
+    store: GraphStore, plan: Sequence[np.ndarray], budget: BatchBudget, ahead: int = 2
+) -> Iterator[tuple[np.ndarray, Batch]]:
+    """The batches of a plan with the indices of their structures, assembled in another thread.
 
-
-def prefetch(items: Iterable[T], size: int = 2) -> Iterator[T]:
-    """Iterate in a background thread, at most ``size`` items ahead.
-
-    Errors of the items are raised here, in their place. The thread ends when the items do, and when
+    An error of ``make_batch`` is raised in its place. The thread ends when the plan does, and when
     this iterator is closed, left by an exception or garbage collected.
 
     Args:
-        items: what to iterate; only ever used by the one thread.
-        size: number of items to hold ready; 0 iterates without a thread.
+        store: graphs with energy labels.
+        plan: as ``plan_epoch`` gives it.
+        budget: shape of the batches.
+        ahead: batches that are assembled before they are asked for.
     """
-    if size == 0:
-        yield from items
-        return
-    ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=size)
-    stop = threading.Event()
-    thread = threading.Thread(target=_produce, args=(items, ready, stop), daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, value = ready.get()
-            if kind == "item":
-                yield value
-            elif kind == "error":
-                raise value
-            else:
-                return
-    finally:
-        stop.set()
-        while thread.is_alive():
-            with_room = not ready.empty()
-            if with_room:
-                ready.get_nowait()
-            thread.join(timeout=0.01)
-
-
-def _produce(
-    items: Iterable[Any], ready: queue.Queue[tuple[str, Any]], stop: threading.Event
-) -> None:
-    try:
-        for item in items:
-            if stop.is_set():
-                return
-            ready.put(("item", item))
-            if stop.is_set():
-                return
-        ready.put(("end", None))
-    except BaseException as error:
-        ready.put(("error", error))
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as worker:
+        waiting: deque[tuple[np.ndarray, Future[Batch]]] = deque()
+        try:
+            for indices in plan:
+                waiting.append((indices, worker.submit(make_batch, store, indices, budget)))
+                if len(waiting) > ahead:
+                    first, batch = waiting.popleft()
+                    yield first, batch.result()
+            for first, batch in waiting:
+                yield first, batch.result()
+        finally:
+            for _, batch in waiting:
+                batch.cancel()

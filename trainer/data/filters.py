@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from ase.data import covalent_radii
 
-from mlip_md.errors import DataError
+from mlip_md.elements import ATOMIC_NUMBERS, LARGEST_ATOMIC_NUMBER
 from mlip_md.neighbors.host import neighbor_list
-from mlip_md.trainer.data.structures import MAX_ATOMIC_NUMBER, Structure
+from mlip_md.trainer.data.structures import LabeledStructure
+from mlip_md.trainer.recipe.schema import CurationConfig
 
 BOND_FACTOR = 1.3
 """Two atoms are bonded when closer than this times the sum of their covalent radii."""
 
-Filters = dict[str, Callable[[Structure], bool]]
+Filters = dict[str, Callable[[LabeledStructure], bool]]
 
 IONS = [3, 4, 11, 12, 19, 20, 37, 38, 55, 56]
 """Alkali and alkaline earth metals: cations beside a hydrogen, not bonded to it."""
@@ -66,51 +67,35 @@ class FilterCounts:
         return CurationReport(total, self.kept, dict(self.removed), examples)
 
 
-def make_filters(
-    *,
-    neutral_only: bool = True,
-    max_force: float | None = 15.0,
-    max_net_force: float | None = 0.1,
-    hydrogen_bonds: bool = True,
-    elements: Sequence[int] | None = None,
-) -> Filters:
-    """The filters of a curation, by name in the order of application; each can be switched off.
+def make_filters(config: CurationConfig | None) -> Filters:
+    """The filters of a curation, named by its rows, in the order of application.
 
     Args:
-        neutral_only: remove structures with a charge.
-        max_force: eV/Å, longest force vector on an atom; None switches this filter off.
-        max_net_force: eV/Å, length of the sum of all forces, which is numerical noise of the
-            reference method; None switches this filter off.
-        hydrogen_bonds: remove structures where a hydrogen has not exactly one bond.
-        elements: allowed atomic numbers; None allows all.
-
-    Raises:
-        DataError: if a limit is not positive, or an element is no atomic number.
+        config: what to remove, see ``CurationConfig``; None removes nothing.
     """
-    for name, limit in (("max_force", max_force), ("max_net_force", max_net_force)):
-        if limit is not None and not limit > 0:
-            raise DataError(f"{name} = {limit!r} is not allowed; give a positive number or None")
     filters: Filters = {}
-    if elements is not None:
-        if not elements or min(elements) < 1 or max(elements) > MAX_ATOMIC_NUMBER:
-            raise DataError(f"elements = {list(elements)} must be atomic numbers")
-        allowed = np.zeros(MAX_ATOMIC_NUMBER + 1, bool)
-        allowed[list(elements)] = True
+    if config is None:
+        return filters
+    max_force, max_net_force = config.max_force, config.max_net_force
+    if config.elements is not None:
+        allowed = np.zeros(LARGEST_ATOMIC_NUMBER + 1, bool)
+        allowed[[ATOMIC_NUMBERS[name] for name in config.elements]] = True
         filters["elements"] = lambda s: bool(allowed[s.atomic_numbers].all())
-    if hydrogen_bonds:
-        filters["hydrogen_bonds"] = has_single_bonds
-    if neutral_only:
+    if config.one_bond_per_hydrogen:
+        filters["one_bond_per_hydrogen"] = has_single_bonds
+    if config.neutral_only:
         filters["neutral_only"] = lambda s: s.charge == 0
     if max_force is not None:
         filters["max_force"] = lambda s: _longest(s.forces) <= max_force
     if max_net_force is not None:
+        # The sum of all forces is numerical noise of the reference method.
         filters["max_net_force"] = lambda s: _longest(s.forces.sum(axis=0)) <= max_net_force
     return filters
 
 
 def apply_filters(
-    structures: Iterable[Structure], filters: Filters, counts: FilterCounts
-) -> Iterator[Structure]:
+    structures: Iterable[LabeledStructure], filters: Filters, counts: FilterCounts
+) -> Iterator[LabeledStructure]:
     """Yield the structures that pass all filters, and count the others by the first they fail."""
     for name in filters:
         counts.removed.setdefault(name, 0)
@@ -130,7 +115,7 @@ def _longest(vectors: np.ndarray) -> float:
     return math.sqrt(float((vectors * vectors).sum(axis=-1).max()))
 
 
-def has_single_bonds(structure: Structure) -> bool:
+def has_single_bonds(structure: LabeledStructure) -> bool:
     """Whether every hydrogen has exactly one bond.
 
     A bond is a distance below 1.3 times the sum of the covalent radii (Cordero et al., Dalton
@@ -153,7 +138,7 @@ def has_single_bonds(structure: Structure) -> bool:
 
 
 def _periodic_single_bonds(
-    structure: Structure, cell: np.ndarray, radii: np.ndarray, hydrogens: np.ndarray
+    structure: LabeledStructure, cell: np.ndarray, radii: np.ndarray, hydrogens: np.ndarray
 ) -> bool:
     longest = BOND_FACTOR * (covalent_radii[1] + max(float(radii.max()), 0.0))
     i, j, shifts = neighbor_list(structure.positions, cell, structure.pbc, longest)

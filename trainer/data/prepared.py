@@ -1,31 +1,43 @@
-"""From files to the graphs of all parts of a data set, in memory or in a folder for many runs."""
+"""From files to the graphs of all parts of a data set, in memory or in a folder for many runs.
+
+A folder holds the recipe's section on data with which it was made; ``open_prepared_for`` refuses
+one that was made in another way than a recipe says.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlip_md.errors import DataError
-from mlip_md.trainer.data.filters import (
-    CurationReport,
-    FilterCounts,
-    Filters,
-    apply_filters,
-    make_filters,
-)
-from mlip_md.trainer.data.readers import SPLITS, iterate
+from mlip_md.constants import SPLITS
+from mlip_md.elements import symbol
+from mlip_md.errors import ConfigError, DataError
+from mlip_md.files import write_text
+from mlip_md.trainer.data.filters import CurationReport, FilterCounts, apply_filters, make_filters
+from mlip_md.trainer.data.readers import iterate
 from mlip_md.trainer.data.split import split_groups
-from mlip_md.trainer.data.statistics import AtomicEnergies, Statistics, compute_statistics
+from mlip_md.trainer.data.statistics import (
+    FITTED,
+    AtomicEnergies,
+    Statistics,
+    compute_statistics,
+    warn_of_open_energies,
+)
 from mlip_md.trainer.data.store import GraphStore, new_folder, open_store
-from mlip_md.trainer.data.structures import Structure
+from mlip_md.trainer.data.structures import LabeledStructure
+from mlip_md.trainer.recipe.compare import find_differences
+from mlip_md.trainer.recipe.schema import DataConfig
 
-FORMAT_VERSION = 1
-Paths = str | Path | Sequence[str | Path]
+FORMAT_VERSION = 2
+
+OF_BATCHES = {"path", "max_n_node", "max_n_edge", "batch_size", "on_oversize"}
+"""Rows of ``DataConfig`` that every run chooses for itself, also with prepared data."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,94 +49,53 @@ class PreparedData:
             Their flat arrays are shared.
         statistics: of the training part.
         curation: what the filters removed, by file.
-        settings: how it was made, as plain JSON values.
+        config: how it was made.
     """
 
     parts: Mapping[str, GraphStore]
     statistics: Statistics
     curation: Mapping[str, CurationReport]
-    settings: Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class SplitRule:
-    """How structures are parted that no file of their own assigns to a part.
-
-    Attributes:
-        marks: follow the marks that the files carry; then the rest is not used.
-        fractions: of training, validation and test structures.
-        seed: of the random choice.
-        by: "group" (whole molecules) or "structure".
-    """
-
-    marks: bool = False
-    fractions: Sequence[float] = (0.9, 0.1, 0.0)
-    seed: int = 0
-    by: str = "group"
+    config: DataConfig
 
 
 def prepare(
-    paths: Paths,
-    cutoff: float,
-    *,
-    validation: Paths = (),
-    test: Paths = (),
-    split: SplitRule | None = None,
-    curate: Mapping[str, Any] | None = None,
+    config: DataConfig,
     atomic_energies: AtomicEnergies = "average",
-    on_rank_deficient: str = "warn",
-    on_bad: str = "error",
-    energy_key: str | None = None,
-    forces_key: str | None = None,
     folder: str | Path | None = None,
 ) -> PreparedData:
     """Read, curate and split files, and make the graphs of all parts.
 
     Files are read piece by piece; with a folder, memory does not grow with their size but for
-    about 1 kB per structure.
+    about 1 kB per structure. A warning is logged if the data leave E0 open.
 
     Args:
-        paths: file or files to train on, and to split where no other files are given.
-        cutoff: Å.
-        validation: file or files for validation; then nothing is split off for it.
-        test: file or files for testing, likewise.
-        split: how the structures of ``paths`` are parted; None: 90 % and 10 %, by molecule. With
-            ``validation`` or ``test`` files the fraction of that part goes to training.
-        curate: options of ``make_filters``; None keeps everything.
-        atomic_energies: "average", "zero" or a map of atomic number to eV.
-        on_rank_deficient: "warn" or "error", see ``compute_statistics``.
-        on_bad: "error", or "skip" for unusable structures.
-        energy_key: extxyz: name of the energy; None tries the usual ones.
-        forces_key: extxyz: name of the forces, likewise.
-        folder: new folder for ``open_prepared``; None keeps everything in memory.
+        config: files, filters, split, cutoff (Å). Where ``validation`` or ``test`` files are named,
+            the fraction of that part goes to training.
+        atomic_energies: "average" (or None), "zero" or a map of atomic number to eV.
+        folder: new folder, to be named as ``data.path`` of later runs; None keeps everything in
+            memory.
 
     Returns:
         The parts and their statistics.
 
     Raises:
+        ConfigError: if no data set is named.
         DataError: on unusable files, structures that occur twice (a leak between parts), an empty
-            training part, or elements that only validation or test structures have.
+            training part, elements that only validation or test structures have, or if the folder
+            exists.
     """
-    rule = split or SplitRule()
-    sources = [_paths(paths), _paths(validation), _paths(test)]
-    filters = {} if curate is None else make_filters(**curate)
-    how = {"on_bad": on_bad, "energy_key": energy_key, "forces_key": forces_key}
-    settings = {
-        **how,
-        "files": {name: [str(p) for p in s] for name, s in zip(SPLITS, sources, strict=True)},
-        "cutoff": float(cutoff),
-        "split": {**dataclasses.asdict(rule), "fractions": [float(x) for x in rule.fractions]},
-        "curate": None if curate is None else dict(curate),
-    }
-    reading = _Reading(sources, filters, how, rule.marks)
+    reading = _Reading(config)
     if folder is None:
-        store = GraphStore.from_structures(reading.structures(), cutoff)
-        return _parted(store, reading, rule, settings, atomic_energies, on_rank_deficient)
-    with new_folder(Path(folder)) as partial:
-        store = GraphStore.from_structures(reading.structures(), cutoff, folder=partial / "graphs")
-        data = _parted(store, reading, rule, settings, atomic_energies, on_rank_deficient)
-        _write(partial, data, store)
-    return open_prepared(folder)
+        store = GraphStore.from_structures(reading.structures(), config.cutoff)
+        data = _part(store, reading, atomic_energies)
+    else:
+        with new_folder(Path(folder)) as partial:
+            graphs = partial / "graphs"
+            store = GraphStore.from_structures(reading.structures(), config.cutoff, folder=graphs)
+            _write(partial, _part(store, reading, atomic_energies), store)
+        data = open_prepared(folder)
+    warn_of_open_energies(data.statistics)
+    return data
 
 
 def open_prepared(folder: str | Path) -> PreparedData:
@@ -136,23 +107,51 @@ def open_prepared(folder: str | Path) -> PreparedData:
     folder = Path(folder)
     try:
         index = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
-        if index["format_version"] != FORMAT_VERSION:
+        if index["format_version"] not in (1, FORMAT_VERSION):
             raise DataError(
-                f"{folder}: format version {index['format_version']}, this program reads "
+                f"{folder}: format version {index['format_version']}, this program reads 1 to "
                 f"{FORMAT_VERSION}; prepare the data again"
             )
+        values = _upgrade(index["settings"]) if index["format_version"] == 1 else index["data"]
+        config = DataConfig.model_validate(values)
         statistics = Statistics.from_dict(index["statistics"])
         rows = {name: np.load(folder / f"{name}.npy") for name in index["parts"]}
         reports = {name: CurationReport(**report) for name, report in index["curation"].items()}
+    except DataError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"{folder}: not a folder of prepared data ({error})") from error
     store = open_store(folder / "graphs")
     if sum(len(r) for r in rows.values()) != len(store):
         raise DataError(f"{folder}: its parts do not make up the whole; prepare the data again")
     parts = {name: _labeled(store.subset(r), statistics) for name, r in rows.items()}
-    return PreparedData(parts, statistics, reports, index["settings"])
+    return PreparedData(parts, statistics, reports, config)
+
+
+def open_prepared_for(config: DataConfig, atomic_energies: AtomicEnergies) -> PreparedData:
+    """Open the folder ``config.path`` with other E0; everything else must be as it was prepared.
+
+    Args:
+        config: of the run.
+        atomic_energies: "average" (or None), "zero" or a map of atomic number to eV.
+
+    Raises:
+        ConfigError: if the folder was made in another way than ``config`` says.
+        DataError: as ``open_prepared``, and if E0 of an element is missing.
+    """
+    data = open_prepared(str(config.path))
+    for name, (prepared, given) in _find_changes(data.config, config).items():
+        raise ConfigError(
+            f"{name} is {json.dumps(given)}, but {config.path} was prepared with "
+            f"{json.dumps(prepared)}; prepare the data again or change {name}"
+        )
+    fitted = data.statistics.atomic_energies_source == FITTED
+    if "train" in data.parts and not (atomic_energies in (None, "average") and fitted):
+        statistics = compute_statistics(data.parts["train"], atomic_energies)
+        parts = {name: _labeled(part, statistics) for name, part in data.parts.items()}
+        data = dataclasses.replace(data, parts=parts, statistics=statistics)
+    warn_of_open_energies(data.statistics)
+    return data
 
 
 def is_prepared(folder: str | Path) -> bool:
@@ -160,38 +159,96 @@ def is_prepared(folder: str | Path) -> bool:
     return (Path(folder) / "prepared.json").is_file()
 
 
-def _paths(paths: Paths) -> list[Path]:
-    return [Path(paths)] if isinstance(paths, str | Path) else [Path(p) for p in paths]
+def _find_changes(prepared: DataConfig, given: DataConfig) -> dict[str, tuple[Any, Any]]:
+    """Rows that a folder was prepared with and that a recipe has otherwise."""
+    trees: list[dict[str, Any]] = []
+    for config in (prepared, given):
+        rows = config.model_dump(mode="json", exclude=OF_BATCHES)
+        for name in ("validation", "test"):
+            if getattr(given, name) is None:  # leaves it to the folder
+                del rows[name]
+            else:
+                rows[name] = _list_paths(rows[name])
+        if config.split.from_file:
+            rows["split"] = {"from_file": True}  # the others mean nothing then
+        trees.append(rows)
+    before, now = trees
+    return find_differences(before, now, "data")
+
+
+def _upgrade(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The section on data of a folder of format version 1, which had words of its own for it."""
+    files, split, curate = settings["files"], settings["split"], settings["curate"]
+    if curate is not None:
+        curate = {**curate, "one_bond_per_hydrogen": curate.get("hydrogen_bonds", True)}
+        curate.pop("hydrogen_bonds", None)
+        if curate.get("elements") is not None:
+            curate["elements"] = [symbol(z) for z in curate["elements"]]
+    fractions = dict(zip(SPLITS, (*split["fractions"], 0.0), strict=False))
+    return {
+        "path": files["train"],
+        "validation": files["validation"] or None,
+        "test": files["test"] or None,
+        "split": {"from_file": split["marks"], "by": split["by"], "seed": split["seed"]}
+        | fractions,
+        "curate": curate,
+        **{name: settings[name] for name in ("cutoff", "on_bad", "energy_key", "forces_key")},
+    }
+
+
+def _list_paths(paths: str | list[str] | None) -> list[str]:
+    return [paths] if isinstance(paths, str) else paths or []
 
 
 class _Reading:
     """Structures of all files, one after the other; notes the part of each that was kept."""
 
-    def __init__(
-        self, sources: list[list[Path]], filters: Filters, how: Mapping[str, Any], marks: bool
-    ):
-        self.sources, self.filters, self.how, self.marks = sources, filters, how, marks
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+        self.files = [_list_paths(p) for p in (config.path, config.validation, config.test)]
         self.part: list[int] = []  # of each kept structure; -1: to be split
         self.reports: dict[str, CurationReport] = {}
+        self._check_files()
 
-    def structures(self) -> Iterator[Structure]:
-        seen: dict[int, str] = {}
-        for part, paths in enumerate(self.sources):
+    def _check_files(self) -> None:
+        if not self.config.path:
+            raise ConfigError("no data set is given; name its file: --set data.path=FILE")
+        for path in itertools.chain(*self.files):
+            if is_prepared(path):
+                raise DataError(
+                    f"{path} is a folder of prepared data; it can only stand alone, as data.path"
+                )
+            if Path(path).is_dir():
+                raise DataError(f"{path} is a folder; name the files in it")
+            if not Path(path).is_file():
+                raise DataError(f"there is no data file {path}")
+
+    def structures(self) -> Iterator[LabeledStructure]:
+        """What passes the filters, file by file."""
+        config, seen = self.config, dict[int, str]()
+        filters = make_filters(config.curate)
+        for part, paths in enumerate(self.files):
             for path in paths:
                 counts = FilterCounts()
-                read = iterate(path, seen=seen, **self.how)
-                for structure in apply_filters(read, self.filters, counts):
-                    self.part.append(self._part(structure, part))
+                read = iterate(
+                    path,
+                    on_bad=config.on_bad,
+                    energy_key=config.energy_key,
+                    forces_key=config.forces_key,
+                    seen=seen,
+                )
+                for structure in apply_filters(read, filters, counts):
+                    self.part.append(self._part_of(structure, part))
                     yield structure
                 self.reports[str(path)] = counts.report()
         if not self.part:
             reports = "; ".join(f"{path}: {report}" for path, report in self.reports.items())
-            raise DataError(f"no structure is left to work with ({reports or 'no file is named'})")
+            raise DataError(f"no structure is left to work with ({reports})")
 
-    def _part(self, structure: Structure, part: int) -> int:
+    def _part_of(self, structure: LabeledStructure, part: int) -> int:
         if part > 0:
             return part
-        if not self.marks:
+        if not self.config.split.from_file:
             return -1
         if not structure.mark:
             raise DataError(
@@ -200,38 +257,24 @@ class _Reading:
         return SPLITS.index(structure.mark)
 
 
-def _parted(
-    store: GraphStore,
-    reading: _Reading,
-    rule: SplitRule,
-    settings: Mapping[str, Any],
-    atomic_energies: AtomicEnergies,
-    on_rank_deficient: str,
-) -> PreparedData:
+def _part(store: GraphStore, reading: _Reading, atomic_energies: AtomicEnergies) -> PreparedData:
+    """The parts of a store with everything that was read, and their statistics."""
     part = np.array(reading.part)
     free = np.flatnonzero(part < 0)
     if len(free):
-        fractions = np.append(np.asarray(rule.fractions, np.float64), 0.0)[:3]
-        for k in (1, 2):
-            if reading.sources[k]:
-                fractions[[0, k]] = fractions[0] + fractions[k], 0.0
         groups = [store.groups[k] for k in free.tolist()]
-        part[free] = split_groups(groups, fractions.tolist(), rule.seed, rule.by)
-    stores = {}
-    for k, name in enumerate(SPLITS):
-        rows = np.flatnonzero(part == k)
-        if len(rows):
-            stores[name] = store.subset(rows)
+        own_files = [name for k, name in enumerate(SPLITS) if k and reading.files[k]]
+        part[free] = split_groups(groups, reading.config.split, own_files)
+    rows = {name: np.flatnonzero(part == k) for k, name in enumerate(SPLITS)}
+    stores = {name: store.subset(r) for name, r in rows.items() if len(r)}
     if "train" not in stores:
         raise DataError("the training part is empty; change the split or name other files")
     train = stores["train"]
     present = [z for z, n in zip(train.elements, train.compositions.sum(0), strict=True) if n]
     stores = {name: part.with_elements(present) for name, part in stores.items()}
-    statistics = compute_statistics(
-        stores["train"], atomic_energies=atomic_energies, on_rank_deficient=on_rank_deficient
-    )
-    labeled = {name: _labeled(part, statistics) for name, part in stores.items()}
-    return PreparedData(labeled, statistics, reading.reports, settings)
+    statistics = compute_statistics(stores["train"], atomic_energies)
+    parts = {name: _labeled(part, statistics) for name, part in stores.items()}
+    return PreparedData(parts, statistics, reading.reports, reading.config)
 
 
 def _labeled(store: GraphStore, statistics: Statistics) -> GraphStore:
@@ -245,8 +288,8 @@ def _write(folder: Path, data: PreparedData, store: GraphStore) -> None:
     index = {
         "format_version": FORMAT_VERSION,
         "parts": list(data.parts),
-        "settings": data.settings,
+        "data": data.config.model_dump(mode="json"),
         "statistics": data.statistics.to_dict(),
         "curation": {path: dataclasses.asdict(r) for path, r in data.curation.items()},
     }
-    (folder / "prepared.json").write_text(json.dumps(index, indent=1))
+    write_text(folder / "prepared.json", json.dumps(index, indent=1))

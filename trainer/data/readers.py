@@ -1,4 +1,4 @@
-"""Read labelled structures from SPICE files, curated HDF5 files and extended XYZ.
+"""Read labeled structures from SPICE files, curated HDF5 files and extended XYZ.
 
 Everything comes out in Å, eV and eV/Å. A label that is missing, infinite or of the wrong shape is
 an error that names file, key and index; nothing is ever filled in.
@@ -25,12 +25,19 @@ import ase.units
 import h5py
 import numpy as np
 
+from mlip_md.constants import (
+    ANGSTROM_PER_NM,
+    BOHR,
+    HARTREE,
+    KJ_PER_KCAL,
+    KJ_PER_MOL_PER_EV,
+    SPLITS,
+)
+from mlip_md.elements import LARGEST_ATOMIC_NUMBER
 from mlip_md.errors import DataError
-from mlip_md.trainer.data.structures import BOHR, HARTREE, MAX_ATOMIC_NUMBER, Structure
+from mlip_md.trainer.data.structures import LabeledStructure
 
 logger = logging.getLogger(__name__)
-
-SPLITS = ("train", "validation", "test")
 
 ENERGY_KEYS = ("REF_energy", "energy", "Energy")
 FORCES_KEYS = ("REF_forces", "forces", "Forces")
@@ -38,12 +45,12 @@ STRESS_KEYS = ("REF_stress", "stress")
 VIRIAL_KEYS = ("REF_virial", "REF_virials", "virial", "virials")
 GROUP_KEYS = ("smiles", "SMILES", "group", "molecule")
 
-LENGTH_UNITS = {"bohr": BOHR, "angstrom": 1.0, "nanometer": 10.0}
+LENGTH_UNITS = {"bohr": BOHR, "angstrom": 1.0, "nanometer": ANGSTROM_PER_NM}
 ENERGY_UNITS = {
     "hartree": HARTREE,
     "ev": 1.0,
-    "kj/mol": HARTREE / 2625.4996394799,
-    "kcal/mol": HARTREE / 627.5094740631,
+    "kj/mol": 1.0 / KJ_PER_MOL_PER_EV,
+    "kcal/mol": KJ_PER_KCAL / KJ_PER_MOL_PER_EV,
 }
 _QUOTIENTS = [(e, l, ENERGY_UNITS[e], LENGTH_UNITS[l]) for e in ENERGY_UNITS for l in LENGTH_UNITS]
 FORCE_UNITS = {f"{e}/{l}": energy / length for e, l, energy, length in _QUOTIENTS}
@@ -67,7 +74,7 @@ ATOMIC_ENERGY_ATTRIBUTES = {
 Fields = dict[str, Any]
 
 
-def read(path: str | Path, **options: Any) -> list[Structure]:
+def read(path: str | Path, **options: Any) -> list[LabeledStructure]:
     """All structures of a file at once; options and errors as for ``iterate``."""
     return list(iterate(path, **options))
 
@@ -80,8 +87,8 @@ def iterate(
     energy_key: str | None = None,
     forces_key: str | None = None,
     seen: dict[int, str] | None = None,
-) -> Iterator[Structure]:
-    """Yield the labelled structures of a file one by one, in its order.
+) -> Iterator[LabeledStructure]:
+    """Yield the labeled structures of a file one by one, in its order.
 
     Args:
         path: SPICE HDF5 (one group per molecule, bohr and hartree), curated HDF5 (one group per
@@ -209,10 +216,10 @@ def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise DataError(f"{name} = {value!r} is not known; it must be one of {', '.join(allowed)}")
 
 
-def _structure(fields: Fields | DataError, seen: dict[int, str]) -> Structure:
+def _structure(fields: Fields | DataError, seen: dict[int, str]) -> LabeledStructure:
     if isinstance(fields, DataError):
         raise fields
-    structure = Structure(**fields)
+    structure = LabeledStructure(**fields)
     content = structure.atomic_numbers.tobytes() + structure.positions.tobytes()
     key = hash(content + (b"" if structure.cell is None else structure.cell.tobytes()))
     if key in seen:
@@ -246,7 +253,8 @@ def _parse_energies(text: str, unit: float, name: str) -> dict[int, float]:
         raise DataError(
             f"{name}: not a map of atomic number to energy: {text[:60]!r} ({error})"
         ) from error
-    bad = [z for z, e in energies.items() if not 1 <= z <= MAX_ATOMIC_NUMBER or not np.isfinite(e)]
+    known = range(1, LARGEST_ATOMIC_NUMBER + 1)
+    bad = [z for z, energy in energies.items() if z not in known or not np.isfinite(energy)]
     if bad:
         raise DataError(f"{name}: impossible atomic number or energy for {bad}")
     return energies

@@ -17,6 +17,8 @@ from mlip_md.trainer.data.store import GraphStore
 logger = logging.getLogger(__name__)
 
 AtomicEnergies = str | Mapping[int, float] | None
+FITTED = "fitted to the data"
+"""Source of atomic energies, in ``Statistics``."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,10 +68,7 @@ class Statistics:
 
 
 def compute_statistics(
-    store: GraphStore,
-    *,
-    atomic_energies: AtomicEnergies = "average",
-    on_rank_deficient: str = "warn",
+    store: GraphStore, atomic_energies: AtomicEnergies = "average"
 ) -> Statistics:
     """Compute the statistics of a training set.
 
@@ -77,36 +76,18 @@ def compute_statistics(
         store: its graphs.
         atomic_energies: "average" (or None) fits E0 to the total energies, "zero" sets them to 0,
             a map of atomic number to eV gives them.
-        on_rank_deficient: "warn" or "error" when the compositions do not determine every E0; after
-            a warning the solution of least norm is taken.
 
     Returns:
-        The statistics.
+        The statistics; where the compositions do not determine every E0, with the solution of
+        least norm (see ``warn_of_open_energies``).
 
     Raises:
-        DataError: on undetermined E0 (with "error"), on elements missing in a given map, or if no
-            atom has a neighbor.
+        DataError: on elements missing in a given map, or if no atom has a neighbor.
     """
-    undetermined: tuple[str, ...] = ()
-    if atomic_energies is None or atomic_energies == "average":
-        fit = fit_atomic_energies(
-            store.compositions, store.energy, store.elements, on_rank_deficient
-        )
-        energies, undetermined = fit
-        source = "fitted to the data"
-    elif isinstance(atomic_energies, str):
-        if atomic_energies != "zero":
-            raise DataError(
-                f"atomic_energies = {atomic_energies!r} is not allowed; it must be 'average', "
-                "'zero', null or a map of atomic number to eV"
-            )
-        energies, source = np.zeros(len(store.elements)), "zero"
-    else:
-        with_energies = store.with_atomic_energies(atomic_energies)
-        energies, source = np.asarray(with_energies.atomic_energies), "given"
     num_connected, num_edges = int(store.num_connected.sum()), int(store.num_edges.sum())
     if num_connected == 0:
         raise DataError(f"no atom has a neighbor within the cutoff of {store.cutoff} Å")
+    energies, undetermined, source = _choose_energies(store, atomic_energies)
     shortest = np.asarray(store.min_distance, np.float64)
     return Statistics(
         elements=store.elements,
@@ -122,6 +103,35 @@ def compute_statistics(
     )
 
 
+def _choose_energies(
+    store: GraphStore, wanted: AtomicEnergies
+) -> tuple[np.ndarray, tuple[str, ...], str]:
+    """E0 (S,) eV, what the data leave open of them, and their source in words."""
+    if wanted is None or wanted == "average":
+        fit = fit_atomic_energies(store.compositions, store.energy, store.elements)
+        return *fit, FITTED
+    if not isinstance(wanted, str):
+        given = store.with_atomic_energies(wanted)
+        return np.asarray(given.atomic_energies), (), "given"
+    if wanted != "zero":
+        raise DataError(
+            f"atomic_energies = {wanted!r} is not allowed; it must be 'average', 'zero', null or a "
+            "map of atomic number to eV"
+        )
+    return np.zeros(len(store.elements)), (), "zero"
+
+
+def warn_of_open_energies(statistics: Statistics) -> None:
+    """Log a warning for every combination of E0 that the data leave open."""
+    for combination in statistics.undetermined:
+        logger.warning(
+            "the data leave E0 open by any multiple of %s. Energies of other compositions and of "
+            "broken bonds mean nothing; give energies of isolated atoms of the same method "
+            "(model.atomic_energies), or add structures of other compositions",
+            combination,
+        )
+
+
 def _forces_rms(store: GraphStore) -> float:
     squares = 0.0
     for _, atoms, _ in store.chunks():
@@ -130,10 +140,7 @@ def _forces_rms(store: GraphStore) -> float:
 
 
 def fit_atomic_energies(
-    compositions: np.ndarray,
-    energies: np.ndarray,
-    elements: Sequence[int],
-    on_rank_deficient: str = "warn",
+    compositions: np.ndarray, energies: np.ndarray, elements: Sequence[int]
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Fit E0 by least squares: total energies against numbers of atoms.
 
@@ -141,35 +148,15 @@ def fit_atomic_energies(
         compositions: (n, S) number of atoms of each element in each structure.
         energies: (n,) eV, total energies.
         elements: (S,) atomic numbers.
-        on_rank_deficient: "warn" or "error".
 
     Returns:
-        E0 (S,) float64 eV, and the undetermined combinations in words.
-
-    Raises:
-        DataError: if the compositions do not determine every E0 and "error" is asked for.
+        E0 (S,) float64 eV, of least norm, and the undetermined combinations in words.
     """
-    if on_rank_deficient not in ("warn", "error"):
-        raise DataError(f"on_rank_deficient = {on_rank_deficient!r} must be 'warn' or 'error'")
     counts = np.asarray(compositions, np.float64)
     solution, _, rank, _ = np.linalg.lstsq(counts, np.asarray(energies, np.float64), rcond=1e-8)
     if rank == counts.shape[1]:
         return solution, ()
-    undetermined = tuple(_in_words(v, elements) for v in _null_space(counts))
-    message = (
-        f"the {len(counts)} training structures do not determine every atomic energy (E0): adding "
-        f"any multiple of {'; or of '.join(undetermined)} changes no total energy. Give energies "
-        "of isolated atoms of the same method (atomic_energies: a map of element to eV), add "
-        "structures of other compositions, or set atomic_energies to zero"
-    )
-    if on_rank_deficient == "error":
-        raise DataError(message)
-    logger.warning(
-        "%s. Going on with the solution of least norm; energies of molecules of other compositions "
-        "and of broken bonds mean nothing",
-        message,
-    )
-    return solution, undetermined
+    return solution, tuple(_in_words(vector, elements) for vector in _null_space(counts))
 
 
 def _null_space(counts: np.ndarray) -> list[list[Fraction]]:

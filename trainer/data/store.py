@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from mlip_md.elements import symbol
+from mlip_md.elements import LARGEST_ATOMIC_NUMBER, symbol
 from mlip_md.errors import DataError
 from mlip_md.neighbors.geometry import check_cutoff
 from mlip_md.neighbors.host import host_edges
-from mlip_md.trainer.data.structures import MAX_ATOMIC_NUMBER, Structure
+from mlip_md.trainer.data.structures import LabeledStructure
 
 SHORTEST_DISTANCE = 0.1
 """Å; atoms nearer than this are a mistake (the shortest bond, H-H, is 0.74 Å)."""
@@ -101,7 +101,7 @@ class GraphStore:
     @classmethod
     def from_structures(
         cls,
-        structures: Iterable[Structure],
+        structures: Iterable[LabeledStructure],
         cutoff: float,
         *,
         elements: Sequence[int] | None = None,
@@ -179,7 +179,7 @@ class GraphStore:
     @functools.cached_property
     def species_of(self) -> np.ndarray:
         """(119,) int32, species by atomic number; -1 for elements that do not occur."""
-        lookup = np.full(MAX_ATOMIC_NUMBER + 1, -1, np.int32)
+        lookup = np.full(LARGEST_ATOMIC_NUMBER + 1, -1, np.int32)
         lookup[list(self.elements)] = np.arange(len(self.elements))
         return lookup
 
@@ -271,7 +271,7 @@ def ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def _spooled(
-    structures: Iterable[Structure],
+    structures: Iterable[LabeledStructure],
     cutoff: float,
     elements: tuple[int, ...] | None,
     folder: Path | None,
@@ -295,7 +295,7 @@ def _unknown_elements(name: str, unknown: Iterable[int], known: Iterable[int]) -
     )
 
 
-def _graph(structure: Structure, cutoff: float, elements: tuple[int, ...] | None) -> Arrays:
+def _graph(structure: LabeledStructure, cutoff: float, elements: tuple[int, ...] | None) -> Arrays:
     if elements is not None:
         unknown = {int(z) for z in structure.atomic_numbers} - set(elements)
         if unknown:

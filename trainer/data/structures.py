@@ -1,4 +1,4 @@
-"""A labelled structure, and the units in which all of the trainer keeps it."""
+"""A labeled structure: what every reader gives and all of the trainer works on, in Å and eV."""
 
 from __future__ import annotations
 
@@ -6,16 +6,8 @@ import dataclasses
 
 import numpy as np
 
+from mlip_md.elements import LARGEST_ATOMIC_NUMBER
 from mlip_md.errors import DataError
-
-BOHR = 0.529177210903
-"""1 bohr in Å (CODATA 2018)."""
-
-HARTREE = 27.211386245988
-"""1 hartree in eV (CODATA 2018)."""
-
-
-MAX_ATOMIC_NUMBER = 118
 
 
 def _array(value: object, shape: tuple[int, ...], what: str, name: str) -> np.ndarray:
@@ -31,7 +23,7 @@ def _array(value: object, shape: tuple[int, ...], what: str, name: str) -> np.nd
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
-class Structure:
+class LabeledStructure:
     """Atoms with the energy and the forces that a reference method gave for them.
 
     Attributes:
@@ -39,7 +31,7 @@ class Structure:
         positions: (n, 3) float64 Å.
         energy: total energy, eV.
         forces: (n, 3) float64 eV/Å, minus the gradient of the energy.
-        stress: (3, 3) float64 eV/Å³, positive under tension, or None when not labelled.
+        stress: (3, 3) float64 eV/Å³, positive under tension, or None when not labeled.
         cell: (3, 3) float64 Å, rows are lattice vectors, or None without periodicity.
         pbc: (3,) bool, periodic directions.
         charge: total charge, elementary charges.
@@ -72,10 +64,10 @@ class Structure:
                 f"{self.name}: atomic numbers have shape {numbers.shape} and type {numbers.dtype}; "
                 "a list of at least one whole number is needed"
             )
-        if numbers.min() < 1 or numbers.max() > MAX_ATOMIC_NUMBER:
+        if numbers.min() < 1 or numbers.max() > LARGEST_ATOMIC_NUMBER:
             raise DataError(
                 f"{self.name}: atomic numbers run from {numbers.min()} to {numbers.max()}; "
-                f"allowed are 1 to {MAX_ATOMIC_NUMBER}"
+                f"allowed are 1 to {LARGEST_ATOMIC_NUMBER}"
             )
         n = len(numbers)
         set_field = object.__setattr__  # the usual way to convert inside a frozen dataclass

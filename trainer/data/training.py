@@ -1,37 +1,26 @@
-"""From a recipe's data section to what the loop needs: graphs of all parts, statistics, batches."""
+"""From a recipe to the data of a run: graphs of all parts, statistics, the batches of an epoch."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlip_md.elements import ATOMIC_NUMBERS as SYMBOLS
 from mlip_md.elements import symbol
 from mlip_md.errors import ConfigError, DataError
-from mlip_md.trainer.data import (
+from mlip_md.trainer.data.batching import (
     Batch,
     BatchBudget,
-    GraphStore,
-    PreparedData,
-    SplitRule,
-    Statistics,
-    compute_statistics,
-    is_prepared,
-    iterate_batches,
     make_batch,
-    open_prepared,
     plan_epoch,
-    prepare,
 )
-from mlip_md.trainer.data.readers import SPLITS
-from mlip_md.trainer.recipe import CurationConfig, DataConfig, Recipe
+from mlip_md.trainer.data.prepared import is_prepared, open_prepared_for, prepare
+from mlip_md.trainer.data.statistics import Statistics
+from mlip_md.trainer.data.store import GraphStore
+from mlip_md.trainer.recipe.schema import Recipe
 
 OF_ATOMS = ("positions", "atomic_numbers", "forces")
 OF_EDGES = ("senders", "receivers", "shifts")
@@ -62,10 +51,8 @@ class TrainingData:
     notes: tuple[str, ...] = ()
 
     def plan(self, seed: int, epoch: int) -> list[np.ndarray]:
-        """The batches of a training epoch: arrays of structure indices."""
-        return plan_epoch(
-            self.train, self.budget, seed, epoch, shuffle=True, on_oversize=self.on_oversize
-        )
+        """Which structures form which batch of a training epoch, see ``plan_epoch``."""
+        return plan_epoch(self.train, self.budget, seed, epoch, on_oversize=self.on_oversize)
 
     def example(self) -> Batch:
         """One batch, to build a network with."""
@@ -146,11 +133,11 @@ def load_data(recipe: Recipe) -> TrainingData:
             recipe says.
         DataError: if a file, a label or the whole set is unusable.
     """
-    config = recipe.data
+    config, energies = recipe.data, recipe.network.atomic_energies
     if isinstance(config.path, str) and is_prepared(config.path):
-        data = _open(config.path, recipe)
+        data = open_prepared_for(config, energies)
     else:
-        data = prepare_data(recipe)
+        data = prepare(config, energies)
     if "validation" not in data.parts:
         raise DataError(
             "the validation part is empty, but the best model is chosen by it; change data.split, "
@@ -170,118 +157,3 @@ def load_data(recipe: Recipe) -> TrainingData:
         on_oversize=config.on_oversize,
         notes=tuple(f"{path}: {report}" for path, report in data.curation.items()),
     )
-
-
-def prepare_data(recipe: Recipe, folder: Path | None = None) -> PreparedData:
-    """Read, curate and split the files of a recipe, and make their graphs.
-
-    Args:
-        recipe: its ``data`` and ``model.atomic_energies`` count.
-        folder: new folder for the result, to be named as ``data.path`` of later runs; None keeps
-            everything in memory.
-
-    Raises:
-        ConfigError: if no data set is named.
-        DataError: if a file, a label or the whole set is unusable, or the folder exists.
-    """
-    config = recipe.data
-    if not config.path:
-        raise ConfigError("no data set is given; name its file: --set data.path=FILE")
-    for path in _paths(config):
-        if is_prepared(path):
-            raise DataError(
-                f"{path} is a folder of prepared data; it can only stand alone, as data.path"
-            )
-        if Path(path).is_dir():
-            raise DataError(f"{path} is a folder; name the files in it")
-        if not Path(path).is_file():
-            raise DataError(f"there is no data file {path}")
-    return prepare(
-        config.path,
-        config.cutoff,
-        validation=config.validation or (),
-        test=config.test or (),
-        split=_split_rule(config),
-        curate=None if config.curate is None else _filters(config.curate),
-        atomic_energies=recipe.network.atomic_energies,
-        on_bad=config.on_bad,
-        energy_key=config.energy_key,
-        forces_key=config.forces_key,
-        folder=folder,
-    )
-
-
-def _open(folder: str, recipe: Recipe) -> PreparedData:
-    """A prepared data set, with the E0 of the recipe; everything else must be as prepared."""
-    data = open_prepared(folder)
-    for name, (prepared, given) in _preparation(data.settings, recipe.data).items():
-        if prepared != given:
-            raise ConfigError(
-                f"data.{name} is {json.dumps(given)}, but {folder} was prepared with "
-                f"{json.dumps(prepared)}; prepare the data again or change data.{name}"
-            )
-    wanted, train = recipe.network.atomic_energies, data.parts.get("train")
-    fitted = data.statistics.atomic_energies_source == "fitted to the data"
-    if train is None or (wanted in (None, "average") and fitted):
-        return data
-    statistics = compute_statistics(train, atomic_energies=wanted)
-    energies = statistics.atomic_energies
-    parts = {name: part.with_atomic_energies(energies) for name, part in data.parts.items()}
-    return dataclasses.replace(data, parts=parts, statistics=statistics)
-
-
-def _preparation(settings: Mapping[str, Any], config: DataConfig) -> dict[str, tuple[Any, Any]]:
-    """What a folder was prepared with and what a recipe says, by name of the row of ``data``."""
-    found: dict[str, tuple[Any, Any]] = {"cutoff": (settings["cutoff"], config.cutoff)}
-    for name in ("validation", "test"):
-        if getattr(config, name) is not None:  # null leaves it to the folder
-            found[name] = (settings["files"][name], _listed(getattr(config, name)))
-    for name in ("on_bad", "energy_key", "forces_key"):
-        if name in settings:
-            found[name] = (settings[name], getattr(config, name))
-    split, rule = settings["split"], _split_rule(config)
-    found["split.from_file"] = (split["marks"], rule.marks)
-    if not rule.marks:
-        fractions = (*split["fractions"], 0.0)[:3]
-        for name, before, now in zip(SPLITS, fractions, rule.fractions, strict=True):
-            found[f"split.{name}"] = (before, now)
-        found["split.by"], found["split.seed"] = (split["by"], rule.by), (split["seed"], rule.seed)
-    curate = None if config.curate is None else _filters(config.curate)
-    if curate is None or settings["curate"] is None:
-        return {**found, "curate": (settings["curate"], curate)}
-    prepared = {**_filters(CurationConfig()), **settings["curate"]}
-    names = {"hydrogen_bonds": "one_bond_per_hydrogen"}
-    return found | {f"curate.{names.get(k, k)}": (prepared[k], v) for k, v in curate.items()}
-
-
-def _split_rule(config: DataConfig) -> SplitRule:
-    split = config.split
-    fractions = (split.train, split.validation, split.test)
-    return SplitRule(split.from_file, fractions, split.seed, split.by)
-
-
-def _listed(paths: str | list[str]) -> list[str]:
-    return [paths] if isinstance(paths, str) else paths
-
-
-def _paths(config: DataConfig) -> list[str]:
-    groups = (config.path, config.validation or [], config.test or [])
-    return [path for group in groups for path in _listed(group)]
-
-
-def _filters(config: CurationConfig) -> dict[str, Any]:
-    names = config.elements
-    return {
-        "elements": None if names is None else [SYMBOLS[name] for name in names],
-        "neutral_only": config.neutral_only,
-        "hydrogen_bonds": config.one_bond_per_hydrogen,
-        "max_force": config.max_force,
-        "max_net_force": config.max_net_force,
-    }
-
-
-def batches(
-    store: GraphStore, plan: Sequence[np.ndarray], budget: BatchBudget
-) -> Iterator[tuple[np.ndarray, Batch]]:
-    """The batches of a plan with the indices of their structures, assembled ahead."""
-    return zip(plan, iterate_batches(store, plan, budget), strict=True)

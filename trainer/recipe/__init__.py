@@ -1,5 +1,6 @@
 """Recipes: the schema of a training run and how YAML becomes one."""
 
+from mlip_md.trainer.recipe.compare import find_differences as find_differences
 from mlip_md.trainer.recipe.messages import Origins as Origins
 from mlip_md.trainer.recipe.reading import RECIPES as RECIPES
 from mlip_md.trainer.recipe.reading import dump_resolved as dump_resolved
