@@ -227,7 +227,7 @@ def evaluate_command(
     model: Annotated[str, typer.Argument(help="Potential: bundled name, file or run folder.")],
     data: Annotated[
         Path,
-        typer.Argument(help="Labelled structures: HDF5, extended XYZ, or a prepared folder."),
+        typer.Argument(help="Labeled structures: HDF5, extended XYZ, or a prepared folder."),
     ],
     split: Annotated[
         str | None, typer.Option(help="Only structures that the file marks so, e.g. test.")
@@ -248,13 +248,13 @@ def evaluate_command(
 ) -> None:
     """Errors of a potential on a data set, whole and by subset."""
     import mlip_md
-    from mlip_md.trainer.evaluate import evaluate, labelled, write_json
+    from mlip_md.trainer.evaluate import evaluate, read_graphs, write_json
 
     if output is not None:
         check_new_file(output, "--output")
     potential = mlip_md.load(model)
     with _plain_warnings():
-        store, left_out = labelled(
+        store, left_out = read_graphs(
             data,
             potential,
             split=split,

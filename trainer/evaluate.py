@@ -6,7 +6,6 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -26,6 +25,7 @@ from mlip_md.trainer.data import (
     open_store,
     plan_epoch,
 )
+from mlip_md.trainer.optimizer import Params
 from mlip_md.trainer.step import EvalStep, make_eval_step
 
 
@@ -48,7 +48,7 @@ class Evaluation:
 
 def evaluate_store(
     step: EvalStep,
-    params: Any,
+    params: Params,
     store: GraphStore,
     budget: BatchBudget,
     *,
@@ -67,12 +67,12 @@ def evaluate_store(
     plan = plan_epoch(store, budget, 0, 0, shuffle=False, on_oversize=on_oversize)
     for _, batch in iterate_batches(store, plan, budget):
         metrics.add_sums(total, step(params, batch)[1])
-    return metrics.errors(total)
+    return metrics.mean_errors(total)
 
 
 def evaluate_in_detail(
     step: EvalStep,
-    params: Any,
+    params: Params,
     store: GraphStore,
     budget: BatchBudget,
     subsets: Sequence[str],
@@ -114,10 +114,10 @@ def evaluate_in_detail(
 
 
 def _with_count(sums: dict[str, float]) -> dict[str, float]:
-    return {"structures": sums.get("structures", 0.0), **metrics.errors(sums)}
+    return {"structures": sums.get("structures", 0.0), **metrics.mean_errors(sums)}
 
 
-def labelled(
+def read_graphs(
     path: str | Path,
     potential: Potential,
     *,
@@ -206,12 +206,12 @@ def _unknown_elements(name: str, unknown: Sequence[int]) -> DataError:
 def evaluate(
     potential: Potential, structures: Iterable[LabeledStructure] | GraphStore, batch_size: int = 16
 ) -> Evaluation:
-    """Errors of a potential on labelled structures.
+    """Errors of a potential on labeled structures.
 
     Args:
         potential: to be judged.
         structures: with total energies at the level of theory that it was trained on; or graphs
-            made by ``labelled``.
+            made by ``read_graphs``.
         batch_size: structures per batch.
 
     Returns:

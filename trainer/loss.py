@@ -21,6 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from optax.losses import huber_loss
 
 from mlip_md.graph import Array, sum_per_graph
 from mlip_md.potential import Prediction
@@ -71,13 +72,6 @@ def force_deltas(reference: Array, delta: float) -> jax.Array:
     return delta * factors
 
 
-def huber(error: Array, delta: Array | float) -> jax.Array:
-    """½e² for |e| <= δ, δ(|e| - ½δ) beyond; element by element."""
-    size = jnp.abs(error)
-    quadratic = jnp.minimum(size, delta)
-    return 0.5 * quadratic**2 + delta * (size - quadratic)
-
-
 def structure_losses(
     loss: LossConfig, prediction: Prediction, batch: Batch
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -89,13 +83,14 @@ def structure_losses(
     if loss.kind == "mse":
         energy_terms, force_terms = energy_error**2, force_error**2
     else:
-        energy_terms = huber(energy_error, loss.delta)
-        force_terms = huber(force_error, force_deltas(batch.forces, loss.delta))
+        energy_terms = huber_loss(energy_error, delta=loss.delta)
+        force_terms = huber_loss(force_error, delta=force_deltas(batch.forces, loss.delta))
     force_loss = sum_per_graph(jnp.mean(force_terms, axis=-1), graph) / atoms
     if batch.stress is None:
         return energy_terms, force_loss, jnp.zeros_like(energy_terms)
     stress_error = prediction.stress - batch.stress
-    stress_terms = stress_error**2 if loss.kind == "mse" else huber(stress_error, loss.delta)
+    mse = loss.kind == "mse"
+    stress_terms = stress_error**2 if mse else huber_loss(stress_error, delta=loss.delta)
     stress_loss = jnp.mean(stress_terms, axis=(1, 2))
     return energy_terms, force_loss, jnp.where(jnp.asarray(batch.stress_mask), stress_loss, 0.0)
 

@@ -69,7 +69,7 @@ def add_sums(total: dict[str, float], sums: Mapping[str, object]) -> None:
         total[name] = total.get(name, 0.0) + float(value)  # type: ignore[arg-type] # 0-d arrays
 
 
-def errors(total: Mapping[str, float]) -> dict[str, float]:
+def mean_errors(total: Mapping[str, float]) -> dict[str, float]:
     """The errors defined above from sums over a data set; NaN for an empty one."""
     structures = total.get("structures", 0.0) or math.nan
     components = total.get("components", 0.0) or math.nan

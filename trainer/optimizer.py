@@ -57,7 +57,10 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def update_ema(ema: Params, params: Params, decay: float) -> Params:
-    """One step of the running average: ema <- d·ema + (1 - d)·params; it starts at zero."""
+    """One step of the running average: ema <- d·ema + (1 - d)·params; it starts at zero.
+
+    ``optax.incremental_update`` has the terms in the other order; compiled, that rounds otherwise.
+    """
     return jax.tree_util.tree_map(lambda e, p: decay * e + (1.0 - decay) * p, ema, params)
 
 

@@ -15,10 +15,9 @@ from mlip_md.potential import Prediction, predict
 from mlip_md.trainer.data.batching import Batch
 from mlip_md.trainer.loss import LossWeights, batch_loss
 from mlip_md.trainer.metrics import Sums, error_sums
-from mlip_md.trainer.optimizer import debiased_ema, make_optimizer, update_ema
+from mlip_md.trainer.optimizer import Params, debiased_ema, make_optimizer, update_ema
 from mlip_md.trainer.recipe import Recipe
 
-Params = Any
 Apply = Callable[..., Any]
 """``network.apply``: (params, graph) to node energies (n_nodes,)."""
 

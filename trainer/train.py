@@ -37,7 +37,7 @@ from mlip_md.trainer.checkpoint import CheckpointFolder
 from mlip_md.trainer.data import TrainingData, iterate_batches
 from mlip_md.trainer.evaluate import evaluate_store
 from mlip_md.trainer.loss import stage_at, weights_at
-from mlip_md.trainer.optimizer import learning_rate_schedule
+from mlip_md.trainer.optimizer import Params, learning_rate_schedule
 from mlip_md.trainer.recipe import Origins, Recipe, dump_resolved, find_differences
 from mlip_md.trainer.resume import TrainingProgress, check_same, identify
 from mlip_md.trainer.runlog import Echo, RunLog, describe_environment, describe_epoch
@@ -263,15 +263,29 @@ class Trainer:
         self.checkpoints.save(self.state, values, self.progress.step)
         self._last_save = time.monotonic()
 
-    def _validate(self, epoch: int, params: Any) -> dict[str, float]:
+    def _validate(self, epoch: int, params: Params) -> dict[str, float]:
         data = self.data
         values = evaluate_store(
             self.eval_step, params, data.validation, data.budget, on_oversize=data.on_oversize
         )
+        row = self._row(epoch, values)
+        self.log.epoch(row)
+        self.log.line(describe_epoch(row))
+        if not math.isfinite(row["score"]):
+            raise NonFiniteError(
+                f"the validation errors after epoch {epoch} are not finite. Check the validation "
+                f"labels, or lower {LEARNING_RATES} and go on from the last checkpoint with "
+                "--resume allow-changes"
+            )
+        self.progress.validated = epoch
+        return values
+
+    def _row(self, epoch: int, errors: Mapping[str, float]) -> dict[str, float]:
+        """The row of an epoch in ``metrics.csv``."""
         sums, weights = self.progress.sums, weights_at(self.recipe.loss, epoch)
         good = sums.get("good", math.nan)
         rate = learning_rate_schedule(self.recipe.optimizer)(self.progress.step)
-        row = {
+        return {
             "epoch": epoch,
             "step": self.progress.step,
             "stage": stage_at(self.recipe.loss, epoch),
@@ -284,19 +298,9 @@ class Trainer:
             "seconds": round(sums.get("seconds", 0.0), 3),
             "structures_per_second": sums.get("structures", 0.0)
             / (sums.get("seconds") or math.nan),
-            "score": self._score(values),
-            **{f"validation_{name}": value for name, value in values.items()},
+            "score": self._score(errors),
+            **{f"validation_{name}": value for name, value in errors.items()},
         }
-        self.log.epoch(row)
-        self.log.line(describe_epoch(row))
-        if not math.isfinite(row["score"]):
-            raise NonFiniteError(
-                f"the validation errors after epoch {epoch} are not finite. Check the validation "
-                f"labels, or lower {LEARNING_RATES} and go on from the last checkpoint with "
-                "--resume allow-changes"
-            )
-        self.progress.validated = epoch
-        return values
 
     def _score(self, errors: Mapping[str, float]) -> float:
         return metrics.selection_score(errors, self.recipe.train.select_energy_weight)
@@ -309,14 +313,14 @@ class Trainer:
         best = progress.best.get(stage)
         if best is None or score < best["score"]:
             progress.best[stage] = {"epoch": epoch, "score": score, "errors": errors}
-            potential = self.potential(params, {"epoch": epoch, "validation": errors})
+            potential = self.make_potential(params, {"epoch": epoch, "validation": errors})
             for name in (f"best-stage{stage}.safetensors", "model.safetensors"):
                 own.save(potential, self.folder / name)
             self.log.event("best", step=progress.step, epoch=epoch, stage=stage, score=score)
         progress.epoch, progress.batch, progress.sums = epoch + 1, 0, {}
         self._save()
 
-    def potential(self, params: Any, training: Mapping[str, Any]) -> Potential:
+    def make_potential(self, params: Params, training: Mapping[str, Any]) -> Potential:
         """The potential with some weights, with all provenance.
 
         Args:

@@ -314,7 +314,7 @@ class _Group:
     Every error names the group, what was found there and what is needed.
     """
 
-    def __init__(self, group: h5py.Group, name: str):
+    def __init__(self, group: h5py.Group, name: str) -> None:
         self.name, self._group = name, group
         with _reading(name):
             self._attributes, self._members = set(group.attrs), set(group)

@@ -9,6 +9,7 @@ then neither making nor using them needs more memory than some thousand structur
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -25,6 +26,7 @@ import numpy as np
 
 from mlip_md.elements import LARGEST_ATOMIC_NUMBER, symbol
 from mlip_md.errors import DataError
+from mlip_md.files import write_text
 from mlip_md.neighbors.geometry import check_cutoff
 from mlip_md.neighbors.host import host_edges
 from mlip_md.trainer.data.structures import LabeledStructure
@@ -331,7 +333,7 @@ def _graph(structure: LabeledStructure, cutoff: float, elements: tuple[int, ...]
 class _Spool:
     """Collects arrays block by block, in memory or in files, and makes a store of them."""
 
-    def __init__(self, folder: Path | None):
+    def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self.origins: list[tuple[str, str, str]] = []
         self.blocks: dict[str, list[Any]] = {}
@@ -403,7 +405,7 @@ class _Spool:
             "arrays": specs,
             "sha256": {name: _sha256(folder / name) for name in files},
         }
-        (folder / "index.json").write_text(json.dumps(index, indent=1))
+        write_text(folder / "index.json", json.dumps(index, indent=1))
 
 
 def _store(
@@ -447,21 +449,22 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class new_folder:  # noqa: N801 - used like the functions of contextlib
-    """A folder that appears under its name only when everything in it is written."""
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder that appears under its name only when everything in it is written.
 
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    Yields:
+        The folder under another name, to write into.
 
-    def __enter__(self) -> Path:
-        if self._folder.exists():
-            raise DataError(f"{self._folder} exists already; remove it or choose another folder")
-        self._partial.mkdir(parents=True)
-        return self._partial
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is None:
-            self._partial.rename(self._folder)
-        else:
-            shutil.rmtree(self._partial, ignore_errors=True)
+    Raises:
+        DataError: if there is something of that name.
+    """
+    if folder.exists():
+        raise DataError(f"{folder} exists already; remove it or choose another folder")
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
