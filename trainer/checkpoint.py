@@ -48,7 +48,7 @@ def state_hash(tensors: Mapping[str, np.ndarray], text: str = "") -> str:
     return digest.hexdigest()
 
 
-def save(path: Path, state: Any, progress: Mapping[str, Any]) -> None:
+def write_checkpoint(path: Path, state: Any, progress: Mapping[str, Any]) -> None:
     """Write one checkpoint.
 
     Args:
@@ -65,7 +65,7 @@ def save(path: Path, state: Any, progress: Mapping[str, Any]) -> None:
     write_bytes(path, to_safetensors(tensors, metadata))
 
 
-def load(path: Path, template: State) -> tuple[State, dict[str, Any]]:
+def read_checkpoint(path: Path, template: State) -> tuple[State, dict[str, Any]]:
     """Read one checkpoint.
 
     Args:
@@ -141,7 +141,7 @@ class CheckpointFolder:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:09d}.safetensors"
-        save(path, state, progress)
+        write_checkpoint(path, state, progress)
         for old in self.files()[self.keep_latest :]:
             old.unlink(missing_ok=True)
         return path

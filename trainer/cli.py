@@ -248,7 +248,7 @@ def evaluate_command(
 ) -> None:
     """Errors of a potential on a data set, whole and by subset."""
     import mlip_md
-    from mlip_md.trainer.evaluate import evaluate, read_graphs, write_json
+    from mlip_md.trainer.evaluate import evaluate, read_graphs, write_errors
 
     if output is not None:
         check_new_file(output, "--output")
@@ -267,7 +267,7 @@ def evaluate_command(
     result = evaluate(potential, store, batch_size)
     Console().print(error_table(result))
     if output is not None:
-        write_json(result, output)
+        write_errors(result, output)
 
 
 def error_table(result: Evaluation) -> Table:

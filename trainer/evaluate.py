@@ -12,7 +12,7 @@ import numpy as np
 from mlip_md.elements import symbol
 from mlip_md.errors import DataError
 from mlip_md.files import write_text
-from mlip_md.potential import Potential
+from mlip_md.potential import Params, Potential
 from mlip_md.trainer import metrics
 from mlip_md.trainer.data import (
     BatchBudget,
@@ -25,7 +25,6 @@ from mlip_md.trainer.data import (
     open_store,
     plan_epoch,
 )
-from mlip_md.trainer.optimizer import Params
 from mlip_md.trainer.step import EvalStep, make_eval_step
 
 
@@ -75,7 +74,6 @@ def evaluate_in_detail(
     params: Params,
     store: GraphStore,
     budget: BatchBudget,
-    subsets: Sequence[str],
     *,
     on_oversize: str = "error",
 ) -> Evaluation:
@@ -86,7 +84,6 @@ def evaluate_in_detail(
         params: its weights.
         store: graphs and labels.
         budget: shape of the batches.
-        subsets: (n_structures,) name of each structure's subset.
         on_oversize: "error" or "drop" for structures larger than a batch.
     """
     total: dict[str, float] = {}
@@ -102,7 +99,7 @@ def evaluate_in_detail(
             part = force[starts[k] : starts[k + 1]]
             sums = metrics.structure_sums(float(np.diff(energy[k])[0]), np.diff(part)[..., 0])
             metrics.add_sums(total, sums)
-            metrics.add_sums(by_subset.setdefault(subsets[int(index)] or "unnamed", {}), sums)
+            metrics.add_sums(by_subset.setdefault(store.subsets[int(index)] or "unnamed", {}), sums)
             energies.append(energy[k : k + 1] / len(part))
             forces.append(part.reshape(-1, 2))
     return Evaluation(
@@ -225,10 +222,10 @@ def evaluate(
         raise DataError("there is no structure to evaluate on")
     budget = BatchBudget.from_card(batch_size, store=store)
     step = make_eval_step(potential.network.apply, potential.scaling_mean, potential.scaling_stdev)
-    return evaluate_in_detail(step, potential.params, store, budget, store.subsets)
+    return evaluate_in_detail(step, potential.params, store, budget)
 
 
-def write_json(evaluation: Evaluation, path: Path) -> None:
+def write_errors(evaluation: Evaluation, path: Path) -> None:
     """Write the errors (not the predictions) as JSON."""
     values = {"overall": evaluation.overall, "by_subset": evaluation.by_subset}
     write_text(path, json.dumps(values, indent=1) + "\n")

@@ -8,15 +8,12 @@ accumulation: warmup_steps and transition_steps are batches seen, not updates ma
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 
+from mlip_md.potential import Params
 from mlip_md.trainer.recipe import OptimizerConfig
-
-Params = Any
 
 DECAYED = ("linear_down", "SymmetricContraction")
 """Weights whose path contains one of these names decay; if there are none, all weights decay."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mlip_md.formats import own
-from mlip_md.trainer.evaluate import Evaluation, evaluate_in_detail, write_json
+from mlip_md.trainer.evaluate import Evaluation, evaluate_in_detail, write_errors
 from mlip_md.trainer.runlog import RunLog
 from mlip_md.trainer.step import EvalStep
 
@@ -41,12 +41,11 @@ def write_report(folder: Path, step: EvalStep, data: TrainingData) -> Evaluation
         potential.params,
         store,
         data.budget,
-        store.subsets,
         on_oversize=data.on_oversize,
     )
     report = folder / "report"
     report.mkdir(exist_ok=True)
-    write_json(evaluation, report / f"errors-{part}.json")
+    write_errors(evaluation, report / f"errors-{part}.json")
     draw_parity(evaluation, report / "parity.png", part)
     draw_curves(RunLog(folder).rows(), report / "curves.png")
     return evaluation

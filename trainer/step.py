@@ -11,15 +11,12 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from mlip_md.potential import Prediction, predict
+from mlip_md.potential import Params, Prediction, predict
 from mlip_md.trainer.data.batching import Batch
 from mlip_md.trainer.loss import LossWeights, batch_loss
 from mlip_md.trainer.metrics import Sums, error_sums
-from mlip_md.trainer.optimizer import Params, debiased_ema, make_optimizer, update_ema
+from mlip_md.trainer.optimizer import debiased_ema, make_optimizer, update_ema
 from mlip_md.trainer.recipe import Recipe
-
-Apply = Callable[..., Any]
-"""``network.apply``: (params, graph) to node energies (n_nodes,)."""
 
 
 @struct.dataclass
@@ -74,11 +71,15 @@ def init_state(recipe: Recipe, params: Params) -> TrainState:
     )
 
 
-def make_train_step(apply: Apply, recipe: Recipe) -> TrainStep:
+def make_train_step(apply: Callable[..., Any], recipe: Recipe) -> TrainStep:
     """The compiled step ``(state, batch, weights) -> (state, log)``.
 
     A step whose loss or gradient is not finite changes nothing but the counters of bad steps. The
     old state's memory is reused for the new one (donated); do not touch it afterwards.
+
+    Args:
+        apply: ``network.apply``: (params, graph) to node energies (n_nodes,), eV.
+        recipe: its loss, optimizer and averaging.
     """
     optimizer = make_optimizer(recipe.optimizer)
     every, decay = recipe.optimizer.num_gradient_accumulation_steps, recipe.train.ema_decay
@@ -114,8 +115,16 @@ def make_train_step(apply: Apply, recipe: Recipe) -> TrainStep:
     return jax.jit(step, donate_argnums=0)
 
 
-def make_eval_step(apply: Apply, scaling_mean: float = 0.0, scaling_stdev: float = 1.0) -> EvalStep:
-    """The compiled evaluation ``(params, batch) -> (prediction, sums of errors)``."""
+def make_eval_step(
+    apply: Callable[..., Any], scaling_mean: float = 0.0, scaling_stdev: float = 1.0
+) -> EvalStep:
+    """The compiled evaluation ``(params, batch) -> (prediction, sums of errors)``.
+
+    Args:
+        apply: ``network.apply``: (params, graph) to node energies (n_nodes,), eV.
+        scaling_mean: added to every node energy, eV.
+        scaling_stdev: factor of the network's node energies before that.
+    """
 
     def step(params: Params, batch: Batch) -> tuple[Prediction, Sums]:
         prediction = predict(

@@ -30,14 +30,14 @@ from mlip_md.errors import CheckpointError, NonFiniteError
 from mlip_md.files import write_text
 from mlip_md.formats import own
 from mlip_md.networks import build_network
-from mlip_md.potential import Potential
+from mlip_md.potential import Params, Potential
 from mlip_md.signals import Interruptions
 from mlip_md.trainer import metrics
 from mlip_md.trainer.checkpoint import CheckpointFolder
 from mlip_md.trainer.data import TrainingData, iterate_batches
 from mlip_md.trainer.evaluate import evaluate_store
 from mlip_md.trainer.loss import stage_at, weights_at
-from mlip_md.trainer.optimizer import Params, learning_rate_schedule
+from mlip_md.trainer.optimizer import learning_rate_schedule
 from mlip_md.trainer.recipe import Origins, Recipe, dump_resolved, find_differences
 from mlip_md.trainer.resume import TrainingProgress, check_same, identify
 from mlip_md.trainer.runlog import Echo, RunLog, describe_environment, describe_epoch

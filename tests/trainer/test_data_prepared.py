@@ -216,6 +216,34 @@ def test_a_folder_of_format_version_1_says_the_same_in_words_of_the_recipe(path,
         open_prepared(folder)
 
 
+def test_what_a_recipe_leaves_to_the_folder_is_not_compared(path, tmp_path):
+    valid, folder = str(tmp_path / "valid.xyz"), str(tmp_path / "prepared")
+    ase.io.write(valid, frames(("H2O",), 2, seed=7), format="extxyz")
+    rows = {"path": folder, "cutoff": 4.0, "curate": None, "split": SPLIT}
+    prepared(path, folder, validation=valid, split=SPLIT)
+    run = {**rows, "batch_size": 3, "max_n_node": 9, "max_n_edge": 50, "on_oversize": "drop"}
+    for own in ({}, {"validation": valid}, {"validation": [valid]}, {"test": []}):
+        config = DataConfig.model_validate({**run, **own})
+        assert len(open_prepared_for(config, "average").parts["validation"]) == 2
+    for own in ({"validation": [valid, valid]}, {"test": valid}):
+        with pytest.raises(ConfigError, match=rf"data\.{next(iter(own))} is \["):
+            open_prepared_for(DataConfig.model_validate({**run, **own}), "average")
+
+
+def test_fractions_mean_nothing_beside_marks(tmp_path):
+    marked = frames()
+    for k, atoms in enumerate(marked):
+        atoms.info["split"] = ("train", "validation")[k % 4 == 0]
+    ase.io.write(tmp_path / "a.xyz", marked, format="extxyz")
+    folder = tmp_path / "prepared"
+    prepared(tmp_path / "a.xyz", folder, split={"from_file": True})
+    rows = {"path": str(folder), "cutoff": 4.0, "curate": None}
+    other = {"from_file": True, **SPLIT, "seed": 9, "by": "structure"}
+    assert open_prepared_for(DataConfig.model_validate({**rows, "split": other}), "average")
+    with pytest.raises(ConfigError, match=r"data\.split\.from_file is false, but .* with true"):
+        open_prepared_for(DataConfig.model_validate(rows), "average")
+
+
 def test_a_warning_says_what_the_data_leave_open(tmp_path, caplog):
     ase.io.write(tmp_path / "water.xyz", frames(("H2O",), 4), format="extxyz")
     rows = {"split": {"by": "structure"}, "curate": None}

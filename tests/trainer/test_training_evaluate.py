@@ -19,7 +19,7 @@ from mlip_md.errors import ConfigError, DataError
 from mlip_md.trainer import cli
 from mlip_md.trainer.data import LabeledStructure, Statistics, load_data, prepare, read
 from mlip_md.trainer.data.statistics import warn_of_open_energies
-from mlip_md.trainer.evaluate import evaluate, write_json
+from mlip_md.trainer.evaluate import evaluate, write_errors
 from mlip_md.trainer.recipe import (
     RECIPES,
     DataConfig,
@@ -132,7 +132,7 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(
     def full(evaluation, path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mlip_md.trainer.evaluate.write_json", full)
+    monkeypatch.setattr("mlip_md.trainer.evaluate.write_errors", full)
     result = run_evaluate(tmp_path / "set.xyz", "--output", tmp_path / "errors.json")
     assert isinstance(result.exception, OSError)
     assert "F RMSE" in result.output
@@ -194,7 +194,7 @@ def test_pictures_are_drawn_without_a_global_backend(potential, labeled, tmp_pat
     for name in ("curves", "empty", "parity"):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     assert "matplotlib.pyplot" not in sys.modules
-    write_json(evaluate(potential, labeled), tmp_path / "errors.json")
+    write_errors(evaluate(potential, labeled), tmp_path / "errors.json")
     assert set(json.loads((tmp_path / "errors.json").read_text(encoding="utf-8"))["by_subset"]) == {
         "A",
         "B",

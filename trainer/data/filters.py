@@ -24,11 +24,11 @@ BOND_FACTOR = 1.3
 
 Filters = dict[str, Callable[[LabeledStructure], bool]]
 
-IONS = [3, 4, 11, 12, 19, 20, 37, 38, 55, 56]
+_IONS = [3, 4, 11, 12, 19, 20, 37, 38, 55, 56]
 """Alkali and alkaline earth metals: cations beside a hydrogen, not bonded to it."""
 
 BOND_RADII = covalent_radii.copy()
-BOND_RADII[IONS] = -np.inf
+BOND_RADII[_IONS] = -np.inf
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,6 @@ from mlip_md.trainer.data.readers import iterate
 from mlip_md.trainer.data.split import split_groups
 from mlip_md.trainer.data.statistics import (
     FITTED,
-    AtomicEnergies,
     Statistics,
     compute_statistics,
     warn_of_open_energies,
@@ -32,7 +31,7 @@ from mlip_md.trainer.data.statistics import (
 from mlip_md.trainer.data.store import GraphStore, new_folder, open_store
 from mlip_md.trainer.data.structures import LabeledStructure
 from mlip_md.trainer.recipe.compare import find_differences
-from mlip_md.trainer.recipe.schema import DataConfig
+from mlip_md.trainer.recipe.schema import AtomicEnergies, DataConfig
 
 FORMAT_VERSION = 2
 

@@ -13,10 +13,10 @@ import numpy as np
 from mlip_md.elements import symbol
 from mlip_md.errors import DataError
 from mlip_md.trainer.data.store import GraphStore
+from mlip_md.trainer.recipe.schema import AtomicEnergies
 
 logger = logging.getLogger(__name__)
 
-AtomicEnergies = str | Mapping[int, float] | None
 FITTED = "fitted to the data"
 """Source of atomic energies, in ``Statistics``."""
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from mlip_md.hints import hint
 from mlip_md.trainer.recipe.schema import Recipe
 
-Path = Sequence[str | int]
+Keys = Sequence[str | int]
 """Keys (and positions in lists) that lead to a value."""
 
 SYNONYMS = {
@@ -48,12 +48,12 @@ class Origins:
     lines: Mapping[tuple[str | int, ...], tuple[int, int]] = dataclasses.field(default_factory=dict)
     overrides: frozenset[tuple[str | int, ...]] = frozenset()
 
-    def _given(self, path: Path) -> tuple[str | int, ...] | None:
+    def _given(self, path: Keys) -> tuple[str | int, ...] | None:
         """The longest part of a path that was given, in the file or by ``--set``."""
         parts = (tuple(path[:end]) for end in range(len(path), 0, -1))
         return next((p for p in parts if p in self.overrides or p in self.lines), None)
 
-    def prefix(self, path: Path) -> str:
+    def prefix(self, path: Keys) -> str:
         """Text before a message on a key: ``train.yaml:3:3: optimizer.lrr``."""
         name, given = ".".join(map(str, path)), self._given(path)
         if given in self.overrides:
@@ -63,7 +63,7 @@ class Origins:
             return f"{self.file}:{line}:{column}: {name}"
         return f"{self.file}: {name}" if name else self.file
 
-    def describe(self, path: Path) -> str:
+    def describe(self, path: Keys) -> str:
         """Short note on the origin of a value: ``default``, ``train.yaml:3`` or ``--set``."""
         if self._given(path) in self.overrides:
             return "--set"
@@ -102,7 +102,7 @@ def _problem(item: Any) -> str:
     return "Input should be a valid map of keys" if item["type"] == "model_type" else item["msg"]
 
 
-def _known_keys(path: Path) -> list[str]:
+def _known_keys(path: Keys) -> list[str]:
     model: Any = Recipe
     for part in path:
         if isinstance(part, int):
@@ -114,7 +114,7 @@ def _known_keys(path: Path) -> list[str]:
     return list(model.model_fields)
 
 
-def describe_unknown(path: Path, known: Sequence[str], origins: Origins) -> str:
+def describe_unknown(path: Keys, known: Sequence[str], origins: Origins) -> str:
     """The line on a key that does not exist.
 
     Args:
