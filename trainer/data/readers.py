@@ -25,14 +25,7 @@ import ase.units
 import h5py
 import numpy as np
 
-from mlip_md.constants import (
-    ANGSTROM_PER_NM,
-    BOHR,
-    HARTREE,
-    KJ_PER_KCAL,
-    KJ_PER_MOL_PER_EV,
-    SPLITS,
-)
+from mlip_md.constants import ANGSTROM_PER_NM, BOHR, HARTREE, KJ_PER_KCAL, KJ_PER_MOL_PER_EV, SPLITS
 from mlip_md.elements import LARGEST_ATOMIC_NUMBER
 from mlip_md.errors import DataError
 from mlip_md.trainer.data.structures import LabeledStructure

@@ -225,7 +225,7 @@ class GraphStore:
         return (self.energy - self.reference_energy).astype(np.float32)
 
     def degrees(self) -> np.ndarray:
-        """Number of neighbors of every atom of every structure, in their order."""
+        """Number of neighbors of every atom of every structure, in their order; (sum of atoms,)."""
         parts = []
         for part, atoms, edges in self.chunks():
             sizes = self.num_atoms[part]
