@@ -5,9 +5,9 @@ pure function of its recipe and data (on one CPU device): the order of the struc
 (seed, epoch) only, and a checkpoint holds everything else, so an interrupted and resumed run ends
 with the same bits as one that was never interrupted.
 
-``config.resolved.yaml``, ``environment.json`` and ``data.json`` are those
-of the latest continuation; what each of them changed stands in ``log.txt`` and, with the value
-before, in the ``resumed`` events of ``events.jsonl``.
+``config.resolved.yaml``, ``environment.json`` and ``data.json`` are those of the latest
+continuation; what each of them changed stands in ``log.txt`` and, with the value before, in the
+``resumed`` events of ``events.jsonl``. What may change is said in ``mlip_md.trainer.resume``.
 """
 
 from __future__ import annotations

@@ -179,7 +179,9 @@ def test_validation_uses_averaged_weights_and_at_the_start_the_first_ones(finish
     assert raw["forces_rmse"] != pytest.approx(float(table[-1]["validation_forces_rmse"]), rel=1e-6)
 
 
-def test_an_interrupted_run_ends_with_the_same_bits(finished, recipe, data, tmp_path):
+def test_an_interrupted_run_ends_with_the_same_bits(
+    finished, recipe, data, tmp_path, interruptible
+):
     """SIGTERM in the middle of epoch 1, a crash in epoch 2, Ctrl-C in epoch 3, then to the end."""
     straight, _, _ = finished
     handler = signal.getsignal(signal.SIGINT)
