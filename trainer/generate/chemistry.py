@@ -1,45 +1,60 @@
 """Molecules as RDKit understands them: parsing, mapped SMILES, bonds and starting conformers."""
 
+from __future__ import annotations
+
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from mlip_md.errors import DataError
 
-COVALENT_RADII = {
-    1: 0.31,
-    6: 0.76,
-    7: 0.71,
-    8: 0.66,
-    9: 0.57,
-    15: 1.07,
-    16: 1.05,
-    17: 1.02,
-    35: 1.20,
+if TYPE_CHECKING:
+    from rdkit.Chem import Mol
+
+
+class ElementFacts(NamedTuple):
+    """Radii in Å, mass in u, and the unpaired electrons of the neutral atom's ground state."""
+
+    van_der_waals_radius: float
+    mass: float
+    unpaired_electrons: int
+
+
+ELEMENTS = {
+    1: ElementFacts(1.20, 1.008, 1),
+    6: ElementFacts(1.70, 12.011, 2),
+    7: ElementFacts(1.55, 14.007, 3),
+    8: ElementFacts(1.52, 15.999, 2),
+    9: ElementFacts(1.47, 18.998, 1),
+    15: ElementFacts(1.80, 30.974, 3),
+    16: ElementFacts(1.80, 32.06, 2),
+    17: ElementFacts(1.75, 35.45, 1),
+    35: ElementFacts(1.85, 79.904, 1),
 }
-VAN_DER_WAALS_RADII = {
-    1: 1.20,
-    6: 1.70,
-    7: 1.55,
-    8: 1.52,
-    9: 1.47,
-    15: 1.80,
-    16: 1.80,
-    17: 1.75,
-    35: 1.85,
-}
-MASSES = {
-    1: 1.008,
-    6: 12.011,
-    7: 14.007,
-    8: 15.999,
-    9: 18.998,
-    15: 30.974,
-    16: 32.06,
-    17: 35.45,
-    35: 79.904,
-}
+"""What the data set is made of, by atomic number."""
+
+ORIGINS = (
+    "md",
+    "quench",
+    "stretch",
+    "angle",
+    "twist",
+    "rattle",
+    "contact",
+    "hydrogen bond",
+    "water model",
+)
+"""Ways in which a conformation is made; files keep the index."""
+
+
+@dataclass(frozen=True)
+class Conformation:
+    """One sampled geometry: positions (N, 3) in Å, and which of `ORIGINS` made it."""
+
+    positions: np.ndarray
+    origin: str
 
 
 @dataclass(frozen=True)
@@ -52,8 +67,7 @@ class Molecule:
         charge: total charge in e.
         bonds: pairs of atom indices.
         ring_bonds: those of `bonds` that are in a ring.
-        conformers: (N, 3) positions in Å each; at least one.
-        fragments: (N,) int, which of the molecules side by side an atom belongs to.
+        conformers: (N, 3) positions in Å each; none for molecules side by side.
     """
 
     smiles: str
@@ -62,39 +76,28 @@ class Molecule:
     bonds: tuple[tuple[int, int], ...]
     ring_bonds: frozenset[tuple[int, int]]
     conformers: tuple[np.ndarray, ...]
-    fragments: np.ndarray
 
     @property
     def masses(self) -> np.ndarray:
-        """(N,) masses in u."""
-        return np.array([MASSES[int(z)] for z in self.atomic_numbers])
+        """(N,) in u."""
+        return np.array([ELEMENTS[int(z)].mass for z in self.atomic_numbers])
 
-    def neighbors(self) -> list[list[int]]:
-        """Bonded atoms of each atom."""
-        bonded: list[list[int]] = [[] for _ in self.atomic_numbers]
+    @property
+    def radii(self) -> np.ndarray:
+        """(N,) van der Waals radii in Å."""
+        return np.array([ELEMENTS[int(z)].van_der_waals_radius for z in self.atomic_numbers])
+
+    @property
+    def bonded(self) -> list[list[int]]:
+        """Indices of the atoms that are bonded to each atom."""
+        partners: list[list[int]] = [[] for _ in self.atomic_numbers]
         for first, second in self.bonds:
-            bonded[first].append(second)
-            bonded[second].append(first)
-        return bonded
+            partners[first].append(second)
+            partners[second].append(first)
+        return partners
 
 
-def require_rdkit() -> None:
-    """Check that RDKit is there and quiet its log.
-
-    Raises:
-        DataError: RDKit is not installed.
-    """
-    try:
-        from rdkit import rdBase
-    except ImportError as error:
-        raise DataError(
-            "making a data set needs RDKit, which is not installed; "
-            "install the extra: pip install 'mlip-md[data]'"
-        ) from error
-    rdBase.DisableLog("rdApp.*")
-
-
-def canonical(smiles: str, *, stereo: bool = True) -> str:
+def canonicalize(smiles: str, *, stereo: bool = True) -> str:
     """Canonical SMILES with implicit hydrogens; `stereo=False` drops stereochemistry.
 
     Raises:
@@ -108,14 +111,12 @@ def canonical(smiles: str, *, stereo: bool = True) -> str:
     return Chem.MolToSmiles(parsed, isomericSmiles=stereo)
 
 
-def size(smiles: str) -> tuple[int, int]:
-    """Number of atoms with hydrogens, and of heavy atoms."""
+def count_atoms(smiles: str) -> tuple[int, int]:
+    """Number of atoms of a valid SMILES with hydrogens, and of heavy atoms."""
     from rdkit import Chem
 
-    parsed = Chem.MolFromSmiles(smiles)
-    full = Chem.AddHs(parsed)
-    heavy = sum(atom.GetAtomicNum() > 1 for atom in full.GetAtoms())
-    return full.GetNumAtoms(), heavy
+    full = Chem.AddHs(Chem.MolFromSmiles(smiles))
+    return full.GetNumAtoms(), full.GetNumHeavyAtoms()
 
 
 def is_supported(smiles: str) -> bool:
@@ -126,10 +127,10 @@ def is_supported(smiles: str) -> bool:
     if parsed is None:
         return False
     atoms = Chem.AddHs(parsed).GetAtoms()
-    return all(a.GetAtomicNum() in MASSES and a.GetNumRadicalElectrons() == 0 for a in atoms)
+    return all(a.GetAtomicNum() in ELEMENTS and a.GetNumRadicalElectrons() == 0 for a in atoms)
 
 
-def build(smiles: str, num_conformers: int, rng: np.random.Generator) -> Molecule:
+def build_molecule(smiles: str, num_conformers: int, rng: np.random.Generator) -> Molecule:
     """Parse one connected molecule and embed conformers (ETKDG, then MMFF94 or UFF).
 
     Args:
@@ -141,37 +142,42 @@ def build(smiles: str, num_conformers: int, rng: np.random.Generator) -> Molecul
         DataError: no conformer could be embedded.
     """
     from rdkit import Chem
-    from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
 
     mol = Chem.AddHs(Chem.MolFromSmiles(smiles))
-    seed = int(rng.integers(2**31 - 1))
-    ids = list(rdDistGeom.EmbedMultipleConfs(mol, num_conformers, randomSeed=seed))
-    if not ids:
-        ids = list(
-            rdDistGeom.EmbedMultipleConfs(
-                mol, num_conformers, randomSeed=seed, useRandomCoords=True
-            )
-        )
-    if not ids:
+    conformers = _embed(mol, num_conformers, seed=int(rng.integers(2**31 - 1)))
+    if not conformers:
         raise DataError(f"no conformer of {smiles!r} could be embedded")
-    if rdForceFieldHelpers.MMFFHasAllMoleculeParams(mol):
-        rdForceFieldHelpers.MMFFOptimizeMoleculeConfs(mol)
-    elif rdForceFieldHelpers.UFFHasAllMoleculeParams(mol):
-        rdForceFieldHelpers.UFFOptimizeMoleculeConfs(mol)
     bonds = [(bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()) for bond in mol.GetBonds()]
     rings = [pair for pair, bond in zip(bonds, mol.GetBonds(), strict=True) if bond.IsInRing()]
+    for atom in mol.GetAtoms():
+        atom.SetAtomMapNum(atom.GetIdx() + 1)
     return Molecule(
-        smiles=_mapped_smiles(mol, 0),
+        smiles=Chem.MolToSmiles(mol),
         atomic_numbers=np.array([atom.GetAtomicNum() for atom in mol.GetAtoms()]),
         charge=Chem.GetFormalCharge(mol),
         bonds=tuple(bonds),
         ring_bonds=frozenset(rings),
-        conformers=tuple(np.array(mol.GetConformer(i).GetPositions()) for i in ids),
-        fragments=np.zeros(mol.GetNumAtoms(), dtype=int),
+        conformers=conformers,
     )
 
 
-def combine(molecules: list[Molecule]) -> Molecule:
+def _embed(mol: Mol, count: int, seed: int) -> tuple[np.ndarray, ...]:
+    from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
+
+    for random_start in (False, True):
+        ids = rdDistGeom.EmbedMultipleConfs(
+            mol, count, randomSeed=seed, useRandomCoords=random_start
+        )
+        if len(ids):
+            break
+    if rdForceFieldHelpers.MMFFHasAllMoleculeParams(mol):
+        rdForceFieldHelpers.MMFFOptimizeMoleculeConfs(mol)
+    elif rdForceFieldHelpers.UFFHasAllMoleculeParams(mol):
+        rdForceFieldHelpers.UFFOptimizeMoleculeConfs(mol)
+    return tuple(np.array(conformer.GetPositions()) for conformer in mol.GetConformers())
+
+
+def join_molecules(molecules: list[Molecule]) -> Molecule:
     """Several molecules as one, without conformers: their placement is up to the caller."""
     bonds: list[tuple[int, int]] = []
     rings: list[tuple[int, int]] = []
@@ -188,17 +194,7 @@ def combine(molecules: list[Molecule]) -> Molecule:
         bonds=tuple(bonds),
         ring_bonds=frozenset(rings),
         conformers=(),
-        fragments=np.repeat(np.arange(len(molecules)), [len(m.atomic_numbers) for m in molecules]),
     )
-
-
-def _mapped_smiles(mol, offset: int) -> str:
-    from rdkit import Chem
-
-    mapped = Chem.Mol(mol)
-    for atom in mapped.GetAtoms():
-        atom.SetAtomMapNum(atom.GetIdx() + 1 + offset)
-    return Chem.MolToSmiles(mapped)
 
 
 def _shift_map_numbers(smiles: str, offset: int) -> str:

@@ -38,7 +38,7 @@ def make_dataset_command(
     from rich.table import Table
 
     from mlip_md.trainer.generate.make_dataset import make_dataset
-    from mlip_md.trainer.generate.spice_file import COLUMNS, statistics
+    from mlip_md.trainer.generate.spice_file import SUBSET_COLUMNS, count_subsets
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     path = make_dataset(
@@ -51,9 +51,9 @@ def make_dataset_command(
         max_atoms=max_atoms,
         resume=resume,
     )
-    table = Table("subset", *COLUMNS, title=str(path))
-    for name, row in statistics(path).items():
-        numbers = [f"{row[c]:.2f}" if c.endswith("force") else str(row[c]) for c in COLUMNS]
+    table = Table("subset", *SUBSET_COLUMNS, title=str(path))
+    for name, row in count_subsets(path).items():
+        numbers = [f"{row[c]:.2f}" if c.endswith("force") else str(row[c]) for c in SUBSET_COLUMNS]
         table.add_row(name, *numbers)
     console = Console()
     # a file or pipe has no width of its own: let no column be cut there

@@ -1,5 +1,7 @@
 """Make a labeled data set from a seed: sample by GFN2-xTB, label, write SPICE's layout."""
 
+from __future__ import annotations
+
 import json
 import logging
 import multiprocessing
@@ -8,22 +10,25 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 
-import mlip_md
+from mlip_md.constants import BOHR
 from mlip_md.errors import ConfigError, DataError
+from mlip_md.files import check_new_folder, write_text
 from mlip_md.trainer.generate import labels, sampling, spice_file
-from mlip_md.trainer.generate.chemistry import Molecule, require_rdkit
-from mlip_md.trainer.generate.plan import Task, generator, plan
+from mlip_md.trainer.generate.plan import Task, make_generator, plan_tasks
 
 RECIPE_VERSION = "1"
-MAX_FORCE = 30.0  # eV/Å on one atom; harder structures are dropped
+MAX_FORCE = 30.0
+"""eV/Å on one atom; harder structures are dropped."""
 SNAPSHOT_SECONDS = 300.0
 
 logger = logging.getLogger(__name__)
@@ -66,12 +71,12 @@ def make_dataset(
         ConfigError: an option is not allowed.
         DataError: a program is missing, there is nothing to make, or the file or unfinished run
             there is another one.
+        OutputError: the file system refuses.
     """
-    labels.require(method)
-    require_rdkit()
+    level = labels.find_method(method)
     if workers is not None and workers < 1:
         raise ConfigError(f"workers must be at least 1, received {workers}")
-    tasks = plan(seed, scale, subsets, max_atoms)  # bad options must not touch any file
+    tasks = _plan_quietly(seed, scale, subsets, max_atoms)  # bad options must not touch any file
     output = Path(output)
     settings = _settings(seed, method, scale, subsets, max_atoms)
     if not resume:
@@ -80,68 +85,56 @@ def make_dataset(
         logger.info("%s is complete already", output)
         return output
     parts = _open_parts(output, settings, resume)
-    attributes = {**settings, **labels.describe(method), **_notes()}
+    attributes = {**settings, **labels.describe_method(level), **_notes()}
     run = _Run(tasks, parts, output, attributes, method, seed, progress)
     run.execute(workers or _usable_cores())
     shutil.rmtree(parts)
     return output
 
 
-def sample(task: Task, seed: int) -> tuple[Molecule, list[sampling.Frame]]:
-    """The geometries of one task."""
-    rng = generator(seed, "sample", task.name)
+def sample_task(task: Task, seed: int) -> sampling.Sample:
+    """The conformations of one task.
+
+    Raises:
+        DataError: a molecule could not be embedded.
+    """
+    rng = make_generator(seed, "sample", task.name)
     if task.kind == "molecule":
         return sampling.sample_molecule(task.smiles[0], rng)
     if task.kind == "complex":
         return sampling.sample_complex(task.smiles, rng)
     if task.kind == "water":
-        return sampling.sample_water(task.count, task.starts, rng)
-    return sampling.sample_solvated(task.smiles[0], task.count, rng)
+        return sampling.sample_water(task.num_waters, task.num_starts, rng)
+    return sampling.sample_solvated(task.smiles[0], task.num_waters, rng)
 
 
-def label_task(task: Task, seed: int, method: str) -> spice_file.LabeledGroup:
+def label_task(task: Task, seed: int, label: labels.Label) -> spice_file.LabeledGroup:
     """Sample and label one task; structures without a usable label are dropped and counted.
 
     The label belongs to the geometry as it is stored, rounded to float32 bohr.
     """
-    dropped: dict[str, int] = {}
+    kept: list[spice_file.LabeledConformation] = []
+    dropped: Counter[str] = Counter()
+    group = (task.name, task.subset, task.split)
     try:
-        molecule, frames = sample(task, seed)
+        molecule, conformations = sample_task(task, seed)
     except DataError:
-        return _empty_group(task, {"not embedded": 1})
-    label = labels.labeler(method)
-    kept = []
-    for frame in frames:
-        positions = (frame.positions / labels.BOHR).astype(np.float32)
+        return spice_file.LabeledGroup(*group, None, kept, {"not embedded": 1})
+    for one in conformations:
+        positions = (one.positions / BOHR).astype(np.float32)
         try:
-            energy, gradient = label(molecule.atomic_numbers, positions, molecule.charge)
+            energy, gradient = label(molecule.atomic_numbers, positions, molecule.charge, 0)
         except labels.LabelError:
-            dropped["not converged"] = dropped.get("not converged", 0) + 1
+            dropped["not converged"] += 1
             continue
-        reason = _unusable(energy, gradient)
-        if reason:
-            dropped[reason] = dropped.get(reason, 0) + 1
+        if reason := _why_unusable(energy, gradient):
+            dropped[reason] += 1
         else:
-            kept.append((positions, energy, gradient, sampling.ORIGINS.index(frame.origin)))
-    if not kept:
-        return _empty_group(task, dropped)
-    positions, energies, gradients, origins = (np.array(c) for c in zip(*kept, strict=True))
-    return spice_file.LabeledGroup(
-        name=task.name,
-        subset=task.subset,
-        split=task.split,
-        smiles=molecule.smiles,
-        atomic_numbers=molecule.atomic_numbers,
-        charge=molecule.charge,
-        conformations=positions,
-        energies=energies,
-        gradients=gradients,
-        origins=origins,
-        dropped=dropped,
-    )
+            kept.append(spice_file.LabeledConformation(positions, energy, gradient, one.origin))
+    return spice_file.LabeledGroup(*group, molecule, kept, dropped)
 
 
-def _unusable(energy: float, gradient: np.ndarray) -> str | None:
+def _why_unusable(energy: float, gradient: np.ndarray) -> str | None:
     if not (np.isfinite(energy) and np.all(np.isfinite(gradient))):
         return "not finite"
     if np.linalg.norm(gradient, axis=-1).max() * labels.FORCE_UNIT > MAX_FORCE:
@@ -149,36 +142,24 @@ def _unusable(energy: float, gradient: np.ndarray) -> str | None:
     return None
 
 
-def _empty_group(task: Task, dropped: dict[str, int]) -> spice_file.LabeledGroup:
-    nothing = np.zeros(0)
-    return spice_file.LabeledGroup(
-        task.name,
-        task.subset,
-        task.split,
-        "",
-        nothing,
-        0,
-        nothing,
-        nothing,
-        nothing,
-        nothing,
-        dropped,
-    )
-
-
+@dataclass
 class _Run:
     """Fills the folder of shards with processes and merges them."""
 
-    def __init__(self, tasks, parts, output, attributes, method, seed, progress):
-        self.tasks, self.parts, self.output = tasks, parts, output
-        self.attributes, self.method, self.seed = attributes, method, seed
-        self.progress = progress
+    tasks: list[Task]
+    parts: Path
+    output: Path
+    attributes: dict[str, object]
+    method: str
+    seed: int
+    progress: bool
 
     def execute(self, workers: int) -> None:
         pending = [t for t in self.tasks if not self._shard(t).exists()]
         logger.info("%d groups, %d of them to do", len(self.tasks), len(pending))
+        done = len(self.tasks) - len(pending)
         try:
-            with _Progress(self.progress, len(self.tasks), len(self.tasks) - len(pending)) as tick:
+            with _GroupCounter(self.progress, len(self.tasks), done) as tick:
                 self._label_all(pending, workers, tick)
         except BaseException:
             self._merge(complete=False)
@@ -190,7 +171,7 @@ class _Run:
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
         try:
-            energies = pool.submit(labels.atomic_energies, self.method).result()
+            energies = pool.submit(_work_atoms, self.method).result()
             self.attributes["atomic_energies_hartree"] = json.dumps(energies)
             queue, running, last = list(reversed(pending)), set[Future[None]](), time.monotonic()
             while queue or running:
@@ -218,7 +199,8 @@ class _Run:
     def _merge(self, *, complete: bool) -> None:
         shards = [path for path in map(self._shard, self.tasks) if path.exists()]
         if shards:
-            spice_file.merge(shards, self.output, {**self.attributes, "complete": complete})
+            attributes = {**self.attributes, "complete": complete}
+            spice_file.merge_shards(shards, self.output, attributes)
 
 
 def _start_worker() -> None:
@@ -227,7 +209,6 @@ def _start_worker() -> None:
         os.environ[name] = "1"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
-    require_rdkit()
 
 
 def _follow_parent() -> None:
@@ -238,8 +219,25 @@ def _follow_parent() -> None:
         os._exit(1)
 
 
+def _work_atoms(method: str) -> dict[int, float]:
+    return labels.compute_atomic_energies(labels.METHODS[method].label)
+
+
 def _work(task: Task, path: Path, seed: int, method: str, energies: dict[int, float]) -> None:
-    spice_file.write_shard(path, label_task(task, seed, method), energies)
+    from rdkit.rdBase import BlockLogs
+
+    with BlockLogs():
+        group = label_task(task, seed, labels.METHODS[method].label)
+    spice_file.write_shard(path, group, energies)
+
+
+def _plan_quietly(
+    seed: int, scale: float, subsets: Sequence[str] | None, max_atoms: int | None
+) -> list[Task]:
+    from rdkit.rdBase import BlockLogs
+
+    with BlockLogs():  # random decorations that make no molecule are no news
+        return plan_tasks(seed, scale, subsets, max_atoms)
 
 
 def _usable_cores() -> int:
@@ -248,7 +246,9 @@ def _usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _settings(seed, method, scale, subsets, max_atoms) -> dict[str, object]:
+def _settings(
+    seed: int, method: str, scale: float, subsets: Sequence[str] | None, max_atoms: int | None
+) -> dict[str, object]:
     """What must agree between an unfinished run and the one that continues it."""
     return {
         "recipe": f"mlip-md make-dataset, recipe {RECIPE_VERSION}",
@@ -265,7 +265,7 @@ def _settings(seed, method, scale, subsets, max_atoms) -> dict[str, object]:
 
 def _notes() -> dict[str, object]:
     return {
-        "script_version": f"mlip-md {mlip_md.__version__}, recipe {RECIPE_VERSION}",
+        "script_version": f"mlip-md {metadata.version('mlip-md')}, recipe {RECIPE_VERSION}",
         "atomic_energies_note": (
             "formation_energy = dft_total_energy - sum of atomic_energies_hartree (isolated "
             "neutral ground-state atoms by the same method), for ions too"
@@ -289,20 +289,19 @@ def _is_finished(output: Path, settings: dict[str, object]) -> bool:
 
 def _open_parts(output: Path, settings: dict[str, object], resume: bool) -> Path:
     parts = output.with_name(output.name + ".parts")
+    check_new_folder(parts, "make-dataset")
     manifest = parts / "settings.json"
     if parts.exists() and not resume:
         shutil.rmtree(parts)
     if manifest.exists():
         _compare(json.loads(manifest.read_text(encoding="utf-8")), settings, parts)
-        return parts
-    parts.mkdir(parents=True, exist_ok=True)
-    temporary = parts / "settings.json.tmp"
-    temporary.write_text(json.dumps(settings, indent=1))
-    os.replace(temporary, manifest)
+    else:
+        parts.mkdir(parents=True, exist_ok=True)
+        write_text(manifest, json.dumps(settings, indent=1))
     return parts
 
 
-def _compare(found, settings: dict[str, object], path: Path) -> None:
+def _compare(found: Mapping[str, object], settings: Mapping[str, object], path: Path) -> None:
     for key, value in settings.items():
         if found.get(key) != value:
             raise DataError(
@@ -311,10 +310,10 @@ def _compare(found, settings: dict[str, object], path: Path) -> None:
             )
 
 
-class _Progress:
+class _GroupCounter:
     """A bar on a terminal, else a line every half minute; calling it counts one group."""
 
-    def __init__(self, show: bool, total: int, done: int):
+    def __init__(self, show: bool, total: int, done: int) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -327,7 +326,7 @@ class _Progress:
         self._show, self._total, self._done = show, total, done
         self._start = self._last = time.monotonic()
 
-    def __enter__(self) -> "_Progress":
+    def __enter__(self) -> _GroupCounter:
         if self._bar is not None:
             self._bar.start()
         return self

@@ -162,7 +162,7 @@ CCCCC=CCC(=O)OC CCOCCOCCOCC COCCOCCOCCOC CCCCCCBr CN(C)CCN(C)CCN(C)C CC(C)CCCC(C
 CC12CCCCC1CCC2=O
 """
 
-IONS = """
+CHARGED = """
 C[NH3+] [NH4+] [OH3+] C[N+](C)(C)C CC[NH3+] C[NH2+]C C[NH+](C)C NC(N)=[NH2+] CNC(N)=[NH2+]
 CC(N)=[NH2+] c1cc[nH+]cc1 c1c[nH]c[nH+]1 C1CC[NH2+]CC1 C1COCC[NH2+]1 [NH3+]c1ccccc1 C[OH2+]
 CC=[OH+] C[S+](C)C C[P+](C)(C)C [NH3+]CC(=O)O C[n+]1ccccc1 [OH-] [F-].O [Cl-].O [Br-].O [O-]C=O
@@ -245,7 +245,7 @@ def drug_like() -> list[str]:
 
 def ions() -> list[str]:
     """SMILES of charged molecules, some with one water; a neutral-only filter removes them."""
-    return IONS.split()
+    return CHARGED.split()
 
 
 def salt_bridges() -> list[str]:

@@ -1,5 +1,7 @@
 """Which groups the data set has: a seeded list of tasks, each with its split decided beforehand."""
 
+from __future__ import annotations
+
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
@@ -7,9 +9,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from mlip_md.constants import SPLITS
 from mlip_md.errors import ConfigError, DataError
 from mlip_md.trainer.generate import molecules
-from mlip_md.trainer.generate.chemistry import canonical, is_supported, size
+from mlip_md.trainer.generate.chemistry import canonicalize, count_atoms, is_supported
 
 SUBSETS = (
     "Small organics",
@@ -23,7 +26,6 @@ SUBSETS = (
     "Ions",
     "Salt bridges",
 )
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,9 @@ class Task:
         subset: one of `SUBSETS`.
         kind: how it is sampled: "molecule", "complex", "water" or "solvated".
         smiles: canonical SMILES of the molecules (without waters that solvate).
-        split: "train", "validation" or "test".
-        count: number of waters of a "water" or "solvated" task.
-        starts: number of independent starts of a "water" task.
+        split: one of `SPLITS`.
+        num_waters: number of waters of a "water" or "solvated" task.
+        num_starts: number of independent starts of a "water" task.
     """
 
     name: str
@@ -45,31 +47,22 @@ class Task:
     kind: str
     smiles: tuple[str, ...]
     split: str
-    count: int = 0
-    starts: int = 0
+    num_waters: int = 0
+    num_starts: int = 0
+
+    @property
+    def num_atoms(self) -> int:
+        """Number of atoms of each of its structures."""
+        return sum(count_atoms(s)[0] for s in self.smiles) + 3 * self.num_waters
 
 
-@dataclass
-class _Names:
-    taken: set[str] = field(default_factory=set)
-
-    def new(self, name: str) -> str:
-        """A group name that HDF5 allows (no '/', as in SPICE) and that is not taken."""
-        name = name.replace("/", "")
-        unique, number = name, 2
-        while unique in self.taken:
-            unique, number = f"{name} ({number})", number + 1
-        self.taken.add(unique)
-        return unique
-
-
-def generator(seed: int, *words: str) -> np.random.Generator:
+def make_generator(seed: int, *words: str) -> np.random.Generator:
     """A random generator of its own for a seed and a name."""
     digest = hashlib.sha256("\n".join(words).encode()).digest()
     return np.random.default_rng([seed, *np.frombuffer(digest[:16], dtype=np.uint32).tolist()])
 
 
-def split_of(smiles: Iterable[str], seed: int) -> str:
+def assign_split(smiles: Iterable[str], seed: int) -> str:
     """The split of a structure made of these molecules.
 
     A hash of (seed, canonical SMILES without stereochemistry) puts 5 % of the molecules in
@@ -81,24 +74,20 @@ def split_of(smiles: Iterable[str], seed: int) -> str:
         seed: seed of the data set.
 
     Returns:
-        "train", "validation" or "test".
+        One of `SPLITS`.
     """
-    return max(
-        (_molecule_split(canonical(s, stereo=False), seed) for s in smiles), key=SPLITS.index
-    )
+    keys = [canonicalize(s, stereo=False) for s in smiles]
+    splits = ["train" if count_atoms(k)[1] <= 2 else _hash_split(k, seed) for k in keys]
+    return max(splits, key=SPLITS.index)
 
 
-def _molecule_split(key: str, seed: int) -> str:
-    return "train" if size(key)[1] <= 2 else _hashed_split(key, seed)
-
-
-def _hashed_split(key: str, seed: int) -> str:
+def _hash_split(key: str, seed: int) -> str:
     digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
     fraction = int.from_bytes(digest[:8], "big") / 2**64
     return "train" if fraction < 0.90 else "validation" if fraction < 0.95 else "test"
 
 
-def plan(
+def plan_tasks(
     seed: int = 0,
     scale: float = 1.0,
     subsets: Sequence[str] | None = None,
@@ -118,22 +107,24 @@ def plan(
     """
     _check_options(seed, scale, subsets, max_atoms)
     by_subset: dict[str, list[Task]] = {name: [] for name in SUBSETS}
-    for task in _all_tasks(seed, scale):
-        if max_atoms is None or num_atoms(task) <= max_atoms:
+    for task in _Planner(seed, scale).all_tasks():
+        if max_atoms is None or task.num_atoms <= max_atoms:
             by_subset[task.subset].append(task)
     chosen: list[Task] = []
     for name in dict.fromkeys(subsets or SUBSETS):
         tasks = by_subset[name]
-        order = generator(seed, "order", name).permutation(len(tasks))
         keep = len(tasks) if name == "Water clusters" else max(1, round(scale * len(tasks)))
-        chosen += [tasks[i] for i in order[:keep]]
+        chosen += _shuffle(tasks, make_generator(seed, "order", name))[:keep]
     if not chosen:
         raise DataError(
             f"nothing to make: no structure of {', '.join(subsets or SUBSETS)} has at most "
             f"{max_atoms} atoms; raise max_atoms or choose other subsets"
         )
-    order = generator(seed, "order").permutation(len(chosen))
-    return [chosen[i] for i in order]
+    return _shuffle(chosen, make_generator(seed, "order"))
+
+
+def _shuffle(tasks: list[Task], rng: np.random.Generator) -> list[Task]:
+    return [tasks[i] for i in rng.permutation(len(tasks))]
 
 
 def _check_options(
@@ -151,109 +142,124 @@ def _check_options(
         raise ConfigError(f"unknown subsets {unknown}; choose from {', '.join(SUBSETS)}")
 
 
-def num_atoms(task: Task) -> int:
-    """Number of atoms of the structures of a task."""
-    return sum(size(s)[0] for s in task.smiles) + 3 * task.count
+@dataclass
+class _Planner:
+    """Draws the tasks of all subsets; remembers which names and molecules there are already."""
 
+    seed: int
+    scale: float
+    names: set[str] = field(default_factory=set)
+    molecules: set[str] = field(default_factory=set)
 
-def _all_tasks(seed: int, scale: float) -> list[Task]:
-    names = _Names()
-    seen: set[str] = set()
+    def all_tasks(self) -> list[Task]:
+        small = self.singles("Small organics", molecules.small_organics())
+        drugs = self.singles("Drug-like molecules", molecules.drug_like())
+        drawn = molecules.decorated(self.at_least(420), make_generator(self.seed, "decorated"))
+        decorated = self.singles("Decorated molecules", filter(is_supported, drawn))
+        capped = [molecules.capped_peptide(letter) for letter in molecules.RESIDUES]
+        peptides = self.singles("Dipeptides", [*capped, *self.dipeptides()])
+        return [
+            *small,
+            *drugs,
+            *decorated,
+            *peptides,
+            *self.dimers(small),
+            *self.water_clusters(),
+            *self.solvated(small, capped),
+            *self.charged(),
+        ]
 
-    def singles(subset: str, smiles: Iterable[str]) -> list[Task]:
+    def at_least(self, count: int) -> int:
+        """What a scale above 1 asks for; below, all are drawn and a part of them is kept."""
+        return round(count * max(1.0, self.scale))
+
+    def new_name(self, name: str) -> str:
+        """A group name that HDF5 allows (no '/', as in SPICE) and that is not taken."""
+        name = unique = name.replace("/", "")
+        number = 2
+        while unique in self.names:
+            unique, number = f"{name} ({number})", number + 1
+        self.names.add(unique)
+        return unique
+
+    def singles(self, subset: str, smiles: Iterable[str]) -> list[Task]:
         tasks = []
-        for one in smiles:
-            key = canonical(one)
-            if key not in seen:
-                seen.add(key)
-                tasks.append(
-                    Task(names.new(key), subset, "molecule", (key,), split_of([key], seed))
-                )
+        for one in map(canonicalize, smiles):
+            if one not in self.molecules:
+                self.molecules.add(one)
+                split = assign_split([one], self.seed)
+                tasks.append(Task(self.new_name(one), subset, "molecule", (one,), split))
         return tasks
 
-    small = singles("Small organics", molecules.small_organics())
-    drugs = singles("Drug-like molecules", molecules.drug_like())
-    rng = generator(seed, "decorated")
-    drawn = [s for s in molecules.decorated(round(420 * max(1.0, scale)), rng) if is_supported(s)]
-    decorated = singles("Decorated molecules", drawn)
-    capped = {letter: molecules.capped_peptide(letter) for letter in molecules.RESIDUES}
-    peptides = singles("Dipeptides", [*capped.values(), *_dipeptides(seed, scale)])
-    return [
-        *small,
-        *drugs,
-        *decorated,
-        *peptides,
-        *_dimers(small, names, seed, scale),
-        *_water_clusters(names, seed, scale),
-        *_solvated(small, list(capped.values()), names, seed),
-        *_ions(singles, names, seed),
-    ]
+    def complexes(self, subset: str, pairs: Iterable[tuple[str, ...]]) -> list[Task]:
+        return [
+            Task(
+                self.new_name(".".join(pair)),
+                subset,
+                "complex",
+                pair,
+                assign_split(pair, self.seed),
+            )
+            for pair in pairs
+        ]
 
+    def dipeptides(self) -> list[str]:
+        letters = list(molecules.RESIDUES)
+        pairs = [first + second for first in letters for second in letters]
+        order = make_generator(self.seed, "dipeptides").permutation(len(pairs))
+        return [molecules.capped_peptide(pairs[i]) for i in order[: self.at_least(50)]]
 
-def _dipeptides(seed: int, scale: float) -> list[str]:
-    rng = generator(seed, "dipeptides")
-    letters = list(molecules.RESIDUES)
-    pairs = [first + second for first in letters for second in letters]
-    chosen = rng.permutation(len(pairs))[: round(50 * max(1.0, scale))]
-    return [molecules.capped_peptide(pairs[i]) for i in chosen]
+    def dimers(self, small: list[Task]) -> list[Task]:
+        """Water with every small molecule, and random pairs that never mix two held-out splits."""
+        rng = make_generator(self.seed, "dimers")
+        monomers = [t for t in small if t.num_atoms <= 15]
+        sizes = [t.num_atoms for t in monomers]
+        waters = [(t.smiles[0], molecules.WATER) for t in monomers if t.num_atoms <= 13]
+        pairs = dict.fromkeys(waters)
+        target = len(pairs) + self.at_least(500)
+        for _ in range(100 * target):
+            if len(pairs) >= target:
+                break
+            first, second = rng.integers(len(monomers), size=2)
+            held_out = {monomers[first].split, monomers[second].split} - {"train"}
+            if len(held_out) < 2 and sizes[first] + sizes[second] <= 26:
+                pairs[(monomers[first].smiles[0], monomers[second].smiles[0])] = None
+        return self.complexes("Dimers", pairs)
 
+    def water_clusters(self) -> list[Task]:
+        tasks = []
+        for count in range(2, 31):
+            starts = 12 if count <= 6 else 4 if count < 20 else 6
+            starts = max(1, round(starts * self.scale))
+            split = _hash_split(f"{count} waters", self.seed)
+            name = self.new_name(f"{count} waters")
+            tasks.append(Task(name, "Water clusters", "water", (), split, count, starts))
+        return tasks
 
-def _dimers(small: list[Task], names: _Names, seed: int, scale: float) -> list[Task]:
-    """Water with every small molecule, and random pairs that never mix validation with test."""
-    rng = generator(seed, "dimers")
-    monomers = [(t.smiles[0], t.split, size(t.smiles[0])[0]) for t in small]
-    monomers = [m for m in monomers if m[2] <= 15]
-    pairs = {(smiles, molecules.WATER): None for smiles, _, atoms in monomers if atoms <= 13}
-    target = len(pairs) + round(500 * max(1.0, scale))
-    for _ in range(100 * target):
-        if len(pairs) >= target:
-            break
-        first, second = (monomers[i] for i in rng.integers(len(monomers), size=2))
-        held_out = {first[1], second[1]} - {"train"}
-        if len(held_out) < 2 and first[2] + second[2] <= 26:
-            pairs[(first[0], second[0])] = None
-    return [
-        Task(names.new(".".join(pair)), "Dimers", "complex", pair, split_of(pair, seed))
-        for pair in pairs
-    ]
+    def solvated(self, small: list[Task], peptides: list[str]) -> list[Task]:
+        rng = make_generator(self.seed, "solvated")
+        solutes = [t.smiles[0] for t in small if 5 <= t.num_atoms <= 16]
+        chosen = [solutes[i] for i in rng.permutation(len(solutes))[:90]]
+        drawn = [("Solvated molecules", s, int(rng.integers(2, 9))) for s in chosen]
+        drawn += [("Solvated amino acids", canonicalize(s), 20) for s in peptides]
+        return [
+            Task(
+                self.new_name(f"{smiles} in {count} waters"),
+                subset,
+                "solvated",
+                (smiles,),
+                assign_split([smiles], self.seed),
+                count,
+            )
+            for subset, smiles, count in drawn
+        ]
 
+    def charged(self) -> list[Task]:
+        def parts(texts: Iterable[str]) -> list[tuple[str, ...]]:
+            return [tuple(map(canonicalize, s.split("."))) for s in texts if "." in s]
 
-def _water_clusters(names: _Names, seed: int, scale: float) -> list[Task]:
-    tasks = []
-    for count in range(2, 31):
-        starts = 12 if count <= 6 else 4 if count < 20 else 6
-        split = _hashed_split(f"{count} waters", seed)
-        name = names.new(f"{count} waters")
-        starts = max(1, round(starts * scale))
-        tasks.append(Task(name, "Water clusters", "water", (), split, count, starts))
-    return tasks
-
-
-def _solvated(small: list[Task], peptides: list[str], names: _Names, seed: int) -> list[Task]:
-    rng = generator(seed, "solvated")
-    solutes = [t.smiles[0] for t in small if 5 <= size(t.smiles[0])[0] <= 16]
-    tasks = []
-    for index in rng.permutation(len(solutes))[:90]:
-        smiles, count = solutes[index], int(rng.integers(2, 9))
-        name = names.new(f"{smiles} in {count} waters")
-        split = split_of([smiles], seed)
-        tasks.append(Task(name, "Solvated molecules", "solvated", (smiles,), split, count))
-    for smiles in peptides:
-        smiles, count = canonical(smiles), 20
-        name = names.new(f"{smiles} in {count} waters")
-        split = split_of([smiles], seed)
-        tasks.append(Task(name, "Solvated amino acids", "solvated", (smiles,), split, count))
-    return tasks
-
-
-def _ions(singles, names: _Names, seed: int) -> list[Task]:
-    alone = [s for s in molecules.ions() if "." not in s]
-    pairs = [("Ions", s) for s in molecules.ions() if "." in s]
-    pairs += [("Salt bridges", s) for s in molecules.salt_bridges()]
-    tasks = singles("Ions", alone)
-    for subset, text in pairs:
-        parts = tuple(canonical(part) for part in text.split("."))
-        tasks.append(
-            Task(names.new(".".join(parts)), subset, "complex", parts, split_of(parts, seed))
-        )
-    return tasks
+        return [
+            *self.singles("Ions", [s for s in molecules.ions() if "." not in s]),
+            *self.complexes("Ions", parts(molecules.ions())),
+            *self.complexes("Salt bridges", parts(molecules.salt_bridges())),
+        ]
