@@ -431,3 +431,4 @@ def test_bundled_potentials_open_and_have_cards():
     for name in bundled.names():
         assert mlip_md.load(name).num_parameters > 0
         assert bundled.card(name)
+        assert description_of(bundled.path(name))["format_version"] == own.FORMAT_VERSION
