@@ -17,7 +17,7 @@ from neighbors import water
 
 import mlip_md
 from mlip_md.engine import Engine
-from mlip_md.formats.own import expected_shapes, unflatten
+from mlip_md.formats.soundness import expected_shapes, unflatten
 from mlip_md.potential import Potential
 from mlip_md.trainer.recipe import load_recipe
 

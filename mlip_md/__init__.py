@@ -32,6 +32,6 @@ def load(name_or_path: str | os.PathLike[str]) -> Potential:
         ModelFileError: if this is no name or path, there is no such potential, or its file is
             unusable.
     """
-    from mlip_md.formats.own import open_potential
+    from mlip_md.formats.open import open_potential
 
     return open_potential(name_or_path)

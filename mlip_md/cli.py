@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import mlip_md
-from mlip_md import errors
+from mlip_md import errors, files
 from mlip_md.integrations.md.cli import md_command, minimize_command
 from mlip_md.trainer.cli import check_command, evaluate_command, prepare_command, train_command
 from mlip_md.trainer.generate.command import make_dataset_command
@@ -161,38 +161,37 @@ def convert(
 
     An InstaDeep zip (read by mlip 0.1 and, as models_v1, 0.2) has no place for a model's origin.
     """
-    destination = _converted_name(source, destination, to)
-    if destination.is_dir():
-        raise errors.ConfigError(f"{destination} is a folder; name a file")
+    from mlip_md.formats.open import FORMATS
+
+    endings = {name: known.ending for name, known in FORMATS.items()}
+    destination = _converted_name(source, destination, to, endings)
+    files.check_new_file(destination, "DESTINATION")
     if destination.exists() and not force:
         raise errors.ConfigError(f"{destination} exists; give --force to replace it")
-    from mlip_md.formats.instadeep import save_zip
-    from mlip_md.formats.own import save
-
+    [written] = [known for known in FORMATS.values() if known.ending == destination.suffix]
     potential = mlip_md.load(source)
-    (save_zip if destination.suffix == _ENDINGS["instadeep"] else save)(potential, destination)
-    mlip_md.load(str(destination))  # reads and checks what was written
+    written.save(potential, destination)
+    written.load(destination)  # reads and checks what was written
     network = f"{potential.config.architecture}, {potential.num_parameters:,} parameters"
     typer.echo(f"{destination}: {network}")
 
 
-_ENDINGS = {"mlip-md": ".safetensors", "instadeep": ".zip"}
-
-
-def _converted_name(source: str, destination: Path | None, to: str | None) -> Path:
+def _converted_name(
+    source: str, destination: Path | None, to: str | None, endings: Mapping[str, str]
+) -> Path:
     """The file that ``convert`` writes; its ending decides the format."""
-    if to is not None and to not in _ENDINGS:
-        raise errors.ConfigError(f"unknown format {to!r}; write --to {' or --to '.join(_ENDINGS)}")
+    if to is not None and to not in endings:
+        raise errors.ConfigError(f"unknown format {to!r}; write --to {' or --to '.join(endings)}")
     if destination is None:
         if to is None:
             raise errors.ConfigError("give a file to write, or a format with --to")
         name = Path(source).resolve().name
-        destination = Path(name.removesuffix(Path(source).suffix) + _ENDINGS[to])
-    endings = tuple(_ENDINGS.values()) if to is None else (_ENDINGS[to],)
-    if destination.suffix not in endings:
+        destination = Path(name.removesuffix(Path(source).suffix) + endings[to])
+    allowed = {ending: name for name, ending in endings.items() if to in (None, name)}
+    if destination.suffix not in allowed:
+        whose = ", ".join(f"{ending} is {name}'s" for name, ending in endings.items())
         raise errors.ConfigError(
-            f"{destination}: the ending decides the format; write {' or '.join(endings)} "
-            "(.safetensors is mlip-md's, .zip InstaDeep's)"
+            f"{destination}: the ending decides the format; write {' or '.join(allowed)} ({whose})"
         )
     return destination
 

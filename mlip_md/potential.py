@@ -23,7 +23,7 @@ from mlip_md.elements import symbol
 from mlip_md.errors import UnsupportedElementError
 from mlip_md.graph import Graph, sum_per_graph
 from mlip_md.networks import NetworkConfig, build_network
-from mlip_md.networks.config import config_to_dict
+from mlip_md.networks.config import CUTOFF, ENERGY, NEIGHBORS, R_MIN, SCALING, config_to_dict
 
 Params = Mapping[str, Any]
 Apply = Callable[[Params, Graph], jax.Array]
@@ -110,18 +110,31 @@ class Potential:
         scaling_mean: eV, added to every node energy.
         scaling_stdev: factor on every node energy.
         info: provenance as plain JSON values (name, description, data set, training).
+
+    What its numbers may be stands at their fields; ``mlip_md.formats.soundness`` checks it, because
+    a potential is made of unchecked parts before its file is refused.
     """
 
     config: NetworkConfig
     params: Params
     elements: tuple[int, ...]
     atomic_energies: np.ndarray
-    cutoff: float
-    avg_num_neighbors: float
-    avg_r_min: float | None = None
-    scaling_mean: float = 0.0
-    scaling_stdev: float = 1.0
+    cutoff: float = dataclasses.field(metadata={"allowed": CUTOFF})
+    avg_num_neighbors: float = dataclasses.field(metadata={"allowed": NEIGHBORS})
+    avg_r_min: float | None = dataclasses.field(
+        default=None, metadata={"allowed": R_MIN, "none": ""}
+    )
+    scaling_mean: float = dataclasses.field(default=0.0, metadata={"allowed": ENERGY})
+    scaling_stdev: float = dataclasses.field(default=1.0, metadata={"allowed": SCALING})
     info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        name = f" {self.info['name']!s:.60}" if self.info.get("name") else ""
+        elements = " ".join(symbol(z) for z in self.elements)
+        return (
+            f"<Potential{name}: {self.config.architecture}, {elements}, cutoff {self.cutoff} Å, "
+            f"{self.num_parameters:,} weights>"
+        )
 
     @functools.cached_property
     def network(self) -> nn.Module:
@@ -177,10 +190,16 @@ class Potential:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Hash of the description and of every weight: the potential's identity."""
+        """Hash of the description and of every weight: the potential's identity.
+
+        Systems and restart files hold it. It names weights as the published files and version
+        0.1.0 did, below one module more, so that it never changes with our own names.
+        """
         digest = hashlib.sha256(json.dumps(self.description(), sort_keys=True).encode())
+        root = "['params']", f"['params']['{self.config.published_block}']"
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
             array = np.asarray(leaf, order="C")
-            digest.update(f"{jax.tree_util.keystr(path)}{array.dtype}{array.shape}".encode())
+            name = jax.tree_util.keystr(path).replace(*root, 1)
+            digest.update(f"{name}{array.dtype}{array.shape}".encode())
             digest.update(array.tobytes())
         return digest.hexdigest()

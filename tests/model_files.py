@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mlip_md.errors import ModelFileError
-from mlip_md.formats.own import expected_shapes, unflatten
+from mlip_md.formats.soundness import expected_shapes, unflatten
 from mlip_md.networks.config import MACEConfig, NequIPConfig
 from mlip_md.potential import Potential
 

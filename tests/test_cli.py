@@ -144,7 +144,7 @@ def test_convert_refuses_unknown_formats_and_folders(run, tiny, tmp_path):
     code, _, err = run("convert", tiny)
     assert (code, "a format with --to" in err) == (2, True)
     code, _, err = run("convert", tiny, tmp_path / "none" / "m.zip")
-    assert (code, "no such folder" in err) == (2, True)
+    assert (code, "there is no folder" in err) == (2, True)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -47,6 +47,12 @@ def test_models(name, ending):
     assert result.energy == pytest.approx(expected["energy"], rel=1e-11)
 
 
+def test_systems_and_restart_files_still_name_the_bundled_potential():
+    """Its file was saved anew; what 0.1.0 called it is the same."""
+    identity = "25d57c210a7d768df60df880f73c1b5e850c638e9f9dccb6c4847e7594f4b65a"
+    assert mlip_md.load("organics-gfn2").sha256 == identity
+
+
 def test_a_trained_model():
     potential = mlip_md.load(OLD / "trained.safetensors")
     result = Engine(potential, "float64").evaluate(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,8 +23,10 @@ from safetensors.numpy import save as to_safetensors
 
 from mlip_md.errors import CheckpointError
 from mlip_md.files import write_bytes
+from mlip_md.networks.config import CONFIGS
 
-FORMAT = 2
+FORMAT = 3
+READABLE_FORMATS = (2, 3)
 
 State = TypeVar("State")
 _log = logging.getLogger(__name__)
@@ -94,11 +97,21 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         content = json.loads(text)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged or no checkpoint ({error})") from error
-    if content["format"] != FORMAT:
+    if content["format"] not in READABLE_FORMATS:
         raise CheckpointError(
-            f"{path} has checkpoint format {content['format']}; this version reads {FORMAT}"
+            f"{path} has checkpoint format {content['format']}; this version reads "
+            f"{' and '.join(map(str, READABLE_FORMATS))}: go on with the version that wrote it"
         )
+    if content["format"] == 2:
+        tensors = _without_published_block(tensors)
     return tensors, content["progress"]
+
+
+def _without_published_block(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Present names of the weights of format 2, which lay below the published block."""
+    blocks = "|".join(config.published_block for config in CONFIGS.values())
+    below = re.compile(rf"\['params'\]\['({blocks})'\]")
+    return {below.sub("['params']", name, count=1): array for name, array in tensors.items()}
 
 
 def _fill(path: Path, template: State, tensors: Mapping[str, np.ndarray]) -> State:

@@ -8,6 +8,8 @@ accumulation: warmup_steps and transition_steps are batches seen, not updates ma
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -15,8 +17,8 @@ import optax
 from mlip_md.potential import Params
 from mlip_md.trainer.recipe import OptimizerConfig
 
-DECAYED = ("linear_down", "SymmetricContraction")
-"""Weights whose path contains one of these names decay; if there are none, all weights decay."""
+Decays = Callable[[str], bool]
+"""Whether weight decay acts on the weight of a path: ``decays`` of a network's configuration."""
 
 
 def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
@@ -30,20 +32,17 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
     return optax.join_schedules([warmup, transition], [config.warmup_steps])
 
 
-def decay_mask(params: Params) -> Params:
-    """Which weights decay: a tree of bools, see ``DECAYED``."""
-    mask = jax.tree_util.tree_map_with_path(
-        lambda path, _: any(name in jax.tree_util.keystr(path) for name in DECAYED), params
+def decay_mask(params: Params, decays: Decays) -> Params:
+    """Which weights decay: a tree of bools."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: decays(jax.tree_util.keystr(path)), params
     )
-    if any(jax.tree_util.tree_leaves(mask)):
-        return mask
-    return jax.tree_util.tree_map(lambda _: True, params)
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, decays: Decays) -> optax.GradientTransformation:
     """The optimizer of a recipe; its updates are zero until an accumulation is complete."""
     chain = optax.chain(
-        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+        optax.add_decayed_weights(config.weight_decay, mask=lambda p: decay_mask(p, decays)),
         optax.clip_by_global_norm(config.grad_norm),
         optax.scale_by_amsgrad(b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0),
     )

@@ -62,7 +62,7 @@ def init_state(recipe: Recipe, params: Params) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         params=params,
-        opt_state=make_optimizer(recipe.optimizer).init(params),
+        opt_state=make_optimizer(recipe.optimizer, recipe.network.decays).init(params),
         ema=jax.tree_util.tree_map(jnp.zeros_like, params),
         updates=zero,
         micro_step=zero + 0,
@@ -81,7 +81,7 @@ def make_train_step(apply: Callable[..., Any], recipe: Recipe) -> TrainStep:
         apply: ``network.apply``: (params, graph) to node energies (n_nodes,), eV.
         recipe: its loss, optimizer and averaging.
     """
-    optimizer = make_optimizer(recipe.optimizer)
+    optimizer = make_optimizer(recipe.optimizer, recipe.network.decays)
     every, decay = recipe.optimizer.num_gradient_accumulation_steps, recipe.train.ema_decay
 
     def loss_of(params: Params, batch: Batch, weights: LossWeights) -> jax.Array:

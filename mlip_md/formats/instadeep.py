@@ -22,35 +22,37 @@ from typing import Any
 
 import numpy as np
 
+from mlip_md import files
 from mlip_md.errors import ModelFileError
-from mlip_md.formats.own import (
+from mlip_md.formats.soundness import (
     MAX_HEADER_BYTES,
+    OWN_ROOT,
     check_potential,
     check_statistics,
     check_weights,
     expected_shapes,
+    explaining,
     flatten,
-    naming,
+    names_below,
     number,
     parse_config,
     parse_json,
     read_bytes,
+    require,
+    typed,
     unflatten,
-    write_atomically,
 )
-from mlip_md.networks.config import config_to_dict
+from mlip_md.networks.config import NetworkConfig, config_to_dict
 from mlip_md.potential import Potential
 
 logger = logging.getLogger(__name__)
 
+ENDING = ".zip"
 HYPERPARAMETERS = "hyperparams.json"
 PARAMETERS = "params.npz"
 MAX_FILE_BYTES = 512 * 2**20
 """Of a file, of its weights unpacked once (params.npz) and unpacked twice (the arrays)."""
 MAX_MEMBERS = 10_000
-
-_PREFIX = "params#mlip_network#"
-_OWN_PREFIX = "params#"
 
 _LIBRARY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "mace": {"node_symmetry": None, "correlation": 3, "atomic_energies": None},
@@ -78,13 +80,15 @@ def load_zip(path: str | os.PathLike[str]) -> Potential:
             its arrays are not those of the network that its hyperparameters describe.
     """
     path = Path(path)
-    with naming(path):
+    with explaining(f"{path}: "):
         hyperparameters, arrays = _read_members(read_bytes(path, MAX_FILE_BYTES))
-        potential = _without_weights(hyperparameters, path.stem)
-        check_statistics(potential)
-        shapes = expected_shapes(potential)
-        arrays = _without_device_axis(_with_own_names(arrays), shapes)
-        check_weights(arrays, shapes)
+        with explaining(after=f" (a file of {_source(hyperparameters)})"):
+            potential = _without_weights(hyperparameters, path.stem)
+            check_statistics(potential)
+            shapes = expected_shapes(potential)
+            arrays = names_below(_root(potential.config), arrays)
+            arrays = _without_device_axis(arrays, shapes)
+            check_weights(arrays, shapes)
     return dataclasses.replace(potential, params=unflatten(arrays))
 
 
@@ -97,15 +101,16 @@ def save_zip(potential: Potential, path: str | os.PathLike[str]) -> None:
 
     Raises:
         ModelFileError: if the name has another ending or the potential is not sound.
-        OSError: if the file system refuses.
+        OutputError: if the file system refuses.
     """
     path = Path(path)
-    if path.suffix != ".zip":
-        raise ModelFileError(f"{path}: the name of an InstaDeep model file must end in .zip")
-    with naming(path):
+    wrong = f"{path}: the name of an InstaDeep model file must end in {ENDING}"
+    require(path.suffix == ENDING, wrong)
+    with explaining(f"{path}: "):
         check_potential(potential)
+    root = _root(potential.config)
     arrays = {
-        _PREFIX + name.removeprefix(_OWN_PREFIX): np.asarray(leaf, np.float32)
+        root + name.removeprefix(OWN_ROOT): np.asarray(leaf, np.float32)
         for name, leaf in flatten(potential.params).items()
     }
     weights = io.BytesIO()
@@ -115,7 +120,12 @@ def save_zip(potential: Potential, path: str | os.PathLike[str]) -> None:
         text = json.dumps(_library_hyperparameters(potential))
         members.writestr(zipfile.ZipInfo(HYPERPARAMETERS), text)
         members.writestr(zipfile.ZipInfo(PARAMETERS), weights.getvalue())
-    write_atomically(path, archive.getvalue())
+    files.write_bytes(path, archive.getvalue())
+
+
+def _root(config: NetworkConfig) -> str:
+    """Beginning of the names of weights in a zip."""
+    return f"{OWN_ROOT}mlip_network#{config.published_block}#"
 
 
 def _library_hyperparameters(potential: Potential) -> dict[str, Any]:
@@ -224,16 +234,6 @@ def _parse_array(name: str, content: bytes) -> np.ndarray:
     return array.reshape(shape, order="F" if head[5] == b"True" else "C")
 
 
-def _with_own_names(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    foreign = [name for name in arrays if not name.startswith(_PREFIX)]
-    if foreign:
-        raise ModelFileError(
-            f"array {foreign[0]!r} is not a weight of a network of mlip (its name should begin "
-            f"with {_PREFIX!r})"
-        )
-    return {_OWN_PREFIX + name.removeprefix(_PREFIX): a for name, a in arrays.items()}
-
-
 def _without_device_axis(
     arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, np.ndarray]:
@@ -257,8 +257,8 @@ def _without_device_axis(
 
 def _without_weights(hyperparameters: Mapping[str, Any], name: str) -> Potential:
     """The potential that hyperparams.json describes, its weights still missing."""
-    info = _object(hyperparameters, "dataset_info")
-    config_fields = dict(_object(hyperparameters, "config"))
+    info = typed(hyperparameters, "dataset_info", dict)
+    config_fields = dict(typed(hyperparameters, "config", dict))
     architecture = _architecture(config_fields)
     dataset_e0 = _energies_by_number(info)
     elements = tuple(sorted(dataset_e0))
@@ -354,16 +354,14 @@ def _provenance(
     hyperparameters: Mapping[str, Any], name: str, average_used: bool
 ) -> dict[str, Any]:
     """Where the potential is from, and what its file says beyond the potential itself."""
-    version = hyperparameters.get("version", "0.1.x")
     used = {*_STATISTICS, "atomic_energies_map"} if average_used else _STATISTICS
     rest = {k: v for k, v in hyperparameters["dataset_info"].items() if k not in used}
-    return {"name": name, "source": f"InstaDeep mlip {version}", "dataset_info": rest}
+    return {"name": name, "source": _source(hyperparameters), "dataset_info": rest}
 
 
-def _object(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    if not isinstance(values.get(name), dict):
-        raise ModelFileError(f"{HYPERPARAMETERS} has no object {name!r}")
-    return values[name]
+def _source(hyperparameters: Mapping[str, Any]) -> str:
+    """The program that wrote the file; its first versions left no number."""
+    return f"InstaDeep mlip {hyperparameters.get('version', '0.1.x')!s:.40}"
 
 
 def _whole_number(text: str, what: str) -> int:

@@ -1,47 +1,34 @@
 """Hyperparameters of the networks: every row of the two published model cards.
 
-Field names and defaults of the cards; a value that the networks do not support is refused here,
-by name, before anything is built.
+Field names and defaults of the cards. What a value may be stands at its field; a value that the
+networks do not support is refused here, by name, before anything is built.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from e3nn_jax import Irreps
 
+from mlip_md.elements import LARGEST_ATOMIC_NUMBER
 from mlip_md.errors import ConfigError
-
-ACTIVATIONS = ("silu", "swish", "elu", "relu", "tanh", "sigmoid", "none")
-RADIAL_ENVELOPES = ("polynomial_envelope", "soft_envelope")
+from mlip_md.hints import hint
 
 MAX_MONOMIALS = 10_000
 """Products of feature components that MACE's product basis may have in its highest order."""
 
-LIMITS: Mapping[str, tuple[float, float, str]] = types.MappingProxyType(
-    {
-        "cutoff": (0.1, 100.0, " Å"),
-        "avg_num_neighbors": (1e-3, 1e6, ""),
-        "avg_r_min": (0.01, 100.0, " Å"),
-        "atomic_energies": (-1e8, 1e8, " eV"),
-        "scaling_mean": (-1e8, 1e8, " eV"),
-        "scaling_stdev": (-1e8, 1e8, ""),
-        "scalar_mlp_std": (1e-6, 1e6, ""),
-    }
-)
-"""Lowest and highest value, and unit, of a potential's numbers.
+MAX_DEGREE = 11
+"""Highest l of any feature: as far as e3nn-jax knows Clebsch-Gordan coefficients."""
 
-Far beyond anything physical, yet within them sums stay finite and neighbor lists fit into memory.
-"""
+MAX_WIDTH = 100_000
+"""Components of a feature or of a hidden layer; no sensible network comes near."""
 
-HIGHEST_ATOMIC_NUMBER = 118
-_NUMBER_OF_KEY = {str(z): z for z in range(1, HIGHEST_ATOMIC_NUMBER + 1)}  # JSON has text for keys
+_NUMBER_OF_KEY = {str(z): z for z in range(1, LARGEST_ATOMIC_NUMBER + 1)}  # JSON has text for keys
 
 AtomicEnergies = str | Mapping[int, float] | None
 
@@ -51,43 +38,124 @@ def _require(condition: bool, name: str, value: object, allowed: str, field: str
         raise ConfigError(f"{name} = {value!r} is not allowed; it must be {allowed}", field or name)
 
 
-def _check_integer(name: str, value: object, minimum: int) -> None:
-    valid = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-    _require(valid, name, value, f"an integer of at least {minimum}")
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """Numbers from ``lowest`` to ``highest``.
+
+    Attributes:
+        lowest: of the numbers allowed.
+        highest: of the numbers allowed.
+        unit: for messages, with the space before it.
+        whole: integers only.
+    """
+
+    lowest: float
+    highest: float
+    unit: str = ""
+    whole: bool = False
+
+    def check(self, name: str, value: object, alternative: str = "", field: str = "") -> None:
+        """Check that a value is such a number.
+
+        Args:
+            name: of the value, for the message.
+            value: to check.
+            alternative: what else is allowed, for the message.
+            field: the hyperparameter that it is part of, if that is not its name.
+
+        Raises:
+            ConfigError: if it is no number (bool, text, NaN) or beyond the limits.
+        """
+        of_kind = isinstance(value, int) or (isinstance(value, float) and not self.whole)
+        number: Any = value if of_kind and not isinstance(value, bool) else math.nan
+        what = "an integer" if self.whole else "a number"
+        allowed = f"{what} from {self.lowest:g} to {self.highest:g}{self.unit}{alternative}"
+        _require(self.lowest <= number <= self.highest, name, value, allowed, field)
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    valid = isinstance(value, str) and value in choices
-    _require(valid, name, value, "one of " + ", ".join(choices))
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One of a few texts, or of true and false.
+
+    Attributes:
+        choices: the values allowed, all of one type.
+    """
+
+    choices: tuple[Any, ...]
+
+    def check(self, name: str, value: object, alternative: str = "") -> None:
+        """Check that a value is among the choices; 1 is not true.
+
+        Raises:
+            ConfigError: if it is not.
+        """
+        valid = type(value) is type(self.choices[0]) and value in self.choices
+        allowed = "true or false" if self == FLAG else "one of " + ", ".join(self.choices)
+        _require(valid, name, value, allowed + alternative)
 
 
-def check_number(name: str, value: object, quantity: str = "", alternative: str = "") -> None:
-    """Check that a value is a number within ``LIMITS``.
+CUTOFF = Number(0.1, 100.0, " Å")
+NEIGHBORS = Number(1e-3, 1e6)
+R_MIN = Number(0.01, 100.0, " Å")
+ENERGY = Number(-1e8, 1e8, " eV")
+SCALING = Number(-1e8, 1e8)
+"""Numbers of a potential, some of which recipes and hyperparameters have too.
+
+Far beyond anything physical, yet within them sums stay finite and neighbor lists fit into memory.
+"""
+
+FLAG = Choice((True, False))
+ACTIVATION = Choice(("silu", "swish", "elu", "relu", "tanh", "sigmoid", "none"))
+RADIAL_ENVELOPE = Choice(("polynomial_envelope", "soft_envelope"))
+_LAYERS = Number(1, 64, whole=True)
+_BASIS = Number(1, 1024, whole=True)
+_WIDTH = Number(1, MAX_WIDTH, whole=True)
+_DEGREE = Number(0, MAX_DEGREE, whole=True)
+_FROM_DATA = "take it from the training set"
+
+
+def check_fields(values: Any) -> None:
+    """Check the fields of a dataclass whose metadata say what is ``allowed`` there.
+
+    That is a ``Number``, a ``Choice`` or a function of name and value. Where the metadata have an
+    entry ``none``, None is allowed too; its text says in messages what that is for.
 
     Args:
-        name: of the value, for the message.
-        value: to check.
-        quantity: its key in ``LIMITS``; empty if that is its name.
-        alternative: what else is allowed, for the message.
+        values: the dataclass's instance.
 
     Raises:
-        ConfigError: if it is no number (bool, text, NaN) or beyond its limits.
+        ConfigError: naming the first value that is not allowed.
     """
-    lowest, highest, unit = LIMITS[quantity or name]
-    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
-    allowed = f"a number from {lowest:g} to {highest:g}{unit}{alternative}"
-    _require(lowest <= number <= highest, name, value, allowed, quantity)
+    for field in dataclasses.fields(values):
+        value, allowed = getattr(values, field.name), field.metadata.get("allowed")
+        none = field.metadata.get("none")
+        if allowed is None or (value is None and none is not None):
+            continue
+        if isinstance(allowed, Number | Choice):
+            allowed.check(field.name, value, f", or null to {none}" if none else "")
+        else:
+            allowed(field.name, value)
 
 
-def _check_node_irreps(value: object) -> None:
+def _field(
+    default: Any, allowed: Number | Choice | Callable[[str, Any], None], none: str | None = None
+) -> Any:
+    """A field with its default and what it may be, see ``check_fields``."""
+    return dataclasses.field(default=default, metadata={"allowed": allowed, "none": none})
+
+
+def _check_node_irreps(name: str, value: object) -> None:
     """Irreps that can be read, without empty blocks, and with scalars to read energies from."""
-    _require(isinstance(value, str), "node_irreps", value, "a text such as 64x0e + 32x1o + 4x2e")
-    irreps = _irreps("node_irreps", value)
-    _require(all(mul > 0 for mul, _ in irreps), "node_irreps", value, "without empty blocks")
+    _require(isinstance(value, str), name, value, "a text such as 64x0e + 32x1o + 4x2e")
+    irreps = _irreps(name, value)
+    _require(all(mul > 0 for mul, _ in irreps), name, value, "without empty blocks")
     # Energies come from half of the last 0e block, as in the published models.
     scalars = [mul for mul, ir in irreps if ir == "0e"]
     allowed = "irreps whose last 0e block has at least 2 channels: energies are read from it"
-    _require(bool(scalars) and scalars[-1] >= 2, "node_irreps", value, allowed)
+    _require(bool(scalars) and scalars[-1] >= 2, name, value, allowed)
+    large = irreps.dim > MAX_WIDTH or any(ir.l > MAX_DEGREE for _, ir in irreps)
+    allowed = f"no larger than any that are read: {MAX_WIDTH} components, l up to {MAX_DEGREE}"
+    _require(not large, name, f"{value:.60}", allowed)
 
 
 def _irreps(name: str, value: Any) -> Irreps:
@@ -101,9 +169,8 @@ def _irreps(name: str, value: Any) -> Irreps:
         ) from error
 
 
-def _check_readout_irreps(value: Any) -> None:
+def _check_readout_irreps(name: str, value: Any) -> None:
     """A hidden layer of scalars, whatever their blocks, and one energy."""
-    name = "readout_irreps"
     texts = isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value)
     _require(texts and len(value) == 2, name, value, "of two entries, such as 16x0e and 0e")
     hidden, output = (_irreps(name, part) for part in value)
@@ -112,28 +179,53 @@ def _check_readout_irreps(value: Any) -> None:
     _require(output == Irreps("0e"), name, value, "0e in the output layer, one energy")
 
 
-def _check_number_or_none(name: str, value: object) -> None:
-    if value is not None:
-        check_number(name, value, alternative=", or null to take it from the training set")
-
-
-def _checked_energies(value: AtomicEnergies) -> AtomicEnergies:
-    """E0 as given; a map as a new one of int to float."""
-    name = "atomic_energies"
+def _check_energies(name: str, value: Any) -> None:
+    """A word or null, or a map of E0 (eV) by atomic number."""
     if not isinstance(value, Mapping):
-        valid = value in (None, "average", "zero")
+        valid = value is None or (isinstance(value, str) and value in ("average", "zero"))
         _require(valid, name, value, "null, average, zero or a map of Z to eV")
-        return value
+        return
     for z, energy in value.items():
-        valid = type(z) is int and 0 < z <= HIGHEST_ATOMIC_NUMBER  # True and 1.0 are no keys
-        allowed = f"an atomic number, 1 to {HIGHEST_ATOMIC_NUMBER}"
+        valid = type(z) is int and 0 < z <= LARGEST_ATOMIC_NUMBER  # True and 1.0 are no keys
+        allowed = f"an atomic number, 1 to {LARGEST_ATOMIC_NUMBER}"
         _require(valid, f"a key of {name}", z, allowed, name)
-        check_number(f"{name}[{z}]", energy, name)
-    return {z: float(energy) for z, energy in value.items()}
+        ENERGY.check(f"{name}[{z}]", energy, field=name)
+
+
+class _Hyperparameters:
+    """What the configurations of all architectures have in common.
+
+    Attributes:
+        architecture: its name in files and recipes.
+        published_block: module below which published files and those of version 0.1.0 have the
+            weights.
+        decaying: modules whose weights decay under weight decay; none means that all do.
+    """
+
+    architecture: ClassVar[str]
+    published_block: ClassVar[str]
+    decaying: ClassVar[tuple[str, ...]] = ()
+    num_layers: int
+    atomic_energies: AtomicEnergies
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if isinstance(self.atomic_energies, Mapping):
+            energies = {z: float(energy) for z, energy in self.atomic_energies.items()}
+            object.__setattr__(self, "atomic_energies", energies)
+
+    @property
+    def receptive_layers(self) -> int:
+        """Number of message-passing layers: the receptive field in units of the cutoff."""
+        return self.num_layers
+
+    def decays(self, path: str) -> bool:
+        """Whether weight decay acts on a weight, given by its path in the parameter tree."""
+        return not self.decaying or any(name in path for name in self.decaying)
 
 
 @dataclasses.dataclass(frozen=True)
-class MACEConfig:
+class MACEConfig(_Hyperparameters):
     """Hyperparameters of MACE; defaults are the values of the published card.
 
     Attributes:
@@ -158,57 +250,35 @@ class MACEConfig:
     """
 
     architecture: ClassVar[str] = "mace"
+    published_block: ClassVar[str] = "MaceBlock_0"
+    decaying: ClassVar[tuple[str, ...]] = ("linear_down", "SymmetricContraction")
 
-    num_layers: int = 2
-    num_channels: int = 128
-    l_max: int = 3
-    node_symmetry: int | None = 3
-    correlation: int = 2
-    readout_irreps: tuple[str, ...] = ("16x0e", "0e")
-    num_readout_heads: int = 1
-    include_pseudotensors: bool = False
-    num_bessel: int = 8
-    activation: str = "silu"
-    radial_envelope: str = "polynomial_envelope"
-    symmetric_tensor_product_basis: bool = False
-    atomic_energies: AtomicEnergies = "average"
-    avg_num_neighbors: float | None = None
-    avg_r_min: float | None = None
-    gate_nodes: bool = False
-    species_embedding_dim: int | None = None
+    num_layers: int = _field(2, _LAYERS)
+    num_channels: int = _field(128, _WIDTH)
+    l_max: int = _field(3, _DEGREE)
+    node_symmetry: int | None = _field(3, _DEGREE, none="")
+    correlation: int = _field(2, Number(1, 4, whole=True))
+    readout_irreps: tuple[str, ...] = _field(("16x0e", "0e"), _check_readout_irreps)
+    num_readout_heads: int = _field(1, _LAYERS)
+    include_pseudotensors: bool = _field(False, FLAG)
+    num_bessel: int = _field(8, _BASIS)
+    activation: str = _field("silu", ACTIVATION)
+    radial_envelope: str = _field("polynomial_envelope", RADIAL_ENVELOPE)
+    symmetric_tensor_product_basis: bool = _field(False, FLAG)
+    atomic_energies: AtomicEnergies = _field("average", _check_energies)  # noqa: RUF009
+    avg_num_neighbors: float | None = _field(None, NEIGHBORS, none=_FROM_DATA)
+    avg_r_min: float | None = _field(None, R_MIN, none=_FROM_DATA)
+    gate_nodes: bool = _field(False, FLAG)
+    species_embedding_dim: int | None = _field(None, _WIDTH, none="")
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_layers",
-            "num_channels",
-            "correlation",
-            "num_readout_heads",
-            "num_bessel",
-        ):
-            _check_integer(name, getattr(self, name), 1)
-        _check_integer("l_max", self.l_max, 0)
-        _require(self.correlation <= 4, "correlation", self.correlation, "1, 2, 3 or 4")
+        super().__post_init__()
+        object.__setattr__(self, "readout_irreps", tuple(self.readout_irreps))
         self._check_product_basis()
         if self.node_symmetry is not None:
-            _check_integer("node_symmetry", self.node_symmetry, 0)
-            _require(
-                self.node_symmetry <= self.l_max,
-                "node_symmetry",
-                self.node_symmetry,
-                f"at most l_max = {self.l_max}",
-            )
-        _check_readout_irreps(self.readout_irreps)
-        object.__setattr__(self, "readout_irreps", tuple(self.readout_irreps))
-        _check_choice("activation", self.activation, ACTIVATIONS)
-        _check_choice("radial_envelope", self.radial_envelope, RADIAL_ENVELOPES)
-        _check_number_or_none("avg_num_neighbors", self.avg_num_neighbors)
-        _check_number_or_none("avg_r_min", self.avg_r_min)
-        if self.species_embedding_dim is not None:
-            _check_integer("species_embedding_dim", self.species_embedding_dim, 1)
-        for name in ("include_pseudotensors", "symmetric_tensor_product_basis", "gate_nodes"):
-            value = getattr(self, name)
-            _require(isinstance(value, bool), name, value, "true or false")
-        object.__setattr__(self, "atomic_energies", _checked_energies(self.atomic_energies))
+            low = self.node_symmetry <= self.l_max
+            allowed = f"at most l_max = {self.l_max}"
+            _require(low, "node_symmetry", self.node_symmetry, allowed)
 
     def _check_product_basis(self) -> None:
         """Refuse a product basis that would take minutes to build and gigabytes to hold."""
@@ -224,14 +294,9 @@ class MACEConfig:
                 "correlation",
             )
 
-    @property
-    def receptive_layers(self) -> int:
-        """Number of message-passing layers: the receptive field in units of the cutoff."""
-        return self.num_layers
-
 
 @dataclasses.dataclass(frozen=True)
-class NequIPConfig:
+class NequIPConfig(_Hyperparameters):
     """Hyperparameters of NequIP; defaults are the values of the published card.
 
     Attributes:
@@ -250,34 +315,19 @@ class NequIPConfig:
     """
 
     architecture: ClassVar[str] = "nequip"
+    published_block: ClassVar[str] = "NequipBlock_0"
 
-    num_layers: int = 5
-    node_irreps: str = "64x0e + 64x0o + 32x1e + 32x1o + 4x2e + 4x2o"
-    l_max: int = 2
-    num_bessel: int = 8
-    radial_net_nonlinearity: str = "swish"
-    radial_net_n_hidden: int = 64
-    radial_net_n_layers: int = 2
-    radial_envelope: str = "polynomial_envelope"
-    scalar_mlp_std: float = 4.0
-    atomic_energies: AtomicEnergies = None
-    avg_num_neighbors: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("num_layers", "num_bessel", "radial_net_n_hidden", "radial_net_n_layers"):
-            _check_integer(name, getattr(self, name), 1)
-        _check_integer("l_max", self.l_max, 0)
-        _check_node_irreps(self.node_irreps)
-        _check_choice("radial_net_nonlinearity", self.radial_net_nonlinearity, ACTIVATIONS)
-        _check_choice("radial_envelope", self.radial_envelope, RADIAL_ENVELOPES)
-        check_number("scalar_mlp_std", self.scalar_mlp_std)
-        _check_number_or_none("avg_num_neighbors", self.avg_num_neighbors)
-        object.__setattr__(self, "atomic_energies", _checked_energies(self.atomic_energies))
-
-    @property
-    def receptive_layers(self) -> int:
-        """Number of message-passing layers: the receptive field in units of the cutoff."""
-        return self.num_layers
+    num_layers: int = _field(5, _LAYERS)
+    node_irreps: str = _field("64x0e + 64x0o + 32x1e + 32x1o + 4x2e + 4x2o", _check_node_irreps)
+    l_max: int = _field(2, _DEGREE)
+    num_bessel: int = _field(8, _BASIS)
+    radial_net_nonlinearity: str = _field("swish", ACTIVATION)
+    radial_net_n_hidden: int = _field(64, _WIDTH)
+    radial_net_n_layers: int = _field(2, _LAYERS)
+    radial_envelope: str = _field("polynomial_envelope", RADIAL_ENVELOPE)
+    scalar_mlp_std: float = _field(4.0, Number(1e-6, 1e6))
+    atomic_energies: AtomicEnergies = _field(None, _check_energies)  # noqa: RUF009
+    avg_num_neighbors: float | None = _field(None, NEIGHBORS, none=_FROM_DATA)
 
 
 NetworkConfig = MACEConfig | NequIPConfig
@@ -306,9 +356,8 @@ def config_from_dict(architecture: str, fields: Mapping[str, Any]) -> NetworkCon
     known = [f.name for f in dataclasses.fields(config_class)]
     for name in fields:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
-            raise ConfigError(f"{architecture} has no hyperparameter {name!r}{hint}")
+            near = hint(name, known)
+            raise ConfigError(f"{architecture} has no hyperparameter {name!r}; {near}", name)
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     energies = values.get("atomic_energies")
     if isinstance(energies, Mapping):

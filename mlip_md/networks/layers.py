@@ -71,7 +71,7 @@ def bessel_basis(lengths: jax.Array, cutoff: float, number: int) -> jax.Array:
     Returns:
         (n, number) array.
     """
-    n = jnp.arange(1, number + 1, dtype=lengths.dtype)
+    n = jnp.arange(1, number + 1, dtype=lengths.dtype)[None, :]
     r = lengths[:, None]
     return jnp.sqrt(2.0 / cutoff) * (jnp.sin(n * jnp.pi / cutoff * r) / r)
 

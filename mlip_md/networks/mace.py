@@ -1,7 +1,7 @@
 """MACE: higher-order equivariant message passing (Batatia et al. 2022, arXiv:2206.07697).
 
 Equation numbers are the paper's. Weights, their names and their order are those of the published
-model files, so that weights pass in and out of such files as they are.
+model files below ``MaceBlock_0``, so that weights pass in and out of such files as they are.
 """
 
 from __future__ import annotations
@@ -420,8 +420,11 @@ class LinearNodeEmbeddingBlock(nn.Module):
         return embeddings[species] / math.sqrt(self.num_species)
 
 
-class MACEBlock(nn.Module):
-    """Embeddings and interactions.
+class MACE(nn.Module):
+    """The MACE network: graphs in, raw node energies (n_nodes,) out.
+
+    Messages vanish smoothly at the cutoff (with sigmoid as nonlinearity, which is not 0 at 0, they
+    end there abruptly).
 
     Attributes:
         config: hyperparameters.
@@ -475,36 +478,3 @@ class MACEBlock(nn.Module):
             (lengths < self.cutoff)[:, None],
             species[senders] * self.num_species + species[graph.receivers],
         )
-
-
-class MACE(nn.Module):
-    """The MACE network: graphs in, raw node energies (n_nodes,) out.
-
-    Messages vanish smoothly at the cutoff (with sigmoid as nonlinearity, which is not 0 at 0, they
-    end there abruptly).
-
-    Attributes:
-        config: hyperparameters.
-        num_species: number of elements.
-        cutoff: Å.
-        avg_num_neighbors: divisor of the summed messages.
-        avg_r_min: Å, or None; start of the interval on which the radial basis is normalised.
-    """
-
-    config: MACEConfig
-    num_species: int
-    cutoff: float
-    avg_num_neighbors: float
-    avg_r_min: float | None
-
-    @nn.compact
-    def __call__(self, graph: Graph) -> jax.Array:
-        block = MACEBlock(
-            self.config,
-            self.num_species,
-            self.cutoff,
-            self.avg_num_neighbors,
-            self.avg_r_min,
-            name="MaceBlock_0",
-        )
-        return block(graph)

@@ -521,26 +521,30 @@ def gate(plan: LayerPlan, hidden: Blocks) -> Blocks:
     return scalars + nonscalars
 
 
-class NequIPBlock(nn.Module):
-    """Embedding, layers and readout.
+class NequIP(nn.Module):
+    """NequIP as in the published models: ``init(key, graph)``, ``apply(params, graph)``.
+
+    An atom without neighbours has an energy of its own, which the residual path makes of its
+    species. Messages vanish smoothly at the cutoff (with sigmoid as the radial network's
+    nonlinearity, which is not 0 at 0, they end there abruptly).
 
     Attributes:
         config: hyperparameters.
         num_species: number of elements.
         cutoff: Å.
         avg_num_neighbors: divisor of the summed messages.
-        all_features: compute also the features that do not reach the energy.
+        all_features: compute also the features that do not reach the energy (to look at them).
     """
 
     config: NequIPConfig
     num_species: int
     cutoff: float
     avg_num_neighbors: float
-    all_features: bool
+    all_features: bool = False
 
     @nn.compact
     def __call__(self, graph: Graph) -> jax.Array:
-        """Raw node energies (n_nodes,) of a graph."""
+        """Raw node energies (n_nodes,) of a graph: before scaling and without E0."""
         config, species = self.config, jnp.asarray(graph.species)
         plans = plan_layers(config, all_features=self.all_features)
         edges = self._edges(graph, plans[0].l_max)
@@ -567,37 +571,3 @@ class NequIPBlock(nn.Module):
             layers.radial_basis(lengths, self.cutoff, config.num_bessel, config.radial_envelope),
             (lengths < self.cutoff)[:, None],
         )
-
-
-class NequIP(nn.Module):
-    """NequIP as in the published models: ``init(key, graph)``, ``apply(params, graph)``.
-
-    An atom without neighbours has an energy of its own, which the residual path makes of its
-    species. Messages vanish smoothly at the cutoff (with sigmoid as the radial network's
-    nonlinearity, which is not 0 at 0, they end there abruptly).
-
-    Attributes:
-        config: hyperparameters.
-        num_species: number of elements.
-        cutoff: Å.
-        avg_num_neighbors: divisor of the summed messages.
-        all_features: compute also the features that do not reach the energy (to look at them).
-    """
-
-    config: NequIPConfig
-    num_species: int
-    cutoff: float
-    avg_num_neighbors: float
-    all_features: bool = False
-
-    @nn.compact
-    def __call__(self, graph: Graph) -> jax.Array:
-        """Raw node energies (n_nodes,) of a graph: before scaling and without E0."""
-        return NequIPBlock(
-            self.config,
-            self.num_species,
-            self.cutoff,
-            self.avg_num_neighbors,
-            self.all_features,
-            name="NequipBlock_0",
-        )(graph)

@@ -245,6 +245,6 @@ class SymmetricContraction(nn.Module):
                 merged = jnp.einsum("rk,skc->rsc", jnp.asarray(merge, x.dtype), weights)
                 values = polynomials(components, basis)
                 for r in range(rank):
-                    value = values[r].reshape(-1, n_nodes, channels) * merged[r][species]
+                    value = values[r].reshape(-1, n_nodes, channels) * merged[r][species][None]
                     out[irrep] = out[irrep] + value if irrep in out else value
         return {irrep: jnp.moveaxis(value, 0, 1) for irrep, value in out.items()}

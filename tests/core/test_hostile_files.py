@@ -22,12 +22,14 @@ from model_files import make_potential, refused, zipped
 
 from mlip_md.engine import Engine
 from mlip_md.errors import ModelFileError, NonFiniteError
-from mlip_md.formats import instadeep, own
-from mlip_md.formats.own import flatten
+from mlip_md.formats import instadeep, soundness
+from mlip_md.formats import own as model_file
+from mlip_md.formats.open import open_potential
+from mlip_md.formats.soundness import flatten
 from mlip_md.potential import Potential
 
-READERS = {".safetensors": own.load, ".zip": instadeep.load_zip}
-WRITERS = {".safetensors": own.save, ".zip": instadeep.save_zip}
+READERS = {".safetensors": model_file.load, ".zip": instadeep.load_zip}
+WRITERS = {".safetensors": model_file.save, ".zip": instadeep.save_zip}
 MEBIBYTE = 2**20
 
 
@@ -91,7 +93,7 @@ class Target:
 
 @pytest.fixture(scope="module", autouse=True)
 def _every_network_is_traced_once():
-    trace = own.expected_shapes
+    trace = soundness.expected_shapes
     known: dict[str, dict] = {}
 
     def expected_shapes(potential):
@@ -101,7 +103,7 @@ def _every_network_is_traced_once():
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(own, "expected_shapes", expected_shapes)
+        patch.setattr(soundness, "expected_shapes", expected_shapes)
         patch.setattr(instadeep, "expected_shapes", expected_shapes)
         yield
 
@@ -180,8 +182,8 @@ def test_moved_repeated_and_foreign_pieces_are_refused_or_change_nothing(target)
 
 def with_description(target: Target, text: str) -> bytes:
     """The file with another description, checksum and sizes in order."""
-    digest = own._digest(text, flatten(saved_potential().params))
-    text = text.replace(own._BLANK_HASH, digest, 1)
+    digest = model_file._digest(text, flatten(saved_potential().params))
+    text = text.replace(model_file._BLANK_HASH, digest, 1)
     size = struct.unpack("<Q", target.content[:8])[0]
     header = json.loads(target.content[8 : 8 + size])
     header["__metadata__"]["mlip_md"] = text
@@ -196,7 +198,7 @@ def with_header(header: str | dict, weights: bytes) -> bytes:
 def description(target: Target) -> dict:
     size = struct.unpack("<Q", target.content[:8])[0]
     text = json.loads(target.content[8 : 8 + size])["__metadata__"]["mlip_md"]
-    return json.loads(text) | {"sha256": own._BLANK_HASH}
+    return json.loads(text) | {"sha256": model_file._BLANK_HASH}
 
 
 CHARACTERS = list('0123456789"{}[],:-.eE\\ntfax€\0')
@@ -506,13 +508,13 @@ def test_headers_that_announce_more_than_there_is_cost_nothing(own):
     for content in (
         struct.pack("<Q", 2**40) + b"{" + bytes(100),
         with_header({"w": entry}, b""),
-        with_header(" " * (own.MAX_HEADER_BYTES + 1), b""),
+        with_header(" " * (soundness.MAX_HEADER_BYTES + 1), b""),
     ):
         assert own.peak(content, "no safetensors|truncated") < 16
 
 
 def test_a_file_larger_than_any_is_not_read(target):
-    limit = {own.load: own, instadeep.load_zip: instadeep}[target.read].MAX_FILE_BYTES
+    limit = {model_file.load: model_file, instadeep.load_zip: instadeep}[target.read].MAX_FILE_BYTES
     with open(target.file, "wb") as sparse:
         os.truncate(sparse.fileno(), limit + 1)
     size = target.file.stat().st_size
@@ -527,6 +529,6 @@ def test_what_is_no_file_is_refused(target, tmp_path):
             target.read(tmp_path / "pipe")
     for name in ("a\0b", "x" * 5000, "~nobody-of-that-name/x"):
         with refused("there is no model"):
-            own.open_potential(f"{name}.safetensors")
+            open_potential(f"{name}.safetensors")
         with refused("cannot be read"):
             target.read(Path(name))

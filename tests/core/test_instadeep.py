@@ -19,7 +19,7 @@ from model_files import make_potential, refused, zipped
 from mlip_md.engine import Engine
 from mlip_md.formats import instadeep
 from mlip_md.formats.instadeep import load_zip, save_zip
-from mlip_md.formats.own import flatten
+from mlip_md.formats.soundness import flatten
 from mlip_md.networks.config import MACEConfig, NequIPConfig, config_to_dict
 from mlip_md.potential import Potential
 
@@ -47,8 +47,9 @@ def parts_of(potential: Potential) -> tuple[dict, dict[str, np.ndarray]]:
         "config": config_to_dict(potential.config) | {"num_species": None},
         "predict_stress": False,
     }
+    block = {"mace": "MaceBlock_0", "nequip": "NequipBlock_0"}[potential.config.architecture]
     arrays = {
-        name.replace("params#", "params#mlip_network#", 1): leaf
+        name.replace("params#", f"params#mlip_network#{block}#", 1): leaf
         for name, leaf in flatten(potential.params).items()
     }
     return hyperparameters, arrays

@@ -12,13 +12,15 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from model_files import make_potential, refused
+from model_files import make_potential, refused, zipped
 
 import mlip_md
 from mlip_md import bundled
-from mlip_md.errors import ConfigError
+from mlip_md.errors import ConfigError, OutputError
 from mlip_md.formats import own
-from mlip_md.formats.own import flatten, load, open_potential, save, unflatten
+from mlip_md.formats.open import FORMATS, open_potential
+from mlip_md.formats.own import from_bytes, load, save, to_bytes
+from mlip_md.formats.soundness import flatten, unflatten
 from mlip_md.networks.config import MACEConfig, config_from_dict
 from mlip_md.potential import Potential
 
@@ -79,6 +81,18 @@ def test_what_was_saved_comes_back_bit_for_bit(potential, tmp_path):
     assert loaded.sha256 == potential.sha256
 
 
+def test_a_potential_travels_as_bytes(mace, content):
+    assert to_bytes(mace) == content
+    assert from_bytes(content).sha256 == mace.sha256
+    with refused(r"checksum.*\(format_version 2, written by mlip-md .*, read by mlip-md "):
+        from_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def test_a_potential_shows_itself_in_a_line(mace):
+    assert repr(mace) == "<Potential tiny: mace, H C O, cutoff 4.1 Å, 19,424 weights>"
+    assert repr(dataclasses.replace(mace, info={})).startswith("<Potential: mace")
+
+
 def test_explicit_atomic_energies_in_the_hyperparameters_survive(mace, tmp_path):
     config = dataclasses.replace(mace.config, atomic_energies={1: -13.6, 6: -1030.0, 8: -2040.0})
     save(dataclasses.replace(mace, config=config), tmp_path / "m.safetensors")
@@ -94,9 +108,9 @@ def test_the_same_potential_makes_the_same_bytes(mace, tmp_path):
 def test_the_file_is_plain_safetensors_with_a_readable_description(saved, mace):
     tensors = safetensors.numpy.load_file(saved)
     assert set(tensors) == set(flatten(mace.params))
-    assert "params#MaceBlock_0#LinearNodeEmbeddingBlock_0#embeddings" in tensors
+    assert "params#LinearNodeEmbeddingBlock_0#embeddings" in tensors
     description = description_of(saved)
-    assert description["format_version"] == 1
+    assert description["format_version"] == 2
     assert description["architecture"] == "mace"
     assert description["hyperparameters"]["num_channels"] == 4
     assert description["atomic_energies"]["O"] == 0.1 + 0.2
@@ -164,10 +178,10 @@ def test_foreign_files_are_refused(tmp_path):
         load(file)
 
 
-@pytest.mark.parametrize("version", [2, 0, "1", True, 1.0, None])
+@pytest.mark.parametrize("version", [3, 0, "1", True, 1.0, None])
 def test_an_unknown_version_says_what_can_be_read(saved, version):
     rewrite(saved, lambda d: d.update(format_version=version))
-    with refused(r"reads 1\. Upgrade mlip-md"):
+    with refused(r"reads 1, 2\. Upgrade mlip-md"):
         load(saved)
 
 
@@ -187,7 +201,7 @@ def test_a_newer_writer_may_add_keys_and_an_older_one_lack_defaults(saved, mace)
     assert old.config == mace.config
 
 
-FIRST = "params#MaceBlock_0#LinearNodeEmbeddingBlock_0#embeddings"
+FIRST = "params#LinearNodeEmbeddingBlock_0#embeddings"
 
 
 @pytest.mark.parametrize(
@@ -363,7 +377,7 @@ def test_saving_replaces_whole_files_only(mace, saved, monkeypatch):
 def test_saving_asks_for_the_right_ending_and_an_existing_folder(mace, tmp_path):
     with refused(r"\.safetensors"):
         save(mace, tmp_path / "m.zip")
-    with pytest.raises(FileNotFoundError, match="no such folder"):
+    with pytest.raises(OutputError, match="there is no folder"):
         save(mace, tmp_path / "none" / "m.safetensors")
 
 
@@ -395,13 +409,26 @@ def test_what_is_no_name_or_path_is_refused(given, saved, monkeypatch):
         mlip_md.load(given)
 
 
-def test_pickled_formats_are_never_opened(tmp_path):
-    (tmp_path / "m.pt").write_bytes(b"\x80\x04N.")
+@pytest.mark.parametrize("content", [b"\x80\x04N.", zipped({"archive/data.pkl": b"\x80\x04N."})])
+def test_pickled_formats_are_never_opened(tmp_path, content):
+    (tmp_path / "m.pt").write_bytes(content)
     with refused("foreign code"):
         open_potential(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".zip", ".SAFETENSORS", "", ".bin"])
+def test_formats_are_recognised_by_content(mace, tmp_path, ending):
+    for known in FORMATS.values():
+        known.save(mace, tmp_path / f"m{known.ending}")
+        file = (tmp_path / f"m{known.ending}").rename(tmp_path / f"named{ending}")
+        assert open_potential(file).num_parameters == mace.num_parameters
+    file.write_bytes(b"nothing known")
+    with refused(r"safetensors|damaged or no zip|ends in \.safetensors \(mlip-md\) or \.zip"):
+        open_potential(file)
 
 
 def test_bundled_potentials_open_and_have_cards():
     for name in bundled.names():
         assert mlip_md.load(name).num_parameters > 0
         assert bundled.card(name)
+        assert description_of(bundled.path(name))["format_version"] == own.FORMAT_VERSION

@@ -81,7 +81,7 @@ def small():
 def tree_lines(shapes):
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes["params"]):
         key = "#".join(entry.key for entry in path)
-        yield f"params#mlip_network#{key}\t{leaf.shape}\tfloat32"
+        yield f"params#mlip_network#NequipBlock_0#{key}\t{leaf.shape}\tfloat32"
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_initial_weights_have_the_published_spread():
     config = NequIPConfig(num_layers=1, node_irreps="64x0e + 64x1o", l_max=1)
     network = network_of(config)
     params = jit(network.init)(jax.random.key(3), cluster(3, np.float32))
-    layer = params["params"]["NequipBlock_0"]["NequipLayer_0"]
+    layer = params["params"]["NequipLayer_0"]
     spreads = [float(jnp.std(kernel["kernel"])) for kernel in layer["MLP_0"].values()]
     np.testing.assert_allclose(spreads, [2 / np.sqrt(8), 2 / np.sqrt(64), 1 / 8], rtol=0.07)
     for module in ("Linear_0", "Linear_1", "FullyConnectedTensorProduct_0"):

@@ -308,7 +308,7 @@ def test_pseudotensors_have_all_their_paths(l_max, symmetric):
         config, num_species=2, cutoff=4.0, avg_num_neighbors=5.0, avg_r_min=None
     )
     graph, _ = Case("mace", {}).graphs()
-    shapes = jax.eval_shape(network.init, jax.random.key(0), graph)["params"]["MaceBlock_0"]
+    shapes = jax.eval_shape(network.init, jax.random.key(0), graph)["params"]
     harmonics = [(l, (-1) ** l) for l in range(1, l_max + 1)]
     senders = natural_irreps(l_max - 1)
     messages = collections.Counter(senders)

@@ -7,6 +7,7 @@ import optax
 import pytest
 from training_cases import golden
 
+from mlip_md.networks import MACEConfig, NequIPConfig
 from mlip_md.trainer.optimizer import (
     debiased_ema,
     decay_mask,
@@ -42,7 +43,7 @@ def flat(values):
 
 def trace(case, gradients):
     config = OptimizerConfig(**CASES[case])
-    optimizer = make_optimizer(config)
+    optimizer = make_optimizer(config, MACEConfig().decays)
     start = np.concatenate([np.linspace(-1, 1, 6), np.linspace(1, 2, 4)])
     params = tree(start.astype(np.float32))
     state, steps = optimizer.init(params), []
@@ -83,10 +84,11 @@ def test_accumulation_averages_and_waits():
 
 def test_only_named_weights_decay_and_all_where_none_is_named():
     mace = {"linear_up": 1.0, "linear_down": 1.0, "SymmetricContraction_0": {"w1_0e": 1.0}}
-    assert decay_mask(mace) == {
+    assert decay_mask(mace, MACEConfig().decays) == {
         "linear_up": False, "linear_down": True, "SymmetricContraction_0": {"w1_0e": True}
     }  # fmt: skip
-    assert decay_mask({"NequipLayer_0": {"Linear_0": 1.0}}) == {"NequipLayer_0": {"Linear_0": True}}
+    nequip = {"NequipLayer_0": {"Linear_0": 1.0}}
+    assert decay_mask(nequip, NequIPConfig().decays) == {"NequipLayer_0": {"Linear_0": True}}
 
 
 def test_average_of_constant_weights_is_the_weights():

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from mlip_md.elements import ATOMIC_NUMBERS, LARGEST_ATOMIC_NUMBER, symbol
 from mlip_md.errors import ConfigError
 from mlip_md.networks.config import (
-    LIMITS,
+    CUTOFF,
     NetworkConfig,
     config_from_dict,
     config_to_dict,
@@ -188,7 +188,7 @@ class DataConfig(Section):
     test: str | list[str] | None = None
     split: SplitConfig = SplitConfig()
     curate: CurationConfig | None = CurationConfig()
-    cutoff: float = Field(default=5.0, ge=LIMITS["cutoff"][0], le=LIMITS["cutoff"][1])
+    cutoff: float = Field(default=5.0, ge=CUTOFF.lowest, le=CUTOFF.highest)
     max_n_node: int | None = Field(default=None, ge=1)
     max_n_edge: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=16, ge=1)

@@ -1,0 +1,126 @@
+"""What a name or a path is: the one place that recognises the files that potentials come in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from mlip_md import bundled
+from mlip_md.errors import ModelFileError
+from mlip_md.formats import instadeep, own
+from mlip_md.potential import Potential
+
+RUN_FOLDER_FILE = "model.safetensors"
+PICKLED = (".model", ".pt", ".pth", ".ckpt", ".pkl")
+"""Endings of formats that hold programs."""
+
+
+class Format(NamedTuple):
+    """A kind of model file.
+
+    Attributes:
+        ending: of its files' names.
+        what: an article and what it is called, for messages.
+        begins: whether the first bytes of a file are those of this format.
+        load: reads a path.
+        save: writes a potential to a path.
+    """
+
+    ending: str
+    what: str
+    begins: Callable[[bytes], bool]
+    load: Callable[[Path], Potential]
+    save: Callable[[Potential, Path], None]
+
+
+FORMATS = {
+    "mlip-md": Format(
+        own.ENDING,
+        "a .safetensors file",
+        lambda head: head[4:9] == b"\0\0\0\0{",
+        own.load,
+        own.save,
+    ),
+    "instadeep": Format(
+        instadeep.ENDING,
+        "an InstaDeep .zip",
+        lambda head: head.startswith(b"PK\3\4"),
+        instadeep.load_zip,
+        instadeep.save_zip,
+    ),
+}
+"""Formats by the name that ``mlip-md convert --to`` knows; a new one is an entry here."""
+
+
+def open_potential(name_or_path: str | os.PathLike[str]) -> Potential:
+    """Open a potential by name or path.
+
+    A file is recognised by its first bytes and, where these are nothing known, by its ending, so
+    that the reader of the format tells what is wrong with it.
+
+    Args:
+        name_or_path: name of a bundled potential, or path of a ``.safetensors`` file, of an
+            InstaDeep ``.zip`` or of a training run's folder. Bundled names come first; write
+            ``./name`` for a folder that is called like one.
+
+    Returns:
+        The potential.
+
+    Raises:
+        ModelFileError: if this is no name or path, there is no such potential, or its file is
+            unusable.
+    """
+    name = os.fspath(name_or_path) if isinstance(name_or_path, (str, os.PathLike)) else None
+    if not name or not isinstance(name, str):  # Path("") would be the current folder
+        raise ModelFileError(f"{name_or_path!r:.60} names no model; {_known_models()}")
+    if name in bundled.names():
+        return own.load(bundled.path(name))
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):  # unlike Path.is_dir it knows names that no file can have
+        return own.load(_file_of_run(path))
+    if not os.path.exists(path):
+        raise ModelFileError(f"there is no model {name!r}; {_known_models()}")
+    return _format_of(path).load(path)
+
+
+def _format_of(path: Path) -> Format:
+    suffix, head = path.suffix.lower(), _head(path)
+    if suffix not in PICKLED:  # some of them are zips too
+        by_content = [known for known in FORMATS.values() if known.begins(head)]
+        by_ending = [known for known in FORMATS.values() if known.ending == suffix]
+        for known in by_content + by_ending:
+            return known
+    endings = " or ".join(f"{known.ending} ({name})" for name, known in FORMATS.items())
+    raise ModelFileError(
+        f"{path}: a model file ends in {endings}; pickled formats ({', '.join(PICKLED)}) are not "
+        "read, because opening them can run foreign code"
+    )
+
+
+def _head(path: Path) -> bytes:
+    """The first bytes of a file; none where there is no file that can be read."""
+    try:
+        if not path.is_file():  # opening a pipe would wait
+            return b""
+        with open(path, "rb") as file:
+            return file.read(16)
+    except OSError:
+        return b""
+
+
+def _known_models() -> str:
+    names = ", ".join(bundled.names()) or "none"
+    files = ", of ".join(known.what for known in FORMATS.values())
+    return f"give a bundled name ({names}) or the path of {files} or of a training run's folder"
+
+
+def _file_of_run(folder: Path) -> Path:
+    file = folder / RUN_FOLDER_FILE
+    if not file.is_file():
+        raise ModelFileError(
+            f"{folder}: this folder has no {RUN_FOLDER_FILE}, so it is no finished training run; "
+            f"{_known_models()}"
+        )
+    return file
