@@ -1,4 +1,4 @@
-"""Neighbour lists against ASE, matscipy, vesin and jax-md, in one run: process-CPU time, ratios.
+"""Neighbor lists against ASE, matscipy, vesin and jax-md, in one run: process-CPU time, ratios.
 
     python benchmarks/neighbors.py [--atoms 1000 10000] [--cutoff 5] [--step] [--large]
 
@@ -17,7 +17,15 @@ from functools import partial
 import jax
 import numpy as np
 
-from mlip_md.neighbors import NeighborSpec, allocate, neighbor_list, update
+from mlip_md.neighbors import (
+    LARGEST_SKIN,
+    Capacities,
+    DeviceList,
+    NeighborSpec,
+    find_edges,
+    neighbor_list,
+    place,
+)
 
 
 def water(n_atoms, seed=0):
@@ -54,16 +62,33 @@ def cpu_time(function, repeats):
 
 
 def ours(positions, cell, cutoff, backend, skin):
-    """Lists of a backend on the device; with a skin also what a call costs that keeps its list."""
-    spec = NeighborSpec(cutoff, skin, backend, capacity_margin=1.05)
-    where = [np.asarray(positions + shift, np.float32) for shift in (0.0, 0.01)]
-    neighbors = allocate(spec, where[0], cell, True)
-    step = jax.jit(update)
-    box = np.asarray(cell, np.float32)
-    if not skin:
-        return lambda repeat: step(neighbors, where[repeat % 2], box)
-    kept = step(neighbors, where[0], box)
-    return lambda repeat: step(kept, where[repeat % 2], box)
+    """Lists of a backend on the device; with a skin also what a call costs that keeps its list.
+
+    The driver is that of engines, its step a list without a network.
+    """
+    spec, pbc = NeighborSpec(cutoff, skin, backend, capacity_margin=1.05), np.ones(3, bool)
+    placed = place(positions, cell, pbc, cutoff + LARGEST_SKIN)
+    device = jax.devices()[0]
+    found = DeviceList(
+        spec, backend, placed, cell, pbc,
+        capacities=Capacities(), dtype=np.dtype("float32"), device=device,
+    )  # fmt: skip
+
+    @partial(jax.jit, static_argnames="shape", donate_argnames="kept")
+    def search(where, box, kept, shape):
+        n_atoms = len(positions)
+        return find_edges(where, box, n_atoms, kept, shape.search, shape.edges)
+
+    def call(repeat):
+        def step(shape, kept):
+            where = np.zeros((shape.nodes, 3), np.float32)
+            where[: len(placed)] = placed + 0.01 * (repeat % 2)
+            pairs, needs, kept = search(where, np.asarray(cell, np.float32), kept, shape)
+            return pairs, jax.device_get(needs), kept
+
+        return found.find(step)[0]
+
+    return call
 
 
 def of_jax_md(positions, cell, cutoff, layout):
@@ -155,30 +180,30 @@ def importable(name):
 
 
 def share_of_a_step(n_molecules=564):
-    """Print the part of a step of dynamics in ASE that goes into neighbour lists."""
+    """Print the part of a step of dynamics in ASE that goes into neighbor lists."""
     from ase import Atoms, units
     from ase.md.verlet import VelocityVerlet
 
-    from mlip_md import engine
+    from mlip_md import structure
     from mlip_md.integrations.ase import MLIPCalculator
 
     positions, cell, numbers = water(3 * n_molecules)
     atoms = Atoms(numbers, positions, cell=cell, pbc=True, calculator=MLIPCalculator())
     dynamics = VelocityVerlet(atoms, 0.5 * units.fs)
-    spent, original = [], engine.host_edges
+    spent, original = [], structure.host_edges
 
-    def timed(*arguments):
+    def timed(*arguments, **options):
         start = time.process_time()
-        edges = original(*arguments)
+        edges = original(*arguments, **options)
         spent.append(time.process_time() - start)
         return edges
 
     dynamics.run(2)
-    engine.host_edges = timed
+    structure.host_edges = timed
     start = time.process_time()
     dynamics.run(5)
     step = (time.process_time() - start) / 5
-    engine.host_edges = original
+    structure.host_edges = original
     lists = sum(spent) / 5
     print(
         f"\n{len(atoms)} atoms of flexible water in ASE, bundled potential: {1e3 * step:.0f} ms of "

@@ -18,7 +18,8 @@ from ase.calculators.calculator import Calculator, PropertyNotImplementedError, 
 from ase.stress import full_3x3_to_voigt_6_stress
 
 import mlip_md
-from mlip_md.engine import Engine, Result, device_name
+from mlip_md.devices import device_name
+from mlip_md.engine import Engine, Result
 from mlip_md.errors import ConfigError, ModelFileError, StructureError
 from mlip_md.integrations.models import DEFAULT_MODEL
 from mlip_md.potential import Potential

@@ -20,7 +20,7 @@ from openmm import unit
 from openmmml.embeddings.mechanicalembedding import MechanicalEmbedding
 from openmmml.mlpotential import MLPotentialImpl
 
-from mlip_md.engine import device_name, find_device
+from mlip_md.devices import device_name, find_device
 from mlip_md.errors import ConfigError, StructureError
 from mlip_md.integrations.models import DEFAULT_MODEL, DTYPES, lasting_name
 from mlip_md.integrations.openmm_force import ANGSTROM_PER_NM, MLForce, open_potential, pack

@@ -1,4 +1,4 @@
-"""Neighbours by brute force, independent of the package: every image of every pair, in float64."""
+"""Neighbors by brute force, independent of the package: every image of every pair, in float64."""
 
 import itertools
 from collections import Counter

@@ -9,9 +9,8 @@ import math
 
 import numpy as np
 from neighbor_truth import brute_force
-from reference_library import graph_of
+from reference_library import graph_of, joined
 
-from mlip_md.graph import pad_graphs
 from mlip_md.networks.config import ACTIVATIONS, MAX_MONOMIALS, RADIAL_ENVELOPES
 
 ELEMENTS = (1, 3, 5, 6, 7, 8, 9, 11, 14, 15, 16, 17, 19, 35, 53)
@@ -118,7 +117,7 @@ class Case:
             graphs.append(graph_of(positions, cell, species, rows[:, 0], rows[:, 1], rows[:, 2:]))
         sizes = np.cumsum([0, *(graph.n_nodes for graph in graphs)])
         n_edges = sum(graph.n_edges for graph in graphs) + 2
-        batch = pad_graphs(graphs, int(sizes[-1]) + 2, n_edges, len(graphs) + 1)
+        batch = joined(graphs, int(sizes[-1]) + 2, n_edges, len(graphs) + 1)
         slices = {name: slice(*sizes[i : i + 2]) for i, name in enumerate(systems)}
         return batch, slices
 

@@ -44,6 +44,36 @@ def graph_of(positions, cell, species, senders, receivers, shifts):
     )
 
 
+def joined(graphs, n_nodes, n_edges, n_graphs):
+    """Graphs of ``graph_of`` as one, padded to these capacities as every network may expect it."""
+    sizes = np.array([graph.n_nodes for graph in graphs])
+    starts = np.cumsum(sizes) - sizes
+
+    def padded(name, capacity, fill, add=None):
+        parts = [getattr(graph, name) for graph in graphs]
+        if add is not None:
+            parts = [part + part.dtype.type(more) for part, more in zip(parts, add, strict=True)]
+        stacked = np.concatenate(parts)
+        assert len(stacked) <= capacity
+        room = np.full((capacity, *stacked.shape[1:]), fill, stacked.dtype)
+        room[: len(stacked)] = stacked
+        return room
+
+    assert sizes.sum() < n_nodes
+    return Graph(
+        positions=padded("positions", n_nodes, 0.0),
+        species=padded("species", n_nodes, 0),
+        cell=padded("cell", n_graphs, 0.0),
+        senders=padded("senders", n_edges, n_nodes - 1, starts),
+        receivers=padded("receivers", n_edges, n_nodes - 1, starts),
+        shifts=padded("shifts", n_edges, 0),
+        node_graph=padded("node_graph", n_nodes, n_graphs - 1, range(len(graphs))),
+        node_mask=padded("node_mask", n_nodes, False),
+        edge_mask=padded("edge_mask", n_edges, False),
+        graph_mask=padded("graph_mask", n_graphs, False),
+    )
+
+
 def library_network(architecture, hyperparameters, statistics):
     """Network of the library (its own hyperparameters, fields of its DatasetInfo)."""
     models_v1 = pytest.importorskip("mlip.models_v1")

@@ -207,7 +207,7 @@ def _refuse_useless(given: set[str], engine: str, ensemble: str) -> None:
 def _check_device(device: str | None) -> None:
     if device is None:
         return
-    from mlip_md.engine import find_device
+    from mlip_md.devices import find_device
 
     try:
         find_device(device)

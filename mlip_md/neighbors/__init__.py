@@ -1,12 +1,25 @@
-"""Neighbour lists: exact ones on the host, and lists of fixed capacity that JAX can work with."""
+"""Neighbor lists: exact ones on the host, and lists of fixed capacity that JAX can work with.
+
+The room's only door. ``neighbor_list`` is what a user calls. The trainer takes ``host_edges``.
+``structure`` checks and places atoms. The engine finds edges in its own compiled step
+(``find_edges``), which a ``DeviceList`` runs.
+"""
 
 from __future__ import annotations
 
+from mlip_md.neighbors.device import LARGEST_SKIN as LARGEST_SKIN
+from mlip_md.neighbors.device import Capacities as Capacities
+from mlip_md.neighbors.device import DeviceList as DeviceList
+from mlip_md.neighbors.device import NeighborSpec as NeighborSpec
+from mlip_md.neighbors.device import Shape as Shape
+from mlip_md.neighbors.geometry import check_cell as check_cell
+from mlip_md.neighbors.geometry import check_cutoff as check_cutoff
+from mlip_md.neighbors.geometry import check_positions as check_positions
+from mlip_md.neighbors.geometry import has_volume as has_volume
+from mlip_md.neighbors.geometry import place as place
+from mlip_md.neighbors.host import HostEdges as HostEdges
+from mlip_md.neighbors.host import host_edges as host_edges
 from mlip_md.neighbors.host import neighbor_list as neighbor_list
-from mlip_md.neighbors.lists import NeighborList as NeighborList
-from mlip_md.neighbors.lists import NeighborSpec as NeighborSpec
-from mlip_md.neighbors.lists import NeighborStatus as NeighborStatus
-from mlip_md.neighbors.lists import allocate as allocate
-from mlip_md.neighbors.lists import grow as grow
-from mlip_md.neighbors.lists import ladder as ladder
-from mlip_md.neighbors.lists import update as update
+from mlip_md.neighbors.kept import Kept as Kept
+from mlip_md.neighbors.kept import Needs as Needs
+from mlip_md.neighbors.kept import find_edges as find_edges

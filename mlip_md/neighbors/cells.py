@@ -1,4 +1,4 @@
-"""Neighbour lists on the device from a sorted cell list, for any number of atoms.
+"""Neighbor lists on the device from a sorted cell list, for any number of atoms.
 
 Atoms are sorted by bin, so that the bins of a column (along the last axis) are one run of memory
 and an atom's candidates in a column are one stretch of it. A periodic column repeats without end:
@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlip_md.neighbors.compact import true_entries
 from mlip_md.neighbors.geometry import Bool, Float64, open_directions, plane_spacings
 from mlip_md.neighbors.search import (
     ROUNDING_SLACK,
@@ -29,6 +28,7 @@ from mlip_md.neighbors.search import (
     combine,
     padded_pairs,
     project,
+    true_entries,
 )
 
 BINS_PER_CUTOFF = (1, 1, 4)
@@ -127,7 +127,7 @@ def cell_pairs(
     row, receivers, senders, image = found  # else each column of the shifts repeats all that
     # S = offset(sender) - offset(receiver) - image, for positions[r] - positions[s] + S·cell.
     columns = jnp.pad(runs.shifts, ((0, 0), (0, 0), (0, 1))) + atoms.offsets[:, None]
-    along = np.array([0, 0, 1], np.int32)
+    along = np.array([[0, 0, 1]], np.int32)
     shifts = atoms.offsets[senders] - columns.reshape(-1, 3)[row] - image[:, None] * along
     needs = atoms.reach, jnp.max(runs.length)
     return padded_pairs(senders, receivers, shifts, valid, count, n_nodes, *needs)
@@ -159,22 +159,22 @@ def _sort(
 ) -> _Atoms:
     """Wrap atoms into the cell, and sort them by bin; padding comes last, in no bin."""
     real = jnp.arange(positions.shape[0]) < n_atoms
-    periodic, grid = np.array(search.pbc), np.array(search.grid, np.int32)
+    periodic, grid = np.array([search.pbc]), np.array([search.grid], np.int32)
     rows = axes_frame(cell, search.pbc)
     offsets = jnp.where(periodic, jnp.floor(project(positions, rows)), 0)
     wrapped = positions - combine(offsets[:, search.axes], cell[search.axes])
     places = project(wrapped, rows)
-    low = jnp.min(jnp.where(real[:, None], places, jnp.inf), axis=0)
-    extent = jnp.max(jnp.where(real[:, None], places, -jnp.inf), axis=0) - low
-    reach = np.maximum(np.array(search.reach), 1)
+    low = jnp.min(jnp.where(real[:, None], places, jnp.inf), axis=0, keepdims=True)
+    high = jnp.max(jnp.where(real[:, None], places, -jnp.inf), axis=0, keepdims=True)
+    extent, reach = high - low, np.maximum([search.reach], 1)
     width = jnp.where(periodic, 1.0 / grid, jnp.maximum(extent / grid, cutoff / reach))
     low = jnp.where(periodic, 0.0, low)
     bins = jnp.clip(jnp.floor((places - low) / width).astype(jnp.int32), 0, grid - 1)
-    key = (bins[:, 0] * grid[1] + bins[:, 1]) * grid[2] + bins[:, 2]
+    key = (bins[:, 0] * search.grid[1] + bins[:, 1]) * search.grid[2] + bins[:, 2]
     n_bins = math.prod(search.grid)
     key = jnp.where(real, key, n_bins)
     sizes = jnp.zeros(n_bins + 1, jnp.int32).at[key + 1].add(1, mode="drop")
-    spacings = 1.0 / jnp.linalg.norm(rows, axis=1)
+    spacings = 1.0 / jnp.linalg.norm(rows, axis=1)[None]
     needed = jnp.ceil(cutoff / (spacings * width) + ROUNDING_SLACK).astype(jnp.int32)
     return _Atoms(
         wrapped,
@@ -182,7 +182,7 @@ def _sort(
         bins,
         jnp.argsort(key).astype(jnp.int32),
         jnp.cumsum(sizes, dtype=jnp.int32),
-        jnp.where(periodic, needed, 0),
+        jnp.where(periodic, needed, 0)[0],
     )
 
 
@@ -191,10 +191,11 @@ def _stretches(atoms: _Atoms, real: jax.Array, search: Search) -> _Stretches:
     n_bins, periodic = search.grid[2], search.pbc[2]
     sides = (range(-reach, reach + 1) for reach in search.reach[:2])
     around = np.array(list(itertools.product(*sides)), np.int32)
-    columns = atoms.bins[:, None, :2] + around
-    shifts = jnp.floor_divide(columns, np.array(search.grid[:2], np.int32))
-    columns = columns - shifts * np.array(search.grid[:2], np.int32)
-    exists = real[:, None] & jnp.all((shifts == 0) | np.array(search.pbc[:2]), axis=-1)
+    columns = atoms.bins[:, None, :2] + around[None]
+    grid = np.array([[search.grid[:2]]], np.int32)
+    shifts = jnp.floor_divide(columns, grid)
+    columns = columns - shifts * grid
+    exists = real[:, None] & jnp.all((shifts == 0) | np.array([[search.pbc[:2]]]), axis=-1)
     start = (columns[..., 0] * search.grid[1] + columns[..., 1]) * n_bins
     first = atoms.starts[start]
     size = atoms.starts[start + n_bins] - first
@@ -228,7 +229,7 @@ def _near(
 ) -> jax.Array:
     """Which candidates are within the cutoff: (n_nodes, columns, slots)."""
     n_nodes = atoms.order.shape[0]
-    slot = jnp.arange(search.slots, dtype=jnp.int32)
+    slot = jnp.arange(search.slots, dtype=jnp.int32)[None, None]
     place, image = _place([part[..., None] for part in runs[1:4]], slot)
     used = slot < runs.length[..., None]
     place = jnp.where(used, place, 0)

@@ -1,4 +1,4 @@
-"""Neighbour lists on the device by trying all pairs: the fastest way up to some 1,500 atoms.
+"""Neighbor lists on the device by trying all pairs: the fastest way up to some 1,500 atoms.
 
 Every pair is first brought to its nearest lattice translation along each axis, by rounding its
 fractional difference; a window of images around that one then covers cells smaller than twice the
@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlip_md.neighbors.compact import true_entries
 from mlip_md.neighbors.search import (
     ROUNDING_SLACK,
     Pairs,
@@ -22,6 +21,7 @@ from mlip_md.neighbors.search import (
     dual,
     padded_pairs,
     project,
+    true_entries,
 )
 
 
@@ -87,5 +87,5 @@ def _image_distances(
     nearest = -jnp.round(project(differences, dual(vectors)))
     differences = differences + combine(nearest, vectors)
     offsets = combine(jnp.asarray(window, vectors.dtype), vectors)
-    squares = jnp.sum((differences[:, :, None] + offsets) ** 2, axis=-1)
+    squares = jnp.sum((differences[:, :, None] + offsets[None, None]) ** 2, axis=-1)
     return nearest.astype(jnp.int32), squares

@@ -188,3 +188,25 @@ def wrap(positions: Float64, cell: Float64, pbc: Bool) -> tuple[Float64, NDArray
     counts = np.floor(positions @ dual_vectors(vectors).T)
     offsets[:, pbc] = counts
     return positions - counts @ vectors, offsets
+
+
+def place(positions: Float64, cell: Float64, pbc: Bool, reach: float) -> Float64:
+    """Wrap a structure into its cell, close its gaps and center it.
+
+    Coordinates are then as small as they can be and lose least when cast to float32; where
+    the structure lies in space cannot matter. The center is that of the cell along periodic
+    axes, and of the atoms along open ones: neither jumps when an atom is wrapped.
+
+    Args:
+        positions: (n, 3) Å, at least one.
+        cell: (3, 3) Å, checked.
+        pbc: (3,).
+        reach: Å, beyond which nobody looks.
+
+    Returns:
+        Positions (n, 3) Å.
+    """
+    wrapped, _ = wrap(positions, cell, pbc)
+    closed = close_gaps(wrapped, cell, pbc, 2.0 * reach)
+    middle, vectors = closed.mean(axis=0), cell[pbc]
+    return np.asarray(closed - (middle + (0.5 - dual_vectors(vectors) @ middle) @ vectors))

@@ -1,4 +1,4 @@
-"""Exact neighbour lists on the host, from vesin's cell list."""
+"""Exact neighbor lists on the host, from vesin's cell list."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BYTES_PER_EDGE = 60
 """Memory of a list on the host while it is sorted."""
 
 MOST_IMAGES = 2e7
-"""Periodic images of atoms that are tried as neighbours of one."""
+"""Periodic images of atoms that are tried as neighbors of one."""
 MOST_BINS = 50_000
 """Bins of vesin's grid. From 100,000 on it divides by zero where the grid is thin."""
 
@@ -82,9 +82,23 @@ def neighbor_list(
     return edges.senders, edges.receivers, shifts
 
 
-def host_edges(positions: Float64, cell: Float64, pbc: Bool, cutoff: float) -> HostEdges:
-    """The same list, with lengths, for input that has been checked and wrapped."""
-    positions = close_gaps(positions, cell, pbc, 2.0 * cutoff)
+def host_edges(
+    positions: Float64, cell: Float64, pbc: Bool, cutoff: float, *, closed: bool = False
+) -> HostEdges:
+    """The same list, with lengths, for input that has been checked and wrapped.
+
+    Args:
+        positions: (n, 3) Å.
+        cell: (3, 3) Å.
+        pbc: (3,).
+        cutoff: Å.
+        closed: whether gaps in open directions have been closed before.
+
+    Raises:
+        CapacityError: if the list would not fit.
+    """
+    if not closed:
+        positions = close_gaps(positions, cell, pbc, 2.0 * cutoff)
     reach = _reach(positions, cell, pbc, cutoff)
     check_density(positions, cell, pbc, reach)
     # It never reads the vectors of open axes. What it returns lies in the search's own memory.

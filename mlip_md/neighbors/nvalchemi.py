@@ -1,8 +1,8 @@
-"""Neighbour lists on a GPU by NVIDIA's nvalchemi-toolkit-ops, the extra ``nvalchemi``.
+"""Neighbor lists on a GPU by NVIDIA's nvalchemi-toolkit-ops, the extra ``nvalchemi``.
 
 Its cell list is a few times faster than ours on a GPU. It has shipped wrong lists more than once,
 so it is trusted only after it has reproduced lists of the dense search in this process, and its
-rows report how many neighbours they needed like every other capacity here.
+rows report how many neighbors they needed like every other capacity here.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlip_md.errors import ConfigError
-from mlip_md.neighbors.compact import true_entries
 from mlip_md.neighbors.dense import dense_pairs
 from mlip_md.neighbors.geometry import Bool, Float64
-from mlip_md.neighbors.search import Pairs, Search, axes_frame, padded_pairs, project
+from mlip_md.neighbors.search import Pairs, Search, axes_frame, padded_pairs, project, true_entries
 
 logger = logging.getLogger(__name__)
 
 MODULE = "nvalchemiops"
 
 
-def plan(search: Search, cutoff: float, positions: Float64, cell: Float64) -> Search:
+def plan_bins(search: Search, cutoff: float, positions: Float64, cell: Float64) -> Search:
     """A search with the capacities that the package needs, besides ``slots``.
 
     Raises:
@@ -78,10 +77,10 @@ def nvalchemi_pairs(
         max_total_cells=search.bins,
         strategy="atom_centric",  # the other needs a GPU, and is chosen under vmap on a CPU too
     )
-    filled = jnp.arange(search.slots) < counts[:, None]
+    filled = jnp.arange(search.slots)[None] < counts[:, None]
     index, valid, count = true_entries(filled, capacity)
     receivers, senders = index // search.slots, neighbors.reshape(-1)[index]
-    shifts = jnp.where(jnp.array(search.pbc), -shifts.reshape(-1, 3)[index], 0)
+    shifts = jnp.where(jnp.array([search.pbc]), -shifts.reshape(-1, 3)[index], 0)
     needed = jnp.max(counts, initial=0)
     count = jnp.where(needed > search.slots, jnp.sum(counts), count)
     return padded_pairs(senders, receivers, shifts, valid, count, len(positions), slots=needed)
@@ -98,7 +97,8 @@ def _boxed(
     low, high = jnp.min(places, axis=0), jnp.max(places, axis=0)
     periodic = jnp.array(search.pbc)[:, None]
     box = jnp.where(periodic, cell, rows * (high - low + cutoff)[:, None])
-    return positions - jnp.sum(jnp.where(periodic, 0, low[:, None] * rows), axis=0), box
+    corner = jnp.sum(jnp.where(periodic, 0, low[:, None] * rows), axis=0, keepdims=True)
+    return positions - corner, box
 
 
 @functools.cache

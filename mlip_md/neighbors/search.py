@@ -10,6 +10,8 @@ import numpy as np
 
 Three = tuple[int, int, int]
 
+LANES = 32
+"""Bits of a word; masks whose last axis is a multiple of it are packed without a copy."""
 ROUNDING_SLACK = 1e-4
 """Fractional coordinates may be rounded to the wrong side by this much in float32."""
 
@@ -23,7 +25,7 @@ class Search(NamedTuple):
         pbc: periodicity of the axes.
         reach: images ("dense") or bins ("cells") searched to either side; zero if not needed.
         grid: bins per axis ("cells").
-        slots: candidates of an atom in one column of bins ("cells"), neighbours of an atom
+        slots: candidates of an atom in one column of bins ("cells"), neighbors of an atom
             ("nvalchemi").
         skin: Å, candidates are kept up to cutoff + skin; 0 keeps none.
         candidates: capacity of that longer list.
@@ -92,6 +94,54 @@ def padded_pairs(
     )
 
 
+def true_entries(mask: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Flat indices of a mask's true entries, in order.
+
+    The mask is packed into words of bits inside the loop that computes it, so that it never exists
+    in memory, and every entry then looks up its own word and bit: no scatter over the candidates.
+
+    Args:
+        mask: bool, any shape of fewer than 2³¹ entries.
+        capacity: indices to return.
+
+    Returns:
+        Indices (capacity,) int32, which of them are valid (capacity,), and () the number of true
+        entries, whatever the capacity.
+    """
+    words = _to_words(mask)
+    counts = jax.lax.population_count(words).astype(jnp.int32)
+    ends = jnp.cumsum(counts, dtype=jnp.int32)
+    entry = jnp.arange(capacity, dtype=jnp.int32)
+    numbers = jnp.arange(words.size, dtype=jnp.int32)
+    word = jnp.repeat(numbers, counts, total_repeat_length=capacity)
+    bit = _nth_bit(words[word], entry - (ends - counts)[word])
+    # Without a barrier XLA repeats all of this in each use of the indices.
+    found = word * LANES + bit, entry < ends[-1], ends[-1]
+    index, valid, count = jax.lax.optimization_barrier(found)
+    return index, valid, count
+
+
+def _to_words(mask: jax.Array) -> jax.Array:
+    flat = mask.reshape(-1)
+    lanes = jnp.pad(flat, (0, -flat.size % LANES)).reshape(-1, LANES)
+    values = jnp.uint32(1) << jnp.arange(LANES, dtype=jnp.uint32)
+    return jnp.sum(jnp.where(lanes, values, jnp.uint32(0)), axis=1, dtype=jnp.uint32)
+
+
+def _nth_bit(words: jax.Array, n: jax.Array) -> jax.Array:
+    """Position of the n-th (from 0) set bit, halving the search range in every round."""
+    position = jnp.zeros_like(n)
+    width = LANES // 2
+    while width:
+        below = jax.lax.population_count(words & jnp.uint32((1 << width) - 1)).astype(jnp.int32)
+        higher = n >= below
+        n = jnp.where(higher, n - below, n)
+        words = jnp.where(higher, words >> width, words)
+        position = jnp.where(higher, position + width, position)
+        width //= 2
+    return position
+
+
 def cross(u: jax.Array, v: jax.Array) -> jax.Array:
     """Cross product of two vectors."""
     return jnp.stack(
@@ -134,12 +184,13 @@ def axes_frame(cell: jax.Array, pbc: tuple[bool, bool, bool]) -> jax.Array:
 
 def project(positions: jax.Array, rows: jax.Array) -> jax.Array:
     """``positions @ rows.T`` as sums: matrix units would round it to ten bits."""
-    return jnp.sum(positions[..., None, :] * rows, axis=-1)
+    return jnp.sum(positions[..., None, :] * jnp.expand_dims(rows, range(positions.ndim - 1)), -1)
 
 
 def combine(counts: jax.Array, vectors: jax.Array) -> jax.Array:
     """Σ_k counts[..., k] vectors[k], as sums for the same reason."""
+    shape = (1,) * (counts.ndim - 1) + (3,)
     return sum(
-        (counts[..., k, None] * vectors[k] for k in range(len(vectors))),
-        start=jnp.zeros(3, vectors.dtype),
+        (counts[..., k, None] * vectors[k].reshape(shape) for k in range(len(vectors))),
+        start=jnp.zeros(shape, vectors.dtype),
     )

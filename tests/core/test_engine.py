@@ -2,17 +2,21 @@
 
 import copy
 import dataclasses
+import gc
 import logging
 import pickle
 import threading
+import weakref
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from pair_potential import PairNetwork, pair_potential
 
 from mlip_md import engine as engine_module
-from mlip_md.engine import Engine, find_device
+from mlip_md.devices import find_device
+from mlip_md.engine import Engine
 from mlip_md.errors import (
     CapacityError,
     ConfigError,
@@ -22,8 +26,19 @@ from mlip_md.errors import (
     StructureError,
     UnsupportedElementError,
 )
-from mlip_md.neighbors import NeighborSpec, neighbor_list
+from mlip_md.neighbors import (
+    Capacities,
+    Needs,
+    NeighborSpec,
+    Shape,
+    geometry,
+    host,
+    neighbor_list,
+)
+from mlip_md.neighbors.device import ladder, plan_search
+from mlip_md.neighbors.kept import BUILDERS, nothing_kept
 from mlip_md.neighbors.search import Search
+from mlip_md.structure import check_structure
 
 TOLERANCE = {"float32": 2e-5, "float64": 1e-11}
 
@@ -202,12 +217,15 @@ def test_padding_changes_nothing(potential, dtype, engine, monkeypatch):
     """Capacities of need, need + 1 and four times need give the same numbers."""
     structure = crystal()
     home = engine.evaluate(*structure)
-    prepared = engine._with_edges(engine_module._check(potential, *structure))
-    nodes, edges, _ = engine_module._totals([prepared])
+    nodes, edges = len(structure[0]), n_edges(potential, *structure)
     for more_nodes, capacity in [(1, edges), (2, edges + 1), (3 * nodes, 4 * edges)]:
-        sizes = engine_module.Sizes(nodes + more_nodes, capacity, 1)
-        monkeypatch.setattr(engine._runtime, "sizes", lambda *_, sizes=sizes: sizes)
+        shape = Shape(nodes + more_nodes, capacity, 1)
+        monkeypatch.setattr(engine.runtime.capacities, "choose", lambda *_, shape=shape: shape)
         assert_same(engine.evaluate(*structure), home, TOLERANCE[dtype] / 10)
+
+
+def n_edges(potential, positions, numbers, cell, pbc):
+    return len(neighbor_list(positions, cell, pbc, potential.cutoff)[0])
 
 
 def test_few_compilations_for_a_growing_and_breathing_system():
@@ -224,19 +242,19 @@ def test_few_compilations_for_a_growing_and_breathing_system():
     assert engine.num_compilations - grown <= 5
 
 
-def test_shapes_are_logarithmically_few(potential):
-    """From 1 to 20,000 atoms with 10 to 60 neighbours each: four shapes per doubling of size."""
-    runtime = engine_module._Runtime(potential, "float32", find_device(None))
+def test_shapes_are_logarithmically_few():
+    """From 1 to 20,000 atoms with 10 to 60 neighbors each: four shapes per doubling of size."""
+    capacities = Capacities()
     rng = np.random.default_rng(0)
     atoms = np.unique(np.geomspace(1, 20_000, 2000).astype(int))
     for n in atoms:
-        sizes = runtime.sizes(int(n), 20 * int(n), 1, 1.05, None)
-        assert sizes.nodes > n
-        assert 20 * n <= sizes.edges <= max(1.6 * 20 * n, 32)
-    shapes = {runtime.sizes(int(n), 20 * int(n), 1, 1.05, None) for n in atoms}
+        shape = capacities.choose(int(n), 20 * int(n), 1, 1.05)
+        assert shape.nodes > n
+        assert 20 * n <= shape.edges <= max(1.6 * 20 * n, 32)
+    shapes = {capacities.choose(int(n), 20 * int(n), 1, 1.05) for n in atoms}
     assert len(shapes) < 100
     breathing = {
-        runtime.sizes(1000, int(1000 * x), 1, 1.05, None).edges for x in rng.uniform(10, 60, 500)
+        capacities.choose(1000, int(1000 * x), 1, 1.05).edges for x in rng.uniform(10, 60, 500)
     }
     assert len(breathing) <= 9
 
@@ -350,7 +368,7 @@ def test_totals_of_ten_thousand_atoms_keep_their_digits(potential, double):
 
 
 def test_an_isolated_atom_has_its_reference_energy(engine, potential):
-    energy_of_nothing = -1.0  # the double's embedding of no neighbours
+    energy_of_nothing = -1.0  # the double's embedding of no neighbors
     for number, reference_energy in zip(potential.elements, potential.atomic_energies, strict=True):
         result = engine.evaluate([[5.0, 5.0, 5.0]], [number])
         assert result.energy == reference_energy + energy_of_nothing
@@ -404,48 +422,44 @@ def test_a_fragment_that_flew_away_costs_no_digits(potential, backend, offset):
     assert np.abs(both.forces - np.tile(alone.forces, (2, 1))).max() < 1e-5 * np.ptp(alone.forces)
 
 
-def test_a_search_that_contradicts_the_host_is_refused(potential, monkeypatch):
+def test_a_search_that_contradicts_the_host_is_refused(monkeypatch):
     """The first list of a system on the device is compared with the host's."""
-    engine = Engine(potential, "float64", backend="dense")
-    plan = engine._runtime.plan
+    engine = Engine(pair_potential(info={"test": "lossy"}), "float64", backend="dense")
+    build = BUILDERS["dense"]
 
-    def more(*arguments):
-        planned = plan(*arguments)
-        return planned._replace(fewest=planned.fewest + 1, most=planned.most + 1)
+    def lossy(*arguments):
+        pairs = build(*arguments)
+        return pairs._replace(n_pairs=pairs.n_pairs - 1)
 
-    monkeypatch.setattr(engine._runtime, "plan", more)
+    monkeypatch.setitem(BUILDERS, "dense", lossy)
     with pytest.raises(NeighborError, match="report the structure"):
         engine.evaluate(*crystal())
+    assert not engine.device_lists
 
 
-def test_a_list_that_never_fits_is_refused(potential, monkeypatch):
-    engine = Engine(potential, backend="dense")
-    runs = counted(engine, monkeypatch)
-    monkeypatch.setattr(engine_module, "complete", lambda *_: False)
+def test_a_list_that_never_fits_is_refused(monkeypatch):
+    engine = Engine(pair_potential(info={"test": "never fits"}), backend="dense")
+    fetched = counted(monkeypatch)
+    monkeypatch.setattr(Needs, "fit", lambda *_: np.False_)
     with pytest.raises(CapacityError, match=r"did not fit after 8 growths.*backend='vesin'"):
         engine.evaluate(*crystal())
-    assert len(runs) == 8
-    assert not engine._systems
+    assert len(fetched) == 8
+    assert not engine.device_lists
 
 
 def test_memory_that_ends_is_a_named_error(potential, monkeypatch):
     """A real allocation that must fail, in the place of the network's."""
     engine = Engine(potential)
-    monkeypatch.setattr(engine._runtime, "_run", lambda *_: jax.numpy.zeros(2**46))
+    monkeypatch.setattr(engine.runtime, "step", lambda *_: jnp.zeros(2**46))
     with pytest.raises(CapacityError, match=r"16 atoms with 192 edges do not fit.*RESOURCE"):
         engine.evaluate(*crystal())
 
 
-def counted(engine, monkeypatch):
-    """A list that receives the sizes of every call to the device."""
-    runs, run = [], engine._runtime.run
-
-    def counting(*arguments):
-        runs.append(arguments[2])
-        return run(*arguments)
-
-    monkeypatch.setattr(engine._runtime, "run", counting)
-    return runs
+def counted(monkeypatch):
+    """A list that receives what every call to the device brings back."""
+    fetched, get = [], jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda tree: fetched.append(tree) or get(tree))
+    return fetched
 
 
 @pytest.mark.parametrize("backend", ["vesin", "dense", "cells"])
@@ -454,15 +468,15 @@ def test_one_round_trip_per_step(potential, backend, monkeypatch):
     engine = Engine(potential, backend=backend, skin=0.5)
     positions, numbers, cell, pbc = crystal(3)
     engine.evaluate(positions, numbers, cell, pbc)
-    runs, fetched, get = counted(engine, monkeypatch), [], jax.device_get
-    monkeypatch.setattr(jax, "device_get", lambda tree: fetched.append(tree) or get(tree))
+    fetched, runs, run = counted(monkeypatch), [], engine.runtime.step
+    monkeypatch.setattr(engine.runtime, "step", lambda *a: runs.append(a) or run(*a))
     rng = np.random.default_rng(0)
     for step in range(1, 6):
         positions = positions + rng.normal(scale=0.01, size=positions.shape)
         engine.evaluate(positions, numbers, cell, pbc)
         assert len(runs) == len(fetched) == step
     values = sum(leaf.size for leaf in jax.tree_util.tree_leaves(fetched[-1]))
-    assert values <= 4 * runs[-1].nodes + 9 + 8
+    assert values <= 4 * ladder(len(numbers) + 1) + 9 + 8
 
 
 def walk(engine, steps, seed=0):
@@ -525,8 +539,8 @@ def total_energies(engine, wrapping):
         result = engine.evaluate(positions, numbers, cell, pbc)
         velocities += 0.5 * step * result.forces / mass
         totals.append(result.interaction_energy + 0.5 * mass * (velocities**2).sum())
-        (system,) = engine._systems.values()
-        lists.add(float(np.asarray(system.kept.positions).sum()))
+        (device_list,) = engine.device_lists
+        lists.add(float(np.asarray(device_list.kept.positions).sum()))
     assert 1 < len(lists) < 200, "the list was not kept, or never made anew"
     return np.array(totals) / len(numbers)
 
@@ -559,7 +573,7 @@ def test_systems_in_turn_with_kept_lists(double, monkeypatch):
     for system in systems:
         engine.evaluate(*system)
     assert engine.num_compilations == before
-    assert len(engine._systems) == 3
+    assert len(engine.device_lists) == 3
     first, second = systems[:2]
     for _ in range(2):
         assert_same(engine.evaluate(*first), double.evaluate(*first), 1e-10)
@@ -573,45 +587,70 @@ def test_capacities_of_a_search_change_nothing(potential, double, backend, monke
     home = double.evaluate(*structure)
     engine = Engine(potential, "float64", backend=backend, skin=0.3)
     engine.evaluate(*structure)
-    ((key, system),) = engine._systems.items()
-    edges = len(neighbor_list(*(structure[k] for k in (0, 2, 3)), potential.cutoff)[0])
-    candidates = int(system.kept.pairs.n_pairs)
+    (device_list,) = engine.device_lists
+    edges, search = n_edges(potential, *structure), device_list.search
+    candidates = int(device_list.kept.pairs.n_pairs)
     for change in (lambda n: n, lambda n: n + 1, lambda n: 4 * n):
-        search = system.search._replace(candidates=change(candidates))
-        engine._systems[key] = system._replace(search=search, kept=None)
-        sizes = engine_module.Sizes(32, change(edges), 1)
-        monkeypatch.setattr(engine._runtime, "sizes", lambda *_, sizes=sizes: sizes)
+        device_list.search = search._replace(candidates=change(candidates))
+        device_list.kept = None
+        shape = Shape(32, change(edges), 1, device_list.search)
+        monkeypatch.setattr(engine.runtime.capacities, "choose", lambda *_, shape=shape: shape)
         result = engine.evaluate(*structure)
         assert_same(result, home, 1e-12)
         assert np.isfinite(result.forces).all()
+        assert engine.device_lists == (device_list,)
+        assert device_list.search == shape.search, "it fitted at once"
 
 
 def test_an_incomplete_search_gives_no_numbers(potential):
     """Too few edges, images, slots or candidates: the device itself makes the energy NaN."""
-    structure = engine_module._check(potential, *crystal())
+    structure = check_structure(potential, *crystal())
     engine = Engine(potential, backend="dense")
-    need = len(engine._with_edges(structure).edges.senders)
+    need = n_edges(potential, *crystal())
 
     def run(search, capacity):
-        sizes = engine_module.Sizes(16, capacity, 1)
-        packed = engine_module._pack([structure], sizes, np.dtype("float32"))
-        kept = engine._runtime.nothing_kept(16, search)
-        output, _ = engine._runtime.run(*packed, sizes, search, kept)
-        whole = bool(engine_module.complete(output, search, capacity))
+        kept = nothing_kept(16, search, np.dtype("float32"), engine.device)
+        output, _ = engine.runtime.compute([structure], Shape(16, capacity, 1, search), kept)
+        whole = bool(output.needs.fit(search, capacity))
         assert np.isfinite(output.values).all() == whole
-        return whole, output
+        return whole, output.needs
 
     dense = Search("dense", potential.cutoff, (True, True, True), reach=(1, 1, 1))
     assert run(dense, need)[0]
     assert not run(dense, need - 1)[0]
     assert not run(dense._replace(reach=(0, 1, 1)), need)[0]
-    cells = engine._runtime.plan(structure, NeighborSpec(potential.cutoff, 0.5), "cells")[0]
-    whole, output = run(cells, need)
+    spec = NeighborSpec(potential.cutoff, 0.5)
+    cells, *_ = plan_search(spec, "cells", structure.positions, structure.cell, structure.pbc)
+    whole, needs = run(cells, need)
     assert whole
-    candidates, slots = int(output.required_candidates), int(output.required_slots)
+    candidates, slots = int(needs.candidates), int(needs.slots)
     assert run(cells._replace(candidates=candidates, slots=slots), need)[0]
     assert not run(cells._replace(candidates=candidates - 1), need)[0]
     assert not run(cells._replace(slots=slots - 1), need)[0]
+
+
+@pytest.mark.parametrize("backend", ["dense", "cells"])
+def test_no_list_is_used_for_other_atoms(backend, double):
+    """One atom fewer, and one more: each number of atoms has a list of its own."""
+    engine = Engine(pair_potential(), "float64", backend=backend, skin=0.5)
+    positions, numbers, cell, pbc = crystal(3)
+    for n in (27, 26, 27, 25, 26):
+        here = positions[:n], numbers[:n], cell, pbc
+        assert_same(engine.evaluate(*here), double.evaluate(*here), 1e-10)
+    assert len(engine.device_lists) == 3
+
+
+@pytest.mark.parametrize("backend", ["vesin", "dense", "cells"])
+def test_gaps_are_closed_once_a_step(potential, backend, monkeypatch):
+    """Where they are closed at all: a list of placed atoms takes them as they are."""
+    engine, calls = Engine(potential, backend=backend), []
+    close = geometry.close_gaps
+    counting = lambda *arguments: calls.append(arguments) or close(*arguments)  # noqa: E731
+    for module in (geometry, host):
+        monkeypatch.setattr(module, "close_gaps", counting)
+    engine.evaluate(*molecule())
+    engine.evaluate(*slab())
+    assert len(calls) == 2
 
 
 def test_coincident_atoms_are_found_on_the_device_too(potential):
@@ -626,9 +665,9 @@ def test_coincident_atoms_are_found_on_the_device_too(potential):
 
 def test_engines_share_weights_and_compilations(potential):
     one, other = Engine(potential), Engine(pair_potential())
-    assert one._runtime is other._runtime
-    assert Engine(potential, "float64")._runtime is not one._runtime
-    assert Engine(pair_potential(cutoff=4.0))._runtime is not one._runtime
+    assert one.runtime is other.runtime
+    assert Engine(potential, "float64").runtime is not one.runtime
+    assert Engine(pair_potential(cutoff=4.0)).runtime is not one.runtime
     one.evaluate(*crystal())
     before = one.num_compilations
     other.evaluate(*crystal())
@@ -668,17 +707,19 @@ def test_copies(duplicate, engine, dtype):
     again = duplicate(engine)
     assert again.dtype == dtype
     assert again.spec == engine.spec
-    assert again._runtime is engine._runtime
+    assert again.runtime is engine.runtime
     assert again.evaluate(*crystal()).energy == expected.energy
     assert again.num_compilations == before
 
 
 def test_runtimes_are_freed():
-    import gc
-
-    key = Engine(pair_potential(info={"test": "freed"})).potential.sha256
+    engine = Engine(pair_potential(info={"test": "freed"}))
+    runtime = weakref.ref(engine.runtime)
     gc.collect()
-    assert not any(entry[0] == key for entry in list(engine_module._runtimes))
+    assert runtime() is engine.runtime
+    del engine
+    gc.collect()
+    assert runtime() is None
 
 
 # Errors
@@ -732,16 +773,16 @@ def test_coincident_atoms_are_named(engine):
 
 def test_non_finite_results_name_their_atoms(engine, monkeypatch):
     """A network that fails at one atom: the error says which, and only that structure fails."""
-    run = engine._runtime.run
+    step = engine.runtime.step
 
     def spoil(rows):
         def spoiled(*arguments):
-            output, kept = run(*arguments)
+            output, kept = step(*arguments)
             values = np.array(output.values)
             values[rows] = np.nan
             return output._replace(values=values), kept
 
-        monkeypatch.setattr(engine._runtime, "run", spoiled)
+        monkeypatch.setattr(engine.runtime, "step", spoiled)
 
     positions, numbers, cell, pbc = crystal()
     numbers[3] = 6

@@ -10,10 +10,10 @@ import e3nn_jax as e3nn
 import jax
 import numpy as np
 import pytest
-from reference_library import applied, graph_of, jit, library_network, strong_weights
+from reference_library import applied, graph_of, jit, joined, library_network, strong_weights
 
 from mlip_md.formats.instadeep import load_zip
-from mlip_md.graph import edge_vectors, pad_graphs
+from mlip_md.graph import edge_vectors
 from mlip_md.networks import MACEConfig, NequIPConfig, build_network, layers, nequip
 from mlip_md.networks.nequip import NequIP
 from mlip_md.potential import predict
@@ -57,7 +57,7 @@ def published(request, reference_data):
         graphs.append(graph_of(system["positions"], system["cell"], species, *edges))
     sizes = [graph.n_nodes for graph in graphs]
     n_edges = sum(graph.n_edges for graph in graphs) + 5
-    batch = pad_graphs(graphs, sum(sizes) + 2, n_edges, len(graphs) + 1)
+    batch = joined(graphs, sum(sizes) + 2, n_edges, len(graphs) + 1)
     with jax.enable_x64(True):
         evaluate = jit(lambda params, graph: predict(potential.network.apply, params, graph))
         ours = jax.device_get(evaluate(float64(potential.params), batch))

@@ -22,11 +22,12 @@ from reference_library import jit
 
 import mlip_md
 from mlip_md import bundled
-from mlip_md import engine as engine_module
-from mlip_md.engine import Engine, Result, Sizes
+from mlip_md.engine import DTYPES, Engine, Result, Runtime
 from mlip_md.graph import Graph
+from mlip_md.neighbors import Capacities, Shape
 from mlip_md.networks import MACEConfig, NequIPConfig, build_network
 from mlip_md.potential import Potential
+from mlip_md.structure import check_structure, list_edges
 
 ELEMENTS = (1, 6, 7, 8)
 ATOMIC_ENERGIES = np.array([-13.6, -1029.0, -1485.0, -2042.0])
@@ -117,24 +118,34 @@ def potential(name):
     return random_potential(name) if name in CONFIGS else mlip_md.load(name)
 
 
-class OneSize(engine_module._Runtime):
-    """A runtime that no other test shares: one size of graph is compiled well, others hastily."""
+class OneRoom(Capacities):
+    """All that fits into one shape is computed in it."""
+
+    def __init__(self, room):
+        super().__init__()
+        self.room = room
+
+    def choose(self, nodes, edges, graphs, *options):
+        if nodes < self.room.nodes and edges <= self.room.edges and graphs <= self.room.graphs:
+            return self.room
+        return super().choose(nodes, edges, graphs, *options)
+
+
+class OneShape(Runtime):
+    """A runtime that no other test shares: one shape is compiled well, others hastily."""
 
     def __init__(self, potential, dtype, device, room):
         super().__init__(potential, dtype, device)
-        self.room = room
+        self.capacities, well = OneRoom(room), self.step
 
-    def sizes(self, nodes, edges, graphs, *options):
-        if nodes < self.room.nodes and edges <= self.room.edges and graphs <= self.room.graphs:
-            return self.room
-        return super().sizes(nodes, edges, graphs, *options)
+        def step(params, floats, integers, kept, shape):
+            if shape == room:
+                return well(params, floats, integers, kept, shape)
+            return jit(functools.partial(self.evaluate_buffers, kept=kept, shape=shape))(
+                params, floats, integers
+            )
 
-    def run(self, floats, integers, sizes, search, kept=None):
-        if sizes == self.room:
-            return super().run(floats, integers, sizes, search, kept)
-        once = jit(functools.partial(self._predict, kept=kept, sizes=sizes, search=search))
-        with self._precision():
-            return jax.device_get(once(self._params, floats, integers))
+        self.step = step
 
 
 class Subject:
@@ -145,17 +156,16 @@ class Subject:
         self.cutoff, self.layers = potential.cutoff, potential.config.receptive_layers
         self.exact_atoms = potential.config.architecture == "mace"
         self.engine = Engine(potential, dtype)
-        room = Sizes(40, 8 * round(1.37 * self.cutoff**3), 8)
-        self.engine._runtime = OneSize(potential, dtype, self.engine.device, room)
+        room = Shape(40, 8 * round(1.37 * self.cutoff**3), 8)
+        self.engine.runtime = OneShape(potential, dtype, self.engine.device, room)
 
     def strengthened(self, factor):
         """The same with stronger radial networks, and nothing compiled anew."""
         other = copy.copy(self)
         other.engine = copy.copy(self.engine)
-        other.engine._runtime = runtime = copy.copy(self.engine._runtime)
-        with runtime._precision():
-            weights = strengthened(runtime._params, factor)
-            runtime._params = jax.device_put(weights, runtime._device)
+        other.engine.runtime = runtime = copy.copy(self.engine.runtime)
+        with runtime.precision():
+            runtime.params = jax.device_put(strengthened(runtime.params, factor), runtime.device)
         return other
 
     def tolerance(self, double, single):
@@ -179,12 +189,10 @@ class Subject:
 
     def padded(self, atoms, nodes, edges, graphs):
         """Node energies, forces and stresses in given capacities, padding included."""
-        prepared = self.engine._with_edges(engine_module._check(self.potential, *inputs(atoms)))
-        need = len(atoms), len(prepared.edges.senders)
-        sizes = Sizes(nodes(need[0]), edges(need[1]), graphs)
-        packed = engine_module._pack([prepared], sizes, self.engine._runtime.dtype)
-        values = self.engine._runtime.run(*packed, sizes, None)[0].values
-        parts = np.split(values, [sizes.nodes, 4 * sizes.nodes])
+        structure = list_edges(check_structure(self.potential, *inputs(atoms)), self.cutoff)
+        shape = Shape(nodes(len(atoms)), edges(structure.n_edges), graphs)
+        values = self.engine.runtime.compute([structure], shape)[0].values
+        parts = np.split(values, [shape.nodes, 4 * shape.nodes])
         return parts[0], parts[1].reshape(-1, 3), parts[2].reshape(-1, 3, 3)
 
 
@@ -885,7 +893,7 @@ def padding(subject, report):
     n, tolerance = len(atoms), subject.tolerance(1e-12, 1e-5)
     home = subject.evaluate(atoms)
     report.strong(home)
-    room = subject.engine._runtime.room
+    room = subject.engine.runtime.capacities.room
     for capacities in (
         (lambda n: n, lambda n: n, 1),
         (lambda n: n + 1, lambda n: n + 1, 2),
@@ -933,7 +941,7 @@ def test_single_precision(name, gate, record_property):
 
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("constant", [0.0, 1.0])
-@pytest.mark.parametrize("dtype", engine_module.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_no_gate_passes_a_model_without_interactions(dtype, gate, constant):
     report = Report()
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -1078,7 +1086,7 @@ def amplified(alter, factor):
     return amplify
 
 
-@pytest.mark.parametrize("dtype", engine_module.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("alteration", "gate"),
     [(name, gate) for name, (_, gates) in ALTERATIONS.items() for gate in gates.split()],

@@ -15,7 +15,7 @@ import numpy as np
 from ase.data import covalent_radii
 
 from mlip_md.elements import ATOMIC_NUMBERS, LARGEST_ATOMIC_NUMBER
-from mlip_md.neighbors.host import neighbor_list
+from mlip_md.neighbors import neighbor_list
 from mlip_md.trainer.data.structures import LabeledStructure
 from mlip_md.trainer.recipe.schema import CurationConfig
 

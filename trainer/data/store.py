@@ -27,8 +27,7 @@ import numpy as np
 from mlip_md.elements import LARGEST_ATOMIC_NUMBER, symbol
 from mlip_md.errors import DataError
 from mlip_md.files import write_text
-from mlip_md.neighbors.geometry import check_cutoff
-from mlip_md.neighbors.host import host_edges
+from mlip_md.neighbors import check_cutoff, host_edges
 from mlip_md.trainer.data.structures import LabeledStructure
 
 SHORTEST_DISTANCE = 0.1

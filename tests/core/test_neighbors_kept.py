@@ -6,16 +6,20 @@ import numpy as np
 import pytest
 from neighbor_truth import compare
 
-from mlip_md.neighbors import skin as skin_module
+from mlip_md.neighbors import kept as kept_module
 from mlip_md.neighbors.geometry import plane_spacings
+from mlip_md.neighbors.kept import find_edges, nothing_kept
 from mlip_md.neighbors.search import Search
-from mlip_md.neighbors.skin import complete, find_edges, nothing_kept
 
 CUTOFF, SKIN = 4.0, 0.5
 CUBIC = np.diag([9.0, 9.9, 8.1])
 TRICLINIC = np.array([[9.0, 0, 0], [2.7, 9.0, 0], [-3.1, 2.2, 9.0]])
 SMALL = np.diag([6.0, 6.5, 5.5])  # less than twice the cutoff
 FULL, SLAB, WIRE, OPEN = (True,) * 3, (True, True, False), (False, True, False), (False,) * 3
+
+
+def nothing(n_atoms, search):
+    return nothing_kept(n_atoms, search, np.dtype("float32"), jax.local_devices()[0])
 
 
 class Moving:
@@ -30,7 +34,7 @@ class Moving:
             backend, CUTOFF, pbc, reach, grid=(2, 2, 5), slots=128, skin=SKIN, candidates=16384
         )
         self.search, self.capacity = search._replace(**limits), 12288
-        self.kept = nothing_kept(n_atoms, self.search, np.dtype("float32"))
+        self.kept = nothing(n_atoms, self.search)
         self.steps = self.rebuilds = 0
 
         def find(positions, cell, kept, search):  # a new function: a patched module is traced anew
@@ -42,19 +46,18 @@ class Moving:
         """The list is exact, or says that it is not."""
         positions = self.positions.astype(np.float32)
         before = np.asarray(self.kept.positions)
-        edges, self.kept = self.find(
-            positions, self.cell.astype(np.float32), self.kept, self.search
-        )
+        cell = self.cell.astype(np.float32)
+        pairs, needs, self.kept = self.find(positions, cell, self.kept, self.search)
         self.steps += 1
         self.rebuilds += not np.array_equal(before, self.kept.positions)
-        edges = jax.device_get(edges)
-        if not complete(edges, self.search, self.capacity):
+        pairs, needs = jax.device_get((pairs, needs))
+        if not needs.fit(self.search, self.capacity):
             return False
-        mask = edges.edge_mask
-        assert mask.sum() == edges.required_edges
-        found = edges.senders[mask], edges.receivers[mask], edges.shifts[mask]
-        assert (np.diff(edges.receivers) >= 0).all()
-        truth = positions.astype(float), self.cell.astype(np.float32).astype(float)
+        mask = pairs.mask
+        assert mask.sum() == pairs.n_pairs == needs.edges
+        found = pairs.senders[mask], pairs.receivers[mask], pairs.shifts[mask]
+        assert (np.diff(pairs.receivers) >= 0).all()
+        truth = positions.astype(float), cell.astype(float)
         assert compare(found, *truth, self.pbc, CUTOFF, 1e-5) == (0, 0, 0), "not exact"
         return True
 
@@ -185,16 +188,15 @@ def test_a_kept_list_of_other_positions_is_replaced():
 @pytest.mark.parametrize("limit", ["slots", "candidates", "capacity", "reach"])
 def test_one_too_few_is_reported_as_long_as_the_list_is_kept(limit):
     moving = Moving(CUBIC)
-    edges, _ = moving.find(
-        moving.positions.astype(np.float32), CUBIC.astype(np.float32), moving.kept, moving.search
-    )
+    start = moving.positions.astype(np.float32), CUBIC.astype(np.float32)
+    _, needs, _ = moving.find(*start, moving.kept, moving.search)
     if limit == "capacity":
-        moving.capacity = int(edges.required_edges)
+        moving.capacity = int(needs.edges)
     elif limit == "reach":
-        moving.search = moving.search._replace(reach=tuple(np.array(edges.required_reach).tolist()))
+        moving.search = moving.search._replace(reach=tuple(np.array(needs.reach).tolist()))
     else:
-        moving.search = moving.search._replace(**{limit: int(getattr(edges, f"required_{limit}"))})
-    moving.kept = nothing_kept(40, moving.search, np.dtype("float32"))
+        moving.search = moving.search._replace(**{limit: int(getattr(needs, limit))})
+    moving.kept = nothing(40, moving.search)
     assert moving.check()
     if limit == "capacity":
         moving.capacity -= 1
@@ -204,7 +206,7 @@ def test_one_too_few_is_reported_as_long_as_the_list_is_kept(limit):
     else:
         fewer = getattr(moving.search, limit) - 1
         moving.search = moving.search._replace(**{limit: fewer})
-    moving.kept = nothing_kept(40, moving.search, np.dtype("float32"))
+    moving.kept = nothing(40, moving.search)
     for _ in range(3):
         moving.diffuse(0.001)
         assert not moving.check()
@@ -214,72 +216,72 @@ def test_one_too_few_is_reported_as_long_as_the_list_is_kept(limit):
 
 
 def _ignore_the_box(monkeypatch):
-    movement = skin_module._movement
+    movement = kept_module.movement
 
     def blind(positions, cell, kept, search):
         homes, moved = movement(positions, cell, kept, search)
-        strain = skin_module.dual(kept.cell).T @ (cell - kept.cell)
+        strain = kept_module.dual(kept.cell).T @ (cell - kept.cell)
         closer = jnp.linalg.norm(0.5 * (strain + strain.T))
         return homes, moved - (search.cutoff + search.skin) * closer
 
-    monkeypatch.setattr(skin_module, "_movement", blind)
+    monkeypatch.setattr(kept_module, "movement", blind)
 
 
 def _raw_displacement(monkeypatch):
     """Only the atoms are watched, as if cells never changed."""
-    movement = skin_module._movement
+    movement = kept_module.movement
 
     def raw(positions, cell, kept, search):
         homes, _ = movement(positions, cell, kept, search)
         return homes, 2 * jnp.linalg.norm(positions - kept.positions, axis=1).max()
 
-    monkeypatch.setattr(skin_module, "_movement", raw)
+    monkeypatch.setattr(kept_module, "movement", raw)
 
 
 def _no_shift_correction(monkeypatch):
     """Minimum images hide that atoms were wrapped, and shifts stay as they were."""
-    movement = skin_module._movement
+    movement = kept_module.movement
 
     def uncorrected(*arguments):
         homes, moved = movement(*arguments)
         return 0 * homes, moved
 
-    monkeypatch.setattr(skin_module, "_movement", uncorrected)
+    monkeypatch.setattr(kept_module, "movement", uncorrected)
 
 
 def _stale_shifts(monkeypatch):
     """The right pairs, with the shifts that they had when the list was made."""
-    prune = skin_module._prune
+    prune = kept_module.prune
 
     def stale(positions, cell, homes, *rest):
         pairs = prune(positions, cell, homes, *rest)
         return pairs._replace(shifts=pairs.shifts - homes[pairs.senders] + homes[pairs.receivers])
 
-    monkeypatch.setattr(skin_module, "_prune", stale)
+    monkeypatch.setattr(kept_module, "prune", stale)
 
 
 def _skin_edges_reach_the_network(monkeypatch):
-    prune = skin_module._prune
+    prune = kept_module.prune
 
     def unpruned(positions, cell, homes, pairs, search, capacity):
         wide = search._replace(cutoff=search.cutoff + search.skin)
         return prune(positions, cell, homes, pairs, wide, capacity)
 
-    monkeypatch.setattr(skin_module, "_prune", unpruned)
+    monkeypatch.setattr(kept_module, "prune", unpruned)
 
 
 def _forget(name):
     """A required size that a builder does not report."""
 
     def mutate(monkeypatch):
-        build = skin_module.BUILDERS["cells"]
+        build = kept_module.BUILDERS["cells"]
 
         def forgetful(*arguments):
             pairs = build(*arguments)
             most = arguments[-1] if name == "n_pairs" else 0
             return pairs._replace(**{name: jnp.minimum(getattr(pairs, name), most)})
 
-        monkeypatch.setitem(skin_module.BUILDERS, "cells", forgetful)
+        monkeypatch.setitem(kept_module.BUILDERS, "cells", forgetful)
 
     return mutate
 

@@ -14,10 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlip_md.neighbors.cells import cell_pairs
-from mlip_md.neighbors.compact import true_entries
 from mlip_md.neighbors.dense import dense_pairs
 from mlip_md.neighbors.nvalchemi import nvalchemi_pairs
-from mlip_md.neighbors.search import Pairs, Search, combine, dual, padded_pairs, project
+from mlip_md.neighbors.search import (
+    Pairs,
+    Search,
+    combine,
+    dual,
+    padded_pairs,
+    project,
+    true_entries,
+)
 
 BUILDERS = {"dense": dense_pairs, "cells": cell_pairs, "nvalchemi": nvalchemi_pairs}
 
@@ -33,45 +40,58 @@ class Kept(NamedTuple):
     pairs: Pairs
 
 
-class Edges(NamedTuple):
-    """Edges within the cutoff, and what all fixed capacities would have needed.
+class Needs(NamedTuple):
+    """What a list needs of all fixed capacities, whether it got that or not.
 
     Attributes:
-        senders: (capacity,) int32; padding is the last node.
-        receivers: (capacity,) int32, ascending; padding is the last node.
-        shifts: (capacity, 3) int32, of the positions as given; padding is zero.
-        edge_mask: (capacity,) bool.
-        required_edges: () int32, edges that exist.
-        required_candidates: () int32, pairs within cutoff + skin; 0 without skin.
-        required_reach: (3,) int32, reach that the search needs.
-        required_slots: () int32, slots that it needs.
+        edges: () int32, edges that exist.
+        candidates: () int32, pairs within cutoff + skin; 0 without skin.
+        reach: (3,) int32, reach that the search needs.
+        slots: () int32, slots that it needs.
         shortest: () Å, length of the shortest edge; infinite without edges.
         finite: () bool, whether positions and cell are finite and span a lattice.
     """
 
-    senders: jax.Array
-    receivers: jax.Array
-    shifts: jax.Array
-    edge_mask: jax.Array
-    required_edges: jax.Array
-    required_candidates: jax.Array
-    required_reach: jax.Array
-    required_slots: jax.Array
+    edges: jax.Array
+    candidates: jax.Array
+    reach: jax.Array
+    slots: jax.Array
     shortest: jax.Array
     finite: jax.Array
 
+    def fit(self, search: Search, capacity: int) -> jax.Array:
+        """Whether nothing is missing from a list of that search and capacity in edges, () bool."""
+        return (
+            (self.edges <= capacity)
+            & (self.candidates <= search.candidates)
+            & (self.reach <= np.array(search.reach)).all()
+            & (self.slots <= search.slots)
+            & self.finite
+        )
 
-def nothing_kept(n_nodes: int, search: Search, dtype: np.dtype) -> Kept | None:
-    """What to start from: a list of positions that are no numbers, and so never safe."""
+
+def nothing_kept(
+    n_nodes: int, search: Search, dtype: np.dtype[Any], device: jax.Device
+) -> Kept | None:
+    """What a search with a skin starts from: a list of positions that are no numbers, never safe.
+
+    Args:
+        n_nodes: nodes, padding included.
+        search: of which ``skin`` and ``candidates`` are used.
+        dtype: of the positions.
+        device: where the list is kept.
+    """
     if not search.skin:
         return None
     room = search.candidates
-    # An array for each field: a call takes them over for its results, and none twice.
-    senders, receivers, shifts, count, reach, slots = (
-        jnp.zeros(shape, jnp.int32) for shape in (room, room, (room, 3), (), 3, ())
-    )
-    pairs = Pairs(senders, receivers, shifts, jnp.zeros(room, bool), count, reach, slots)
-    return Kept(jnp.full((n_nodes, 3), jnp.nan, dtype), jnp.zeros((3, 3), dtype), pairs)
+    with jax.default_device(device):
+        # An array for each field: a call takes them over for its results, and none twice.
+        senders, receivers, shifts, count, reach, slots = (
+            jnp.zeros(shape, jnp.int32) for shape in (room, room, (room, 3), (), 3, ())
+        )
+        pairs = Pairs(senders, receivers, shifts, jnp.zeros(room, bool), count, reach, slots)
+        kept = Kept(jnp.full((n_nodes, 3), jnp.nan, dtype), jnp.zeros((3, 3), dtype), pairs)
+    return jax.device_put(kept, device)
 
 
 def find_edges(
@@ -81,7 +101,7 @@ def find_edges(
     kept: Kept | None,
     search: Search,
     capacity: int,
-) -> tuple[Edges, Kept | None]:
+) -> tuple[Pairs, Needs, Kept | None]:
     """Find all edges; pure, for use under ``jit`` with static ``search`` and ``capacity``.
 
     Args:
@@ -93,7 +113,8 @@ def find_edges(
         capacity: edges to make room for.
 
     Returns:
-        The edges, complete only if ``complete`` says so, and what to keep for the next call.
+        The edges within the cutoff, what they need (they are complete only if that does ``fit``),
+        and what to keep for the next call.
     """
 
     def build(cutoff: float, room: int) -> Pairs:
@@ -104,15 +125,15 @@ def find_edges(
         pairs = build(search.cutoff, capacity)
         candidates = jnp.zeros((), jnp.int32)
     else:
-        homes, movement = _movement(positions, cell, kept, search)
-        stale = ~(movement < search.skin - SKIN_SLACK)  # also if it is not a number
+        homes, moved = movement(positions, cell, kept, search)
+        stale = ~(moved < search.skin - SKIN_SLACK)  # also if it is not a number
         kept = jax.lax.cond(
             stale,
             lambda: Kept(positions, cell, build(search.cutoff + search.skin, search.candidates)),
             lambda: kept,
         )
         homes = jnp.where(stale, 0, homes)
-        pairs = _prune(positions, cell, homes, kept.pairs, search, capacity)
+        pairs = prune(positions, cell, homes, kept.pairs, search, capacity)
         candidates = kept.pairs.n_pairs
     vectors = (
         positions[pairs.receivers]
@@ -121,29 +142,18 @@ def find_edges(
     )
     squares = jnp.where(pairs.mask, jnp.sum(vectors**2, axis=1), jnp.inf)
     lattice = jnp.isfinite(dual(cell[axes])).all()
-    edges = Edges(
-        *pairs[:5],
-        required_candidates=candidates,
-        required_reach=pairs.reach,
-        required_slots=pairs.slots,
+    needs = Needs(
+        edges=pairs.n_pairs,
+        candidates=candidates,
+        reach=pairs.reach,
+        slots=pairs.slots,
         shortest=jnp.sqrt(jnp.min(squares, initial=jnp.inf)),
         finite=lattice & jnp.isfinite(positions).all(),
     )
-    return edges, kept
+    return pairs, needs, kept
 
 
-def complete(edges: Any, search: Search, capacity: int) -> Any:
-    """Whether nothing is missing from a list; works on anything with the fields of ``Edges``."""
-    return (
-        (edges.required_edges <= capacity)
-        & (edges.required_candidates <= search.candidates)
-        & (edges.required_reach <= np.array(search.reach)).all()
-        & (edges.required_slots <= search.slots)
-        & edges.finite
-    )
-
-
-def _movement(
+def movement(
     positions: jax.Array, cell: jax.Array, kept: Kept, search: Search
 ) -> tuple[jax.Array, jax.Array]:
     """Whole cells that atoms have been moved by, and how much closer (Å) two of them may be.
@@ -169,7 +179,7 @@ def _movement(
     return whole, movement
 
 
-def _prune(
+def prune(
     positions: jax.Array,
     cell: jax.Array,
     homes: jax.Array,

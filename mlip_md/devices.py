@@ -1,0 +1,92 @@
+"""Devices of JAX: their names, computing on them in all digits, and the end of their memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from mlip_md.errors import CapacityError, ConfigError
+
+
+def find_device(device: str | jax.Device | None) -> jax.Device:
+    """The JAX device that a name stands for.
+
+    Args:
+        device: None for JAX's default, a platform ("cpu", "gpu", "cuda", "tpu"), a platform with
+            an index ("cuda:1"), or a device.
+
+    Returns:
+        The device.
+
+    Raises:
+        ConfigError: if there is none of that name.
+    """
+    if isinstance(device, jax.Device):
+        return device
+    if device is not None and not isinstance(device, str):
+        raise ConfigError(f"device = {device!r} is no device; give None, a name or a jax.Device")
+    if device is None:
+        # The device of a new array is the default one, however it was set (argument, context).
+        return next(iter(jnp.zeros(()).devices()))
+    platform, colon, index = device.partition(":")
+    try:
+        found = jax.local_devices(backend=platform or "no name")
+        if not colon:
+            return found[0]
+        if index.isdecimal() and int(index) < len(found):
+            return found[int(index)]
+    except RuntimeError:
+        found = []
+    present = ", ".join(f"{d.platform}:{d.id}" for d in found or jax.local_devices())
+    raise ConfigError(
+        f"there is no device {device!r}; JAX sees {present}. Give None, 'cpu', 'gpu', 'cuda:1' or a"
+        " jax.Device, and for a GPU install the extra: pip install 'mlip-md[cuda13]'"
+    )
+
+
+def device_name(device: jax.Device) -> str:
+    """A name by which ``find_device`` finds a device again, in this process or another."""
+    return f"{device.platform}:{jax.local_devices(backend=device.platform).index(device)}"
+
+
+@contextlib.contextmanager
+def precision(dtype: str, platform: str) -> Iterator[None]:
+    """Compute in a dtype and with all its bits, whatever the process's setting.
+
+    Accelerators multiply float32 matrices with ten bits or fewer unless told otherwise; forces
+    would carry noise of a thousandth, and images of a periodic cell be 0.01 Å off.
+
+    Args:
+        dtype: "float32" or "float64".
+        platform: of the device that is computed on.
+    """
+    matmul = contextlib.nullcontext()
+    if platform != "cpu":
+        matmul = jax.default_matmul_precision("float32")
+    with jax.enable_x64(dtype == "float64"), matmul:
+        yield
+
+
+@contextlib.contextmanager
+def naming_out_of_memory(what: str) -> Iterator[None]:
+    """Say what did not fit into a device's memory.
+
+    Args:
+        what: the plural of what is computed, with its size.
+
+    Raises:
+        CapacityError: in place of JAX's error that the memory is exhausted.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise CapacityError(
+            f"{what} do not fit into the device's memory; "
+            "use fewer atoms, a smaller model, dtype='float32' or another device. JAX says: "
+            + str(error).splitlines()[0][:200]
+        ) from error

@@ -1,0 +1,129 @@
+"""What a structure is asked before it is computed, in float64 on the host; errors name atoms."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from mlip_md.elements import symbol
+from mlip_md.errors import StructureError
+from mlip_md.neighbors import (
+    LARGEST_SKIN,
+    HostEdges,
+    check_cell,
+    check_positions,
+    host_edges,
+    place,
+)
+from mlip_md.potential import Potential
+
+COINCIDENT = 0.05
+"""Å; atoms closer than this are one atom written twice, or a structure in the wrong units."""
+SMALLEST_ATOM = 1.0
+"""Å³ of a periodic cell per atom; diamond has 5.7, hydrogen at 500 GPa more than 1."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckedStructure:
+    """A structure that a potential can be evaluated on.
+
+    Attributes:
+        positions: (n, 3) float64 Å, wrapped into the cell, without gaps, centered.
+        numbers: (n,) atomic numbers.
+        species: (n,) int32, the potential's.
+        cell: (3, 3) float64 Å, zeros if there is none.
+        pbc: (3,) bool.
+        edges: its exact list, or None if that is made on the device.
+    """
+
+    positions: NDArray[np.float64]
+    numbers: NDArray[np.int64]
+    species: NDArray[np.int32]
+    cell: NDArray[np.float64]
+    pbc: NDArray[np.bool_]
+    edges: HostEdges | None = None
+
+    def __len__(self) -> int:
+        return len(self.species)
+
+    @property
+    def n_edges(self) -> int:
+        """Number of listed edges."""
+        return 0 if self.edges is None else len(self.edges.senders)
+
+
+def check_structure(
+    potential: Potential,
+    positions: ArrayLike,
+    atomic_numbers: ArrayLike,
+    cell: ArrayLike | None,
+    pbc: ArrayLike,
+) -> CheckedStructure:
+    """Check a structure, wrap it into its cell, close its gaps and center it.
+
+    Args:
+        potential: that will be evaluated.
+        positions: (n, 3) Å, anywhere in space.
+        atomic_numbers: (n,).
+        cell: (3, 3) Å, rows are lattice vectors, or None.
+        pbc: one bool, or three.
+
+    Returns:
+        The structure, without edges.
+
+    Raises:
+        StructureError: if there are no atoms, values are not finite, shapes do not fit, the
+            periodic vectors span no volume, or atoms do not fit into it.
+        UnsupportedElementError: if the potential does not know an element.
+    """
+    checked = check_positions(positions)
+    numbers = np.asarray(atomic_numbers)
+    if len(checked) == 0:
+        raise StructureError("the structure has no atoms; there is nothing to compute")
+    if numbers.shape != (len(checked),):
+        raise StructureError(
+            f"there are {len(checked)} positions but atomic numbers of shape {numbers.shape}"
+        )
+    species = potential.species(numbers)
+    checked_cell, periodic = check_cell(cell, pbc)
+    if periodic.all():
+        _check_volume(len(checked), checked_cell)
+    placed = place(checked, checked_cell, periodic, potential.cutoff + LARGEST_SKIN)
+    return CheckedStructure(placed, numbers, species, checked_cell, periodic)
+
+
+def _check_volume(n_atoms: int, cell: NDArray[np.float64]) -> None:
+    """Refuse cells that atoms do not fit into: placeholders (CRYST1 1 1 1) and wrong units."""
+    volume = abs(float(np.linalg.det(cell)))
+    if volume < SMALLEST_ATOM * n_atoms:
+        raise StructureError(
+            f"{n_atoms} atoms do not fit into a cell of {volume:.3g} Å³; if it is a placeholder, "
+            "remove it and the periodicity, else check that it is in Å"
+        )
+
+
+def list_edges(structure: CheckedStructure, cutoff: float) -> CheckedStructure:
+    """The structure with its exact list of edges within a cutoff (Å).
+
+    Raises:
+        StructureError: if two atoms coincide, naming them.
+        CapacityError: if there are too many edges.
+    """
+    edges = host_edges(structure.positions, structure.cell, structure.pbc, cutoff, closed=True)
+    if len(edges.lengths) and edges.lengths.min() < COINCIDENT:
+        raise _coincidence(structure, edges)
+    return dataclasses.replace(structure, edges=edges)
+
+
+def _coincidence(structure: CheckedStructure, edges: HostEdges) -> StructureError:
+    """An error that names the closest pair."""
+    edge = int(np.argmin(edges.lengths))
+    i, j, shift = int(edges.senders[edge]), int(edges.receivers[edge]), edges.shifts[edge]
+    image = f" (its image {shift.tolist()} by whole lattice vectors)" if shift.any() else ""
+    return StructureError(
+        f"atoms {i} ({symbol(int(structure.numbers[i]))}) and {j} "
+        f"({symbol(int(structure.numbers[j]))}){image} are {edges.lengths[edge]:.3g} Å apart, less "
+        f"than {COINCIDENT} Å; remove the duplicate, or check that the units are Å"
+    )
