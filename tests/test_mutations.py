@@ -132,7 +132,7 @@ SLOW = {
         ("test_neighbors_skin.py::test_kept_lists_are_exact_after_every_move[triclinic-cells]",),
     ),
     "bohr for Å in OpenMM": Mistake(
-        "integrations/openmm_force.py", "ANGSTROM_PER_NM = 10.0",
+        "constants.py", "ANGSTROM_PER_NM = 10.0",
         "ANGSTROM_PER_NM = 18.8972612463",
         ("test_openmm_platforms.py::test_pure_system_equals_the_ase_route[Reference-molecule_atoms]",),
     ),
