@@ -29,6 +29,7 @@ from mlip_md.elements import symbol
 from mlip_md.errors import (
     CapacityError,
     ConfigError,
+    DeviceError,
     MLIPError,
     NonFiniteError,
     StructureError,
@@ -136,7 +137,8 @@ def find_device(device: str | jax.Device | None) -> jax.Device:
         The device.
 
     Raises:
-        ConfigError: if there is none of that name.
+        DeviceError: if there is none of that name.
+        ConfigError: if it is no name.
     """
     if isinstance(device, jax.Device):
         return device
@@ -155,9 +157,10 @@ def find_device(device: str | jax.Device | None) -> jax.Device:
     except RuntimeError:
         found = []
     present = ", ".join(f"{d.platform}:{d.id}" for d in found or jax.local_devices())
-    raise ConfigError(
-        f"there is no device {device!r}; JAX sees {present}. Give None, 'cpu', 'gpu', 'cuda:1' or a"
-        " jax.Device, and for a GPU install the extra: pip install 'mlip-md[cuda13]'"
+    raise DeviceError(
+        f"there is no device {device!r}; JAX sees {present}",
+        "Give None, 'cpu', 'gpu', 'cuda:1' or a jax.Device, and for a GPU install the extra: pip "
+        "install 'mlip-md[cuda13]'",
     )
 
 

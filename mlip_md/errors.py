@@ -17,6 +17,22 @@ class ConfigError(MLIPError, ValueError):
     """A hyperparameter or option is unknown, or its value is not allowed or not supported."""
 
 
+class DeviceError(ConfigError):
+    """There is no device of that name.
+
+    Attributes:
+        problem: what was asked for, and what there is.
+        advice: what to give instead, in Python.
+    """
+
+    def __init__(self, problem: str, advice: str) -> None:
+        super().__init__(problem, advice)
+        self.problem, self.advice = problem, advice
+
+    def __str__(self) -> str:
+        return f"{self.problem}. {self.advice}"
+
+
 class ModelFileError(MLIPError, ValueError):
     """A model file is damaged, foreign, of an unknown version or does not fit its description."""
 
