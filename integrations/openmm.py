@@ -6,7 +6,6 @@ Keywords, periodicity and embedding; the force itself is ``openmm_force.MLForce`
 from __future__ import annotations
 
 import copy
-import difflib
 import numbers
 import operator
 import os
@@ -20,10 +19,12 @@ from openmm import unit
 from openmmml.embeddings.mechanicalembedding import MechanicalEmbedding
 from openmmml.mlpotential import MLPotentialImpl
 
+from mlip_md.constants import ANGSTROM_PER_NM
 from mlip_md.devices import device_name, find_device
 from mlip_md.errors import ConfigError, StructureError
+from mlip_md.hints import hint
 from mlip_md.integrations.models import DEFAULT_MODEL, DTYPES, lasting_name
-from mlip_md.integrations.openmm_force import ANGSTROM_PER_NM, MLForce, open_potential, pack
+from mlip_md.integrations.openmm_force import MLForce, open_potential, pack
 
 _IGNORED = ("mlLongRange", "linkAtomDistances")
 """Keywords that OpenMM-ML's embeddings read and hand on to every potential."""
@@ -135,11 +136,10 @@ def _refuse_unknown(
 ) -> None:
     for name in keywords:
         if name not in known:
-            near = difflib.get_close_matches(name, [*known, *others], n=1, cutoff=0.7)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            told = hint(name, known, {other: other for other in others})
             if name in ForceOptions._fields:
-                hint = "it is one of createSystem and createMixedSystem"
-            raise TypeError(f"mlip-md: {where} has no keyword {name!r}; {hint}")
+                told = "it is one of createSystem and createMixedSystem"
+            raise TypeError(f"mlip-md: {where} has no keyword {name!r}; {told}")
 
 
 class MLIPPotentialImpl(MLPotentialImpl):

@@ -1,6 +1,6 @@
 """The callable behind a ``PythonForce``: an OpenMM State in, energy and forces out.
 
-OpenMM's units (nm, kJ/mol, kJ/mol/nm) exist in the two OpenMM files only. What OpenMM 8.6 does
+OpenMM's units (nm, kJ/mol, kJ/mol/nm) end in the files that name OpenMM. What OpenMM 8.6 does
 with such a callable rules its form: it pickles it when the force is made, copies it for every
 ``CustomCVForce``, crashes if unpickling raises, passes on nothing but the text of an exception,
 never frees what an exception holds, and lets several Contexts and threads share one callable.
@@ -9,13 +9,12 @@ never frees what an exception holds, and lets several Contexts and threads share
 from __future__ import annotations
 
 import collections
-import operator
 import tempfile
 import threading
 import traceback
 import weakref
 import zlib
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,18 @@ import openmm
 from numpy.typing import ArrayLike, DTypeLike
 
 import mlip_md
+from mlip_md.constants import ANGSTROM_PER_NM, KJ_PER_MOL_PER_EV
 from mlip_md.engine import Engine, Result
 from mlip_md.errors import MLIPError, ModelFileError, NonFiniteError, StructureError
 from mlip_md.formats import own
+from mlip_md.integrations.openmm_calls import Calls, enter_inside_try
 from mlip_md.potential import Potential
 
-KJ_PER_MOL_PER_EV = 1.602176634e-19 * 6.02214076e23 / 1000.0
-"""1 eV in kJ/mol; exact since the SI of 2019 (e and N_A are defined numbers)."""
-
-ANGSTROM_PER_NM = 10.0
+ADVICE = (
+    "The simulation has probably become unstable: minimize first, use a smaller time step, or look "
+    "at the structure of the last saved frame."
+)
+"""For whoever steps the force; who has better advice takes this line out of OpenMM's text."""
 
 _potentials: weakref.WeakValueDictionary[str, Potential] = weakref.WeakValueDictionary()
 _potentials_lock = threading.Lock()
@@ -77,59 +79,6 @@ def _unpack(content: bytes) -> Potential:
         path = Path(folder) / "model.safetensors"
         path.write_bytes(content)
         return own.load(path)
-
-
-class _Calls(threading.local):
-    """How a thread calls a force: ``send``, of a generator that waits for the next State.
-
-    Ctrl-C strikes where Python code is entered, before the first line of a function can catch it,
-    and OpenMM then says ``<NULL>``. A waiting generator is entered inside its ``try``, and what
-    leads to ``send`` is not Python code.
-    """
-
-    def __init__(self, force: Any) -> None:
-        self._force = force  # a weak proxy: threads keep what they are given
-        self.renew()
-
-    def renew(self) -> None:
-        """Wait for the next State, anew after an error has ended the generator."""
-        answers = _answers(self._force)
-        next(answers)
-        self.send = answers.send
-
-
-def _answers(
-    force: MLForce,
-) -> Generator[tuple[float, np.ndarray] | None, openmm.State | None, None]:
-    """Answer one State after the other.
-
-    Raises:
-        RuntimeError: with the whole story in its text, because OpenMM passes on nothing else.
-    """
-    answer = state = None
-    try:
-        while True:
-            state = yield answer
-            answer, state = force.evaluate(state), None
-    except GeneratorExit:
-        return
-    except BaseException as error:
-        force._calls.renew()  # before all else, so that the next call finds a generator
-        message = _story(force, error, state)
-    # Raised outside the handler and without the State: OpenMM never frees what the exception
-    # holds on to.
-    del answer, state
-    raise RuntimeError(message)
-
-
-def _story(force: MLForce, error: BaseException, state: openmm.State | None) -> str:
-    """What happened, as one text."""
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted (Ctrl-C) inside the ML potential; the last step is incomplete"
-    try:
-        return force.story(error, state)
-    except Exception as second:  # an exception that cannot even be printed
-        return f"mlip-md: {type(error).__name__}, and no more to say ({type(second).__name__})"
 
 
 class MLForce:
@@ -186,7 +135,7 @@ class MLForce:
         self._token = token
         self._engine: Engine | None = None
         self._lock = threading.Lock()
-        self._calls = _Calls(weakref.proxy(self))
+        self._calls = Calls(weakref.proxy(self))
         # Barostats, reporters and getState ask for the two latest geometries again.
         # More than two, because several Contexts may take turns.
         self._memo: collections.deque[tuple[bytes, float, np.ndarray]] = collections.deque(maxlen=6)
@@ -209,11 +158,13 @@ class MLForce:
             self._atomic_numbers = _unpacked(token["numbers"], np.uint8).astype(np.int32)
         return self._engine
 
-    __call__ = property(operator.attrgetter("_calls.send"))
-    """Energy (kJ/mol) and forces (n, 3) (kJ/mol/nm) of a State; RuntimeError if there are none."""
+    @enter_inside_try
+    def __call__(self, state: openmm.State) -> tuple[float, np.ndarray]:
+        """Energy (kJ/mol) and forces (n, 3) (kJ/mol/nm) of a State.
 
-    def evaluate(self, state: openmm.State) -> tuple[float, np.ndarray]:
-        """Energy (kJ/mol) and forces (n, 3) (kJ/mol/nm) of a State."""
+        Raises:
+            RuntimeError: if there are none, or Ctrl-C was pressed.
+        """
         positions = state.getPositions(asNumpy=True)._value
         box = None
         if self._token["periodic"]:
@@ -256,10 +207,7 @@ class MLForce:
             if self._token["particles"] is not None:
                 particles = _unpacked(self._token["particles"], np.int32).tolist()
                 lines.append(f"Among the System's particles, ML atoms {_runs(particles)}.")
-            lines.append(
-                "The simulation has probably become unstable: minimize first, use a smaller time "
-                "step, or look at the structure of the last saved frame."
-            )
+            lines.append(ADVICE)
         if not isinstance(error, MLIPError):
             frames = traceback.extract_tb(error.__traceback__)[-3:]
             lines += [f"  {Path(f.filename).name}:{f.lineno} in {f.name}: {f.line}" for f in frames]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from mlip_md.errors import CapacityError, ConfigError
+from mlip_md.errors import CapacityError, ConfigError, DeviceError
 
 
 def find_device(device: str | jax.Device | None) -> jax.Device:
@@ -22,7 +22,8 @@ def find_device(device: str | jax.Device | None) -> jax.Device:
         The device.
 
     Raises:
-        ConfigError: if there is none of that name.
+        DeviceError: if there is none of that name.
+        ConfigError: if it is no name.
     """
     if isinstance(device, jax.Device):
         return device
@@ -41,9 +42,10 @@ def find_device(device: str | jax.Device | None) -> jax.Device:
     except RuntimeError:
         found = []
     present = ", ".join(f"{d.platform}:{d.id}" for d in found or jax.local_devices())
-    raise ConfigError(
-        f"there is no device {device!r}; JAX sees {present}. Give None, 'cpu', 'gpu', 'cuda:1' or a"
-        " jax.Device, and for a GPU install the extra: pip install 'mlip-md[cuda13]'"
+    raise DeviceError(
+        f"there is no device {device!r}; JAX sees {present}",
+        "Give None, 'cpu', 'gpu', 'cuda:1' or a jax.Device, and for a GPU install the extra: pip "
+        "install 'mlip-md[cuda13]'",
     )
 
 

@@ -25,6 +25,22 @@ class ConfigError(MLIPError, ValueError):
         self.field = field
 
 
+class DeviceError(ConfigError):
+    """There is no device of that name.
+
+    Attributes:
+        problem: what was asked for, and what there is.
+        advice: what to give instead, in Python.
+    """
+
+    def __init__(self, problem: str, advice: str) -> None:
+        super().__init__(problem)
+        self.args = self.problem, self.advice = problem, advice  # copies are made of the arguments
+
+    def __str__(self) -> str:
+        return f"{self.problem}. {self.advice}"
+
+
 class ModelFileError(MLIPError, ValueError):
     """A model file is damaged, foreign, of an unknown version or does not fit its description."""
 

@@ -177,7 +177,7 @@ def compiled():
 @pytest.mark.parametrize("engine", ["ase", "openmm"])
 def test_the_main_job(run, tmp_path, monkeypatch, compiled, engine):
     """``mlip-md md`` with the bundled model and molecule, only shorter."""
-    from mlip_md.integrations.md import report
+    from mlip_md.integrations.md import files, report
 
     monkeypatch.chdir(tmp_path)
     code, out, err = run("md", "--engine", engine, "--steps", 24, "--no-minimize")
@@ -185,11 +185,11 @@ def test_the_main_job(run, tmp_path, monkeypatch, compiled, engine):
     assert out.startswith("paracetamol: NVT at 300 K")
     assert "step 24/24 100%" in out
     folder = tmp_path / "md-paracetamol-1"
-    assert {file.name for file in folder.iterdir()} == {n for n, _ in report.contents(folder)}
+    assert {file.name for file in folder.iterdir()} == {n for n, _ in report.list_contents(folder)}
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["status"], summary["step"]) == ("finished", 24)
     assert summary["model_sha256"] == compiled.potential.sha256
-    log = report.read_log(folder / "log.csv")
+    log = files.read_log(folder / "log.csv")
     np.testing.assert_array_equal(log["step"], [0, 10, 20, 24])
     assert np.ptp(log["total_eV"]) < 1.0
     code, out, err = run("md", "--restart", folder)

@@ -14,7 +14,7 @@ from ase.io import read
 
 import mlip_md
 from mlip_md.engine import Engine
-from mlip_md.integrations.md.run import restart_md
+from mlip_md.integrations.md import restart_md
 from mlip_md.trainer.data import load_data
 from mlip_md.trainer.recipe import load_recipe
 from mlip_md.trainer.train import Trainer

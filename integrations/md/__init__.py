@@ -8,16 +8,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlip_md.integrations.md.run import MDSettings as MDSettings
-    from mlip_md.integrations.md.run import read_settings as read_settings
     from mlip_md.integrations.md.run import restart_md as restart_md
     from mlip_md.integrations.md.run import run_md as run_md
+    from mlip_md.integrations.md.settings import MDSettings as MDSettings
+    from mlip_md.integrations.md.settings import read_settings as read_settings
 
 __all__ = ["MDSettings", "read_settings", "restart_md", "run_md"]
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, from the module that has them."""
+    """The public names, from the modules that have them."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from mlip_md.integrations.md import run

@@ -5,24 +5,29 @@ Everything heavy is imported inside the commands, so that help and errors come a
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlip_md.errors import ConfigError, MLIPError
+from mlip_md.errors import ConfigError, DeviceError, MLIPError
+from mlip_md.files import check_new_file, write_bytes
+from mlip_md.integrations.md.observers import TerminalObserver
+from mlip_md.integrations.md.settings import (
+    DEFAULT_STEPS,
+    LARGEST_SEED,
+    MDSettings,
+    explain_choices,
+    read_settings,
+)
 from mlip_md.integrations.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from ase import Atoms
-
-    from mlip_md.integrations.md.report import Frame
-    from mlip_md.integrations.md.run import MDSettings
 
 ModelOption = Annotated[
     str,
@@ -34,10 +39,8 @@ def _one_of(*choices: str) -> Any:
     """Keywords of an option that takes one of some words; a misspelled one is told the nearest."""
 
     def parse(text: str) -> str:
-        from mlip_md.integrations.md.run import allowed
-
         if text not in choices:
-            raise typer.BadParameter(f"{text!r} is not allowed; {allowed(text, choices)}")
+            raise typer.BadParameter(f"{text!r} is not allowed; {explain_choices(text, choices)}")
         return text
 
     return {"parser": parse, "metavar": f"[{'|'.join(choices)}]"}
@@ -57,9 +60,6 @@ StructureArgument = Annotated[
         show_default=False,
     ),
 ]
-
-LINES = 10
-"""Progress lines of a run whose output is no terminal."""
 
 
 def md_command(
@@ -93,7 +93,7 @@ def md_command(
     ] = 10.0,
     minimize: Annotated[bool, typer.Option(help="Relax the positions first.")] = True,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**31 - 2, help="Of velocities and thermostat.")
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Of velocities and thermostat.")
     ] = 0,
     precision: PrecisionOption = "single",
     device: DeviceOption = None,
@@ -141,11 +141,9 @@ def md_command(
         _refuse_with_restart(given)
         _restart(restart, length, steps, platform, device)
         return
-    from mlip_md.integrations.md.run import DEFAULT_STEPS, MDSettings, run_md
-
     _refuse_useless(given, engine, ensemble)
     _check_device(device)
-    wanted = _steps(steps, length, timestep)
+    wanted = _count_steps(steps, length, timestep)
     settings = MDSettings(
         structure=structure,
         model=model,
@@ -164,12 +162,14 @@ def md_command(
         report_interval=report_interval,
         trajectory_format=trajectory_format,  # type: ignore[arg-type]
     )
-    with _Progress(settings, structure or "paracetamol") as progress:
-        folder = _interruptible(lambda: run_md(settings, output, progress=progress), progress)
-    _conclusion(folder)
+    from mlip_md.integrations.md.run import run_md
+
+    with TerminalObserver(settings, structure or "paracetamol") as observer:
+        folder = _interruptible(lambda: run_md(settings, output, progress=observer), observer)
+    _conclude(folder)
 
 
-def _steps(steps: int | None, length: float | None, timestep: float) -> int | None:
+def _count_steps(steps: int | None, length: float | None, timestep: float) -> int | None:
     """Number of steps asked for, or None."""
     if length is None:
         return steps
@@ -211,11 +211,10 @@ def _check_device(device: str | None) -> None:
 
     try:
         find_device(device)
-    except ConfigError as error:
-        there = str(error).partition(". ")[0]
+    except DeviceError as error:
         raise ConfigError(
-            f"--device: {there}. Write --device cpu, gpu or cuda:1, or leave it out; for a GPU "
-            "install the extra: pip install 'mlip-md[cuda13]'"
+            f"--device: {error.problem}. Write --device cpu, gpu or cuda:1, or leave it out; for a "
+            "GPU install the extra: pip install 'mlip-md[cuda13]'"
         ) from error
 
 
@@ -226,173 +225,57 @@ def _restart(
     platform: str | None,
     device: str | None,
 ) -> None:
-    from mlip_md.integrations.md.run import read_settings, restart_md
-
     settings = read_settings(folder)
     if platform is not None:
         _refuse_useless({"platform"}, settings.engine, settings.ensemble)
     _check_device(device)
-    more = _steps(steps, length, settings.timestep)
-    with _Progress(settings, f"continuing {folder}") as progress:
+    more = _count_steps(steps, length, settings.timestep)
+    from mlip_md.integrations.md.run import restart_md
+
+    with TerminalObserver(settings, f"continuing {folder}") as observer:
         if (platform, device) != (None, None):
-            progress.later(
+            observer.later(
                 "On another platform or device the run goes on from its last positions and "
                 "velocities, but not exactly as it would have"
             )
         _interruptible(
             lambda: restart_md(
-                folder, steps=more, platform=platform, device=device, progress=progress
+                folder, steps=more, platform=platform, device=device, progress=observer
             ),
-            progress,
+            observer,
         )
-    _conclusion(folder)
+    _conclude(folder)
 
 
-def _headline(settings: MDSettings, structure: str) -> str:
-    target = "" if settings.ensemble == "nve" else f" at {settings.temperature:g} K"
-    if settings.ensemble == "npt":
-        target += f" and {settings.pressure:g} bar"
-    return (
-        f"[bold]{structure}[/bold]: {settings.ensemble.upper()}{target}, "
-        f"{settings.timestep:g} fs steps, model {settings.model}, engine {settings.engine}"
-    )
-
-
-def _interruptible(run: Callable[[], Path], progress: _Progress) -> Path:
+def _interruptible(run: Callable[[], Path], observer: TerminalObserver) -> Path:
     """Run; after Ctrl-C say how to go on."""
     try:
         return run()
     except KeyboardInterrupt:
-        progress.stop()
-        if progress.folder is None:
+        observer.stop()
+        if observer.folder is None:
             raise  # nothing to go on with
-        typer.echo(f"Interrupted. Continue with: mlip-md md --restart {progress.folder}", err=True)
+        typer.echo(f"Interrupted. Continue with: mlip-md md --restart {observer.folder}", err=True)
         raise typer.Exit(130) from None
     except MLIPError:
-        progress.stop()
+        observer.stop()
         raise
 
 
-class _Progress:
-    """Progress of a run: a bar on a terminal, some lines elsewhere."""
-
-    def __init__(self, settings: MDSettings, structure: str) -> None:
-        from rich.console import Console
-
-        self.console = Console(highlight=False)
-        self.timestep = settings.timestep
-        self.total = settings.steps
-        self.folder: Path | None = None
-        self._waiting = [_headline(settings, structure)]
-        self._bar: Any = None
-        self._task: Any = None
-        self._next_line = 0.0
-
-    def __enter__(self) -> _Progress:
-        if self.console.is_terminal:
-            self._bar = _bar(self.console)
-            self._bar.start()
-            self._task = self._bar.add_task("Starting", total=None, info="")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Take the bar off the screen's bottom; what it showed last stays."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-    def later(self, text: str) -> None:
-        """Say something when the input has been found good."""
-        self._waiting.append(text)
-
-    def stage(self, text: str) -> None:
-        """A phase without steps begins; at the first one, all input has been found good."""
-        while self._waiting:
-            self.console.print(self._waiting.pop(0))
-        if self._bar is not None:
-            self._bar.update(self._task, description=text)
-        else:
-            self.console.print(f"{text} ...")
-
-    def note(self, text: str) -> None:
-        """Something the user should know."""
-        self.console.print(f"[yellow]{text}[/yellow]")
-
-    def stopping(self) -> None:
-        """Ctrl-C came; nothing here may wait for what the signal has interrupted."""
-        if self._bar is not None:
-            self._bar.update(self._task, description="Stopping after this step")
-        else:
-            os.write(2, b"Stopping after this step; Ctrl-C again stops at once\n")
-
-    def begin(self, folder: Path, done: int, total: int) -> None:
-        """Stepping begins."""
-        self.folder = folder
-        self._first, self.total = done, total
-        self._next_line = done + (total - done) / LINES
-        if self._bar is not None:
-            self._bar.reset(self._task, description="Running", total=total, completed=done)
-
-    def update(self, frame: Frame, steps_per_second: float) -> None:
-        """Another frame is there."""
-        per_day = steps_per_second * self.timestep * 1e-6 * 86400
-        left = _clock((self.total - frame.step) / steps_per_second) if steps_per_second else "?"
-        info = (
-            f"{frame.time:.3f} ps  {frame.temperature:4.0f} K  {_short(steps_per_second)} steps/s  "
-            f"{_short(per_day)} ns/day  {left} left"
-        )
-        if self._bar is not None:
-            self._bar.update(self._task, completed=frame.step, info=info)
-        elif frame.step >= min(self._next_line, self.total):
-            share = 100 * frame.step / self.total
-            self.console.print(
-                f"step {frame.step}/{self.total} {share:3.0f}%  {info}", soft_wrap=True
-            )
-            self._next_line += (self.total - self._first) / LINES
-
-
-def _short(value: float) -> str:
-    """Three digits, and as many as there are before the point: 0.0123, 12.3, 12345."""
-    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def _bar(console: Any) -> Any:
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[info]}"),
-        console=console,
-        expand=True,
-    )
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"
-
-
-def _conclusion(folder: Path) -> None:
+def _conclude(folder: Path) -> None:
     """The summary as a table, and what lies in the folder."""
     from rich.console import Console
     from rich.table import Table
 
-    from mlip_md.integrations.md import report
+    from mlip_md.integrations.md.report import describe_summary, list_contents, read_summary
 
     console = Console(highlight=False)
-    summary = json.loads((folder / report.SUMMARY).read_text(encoding="utf-8"))
     table = Table(show_header=False, box=None, pad_edge=False)
-    for name, text in report.summary_lines(summary):
+    for name, text in describe_summary(read_summary(folder)):
         table.add_row(f"[bold]{name}[/bold]", text)
     console.print(table)
     console.print(f"\n[bold]{folder}[/bold]")
-    for name, text in report.contents(folder):
+    for name, text in list_contents(folder):
         console.print(f"  {name:<18} {text}", soft_wrap=True)
     if sys.stdout.isatty():
         console.print(f"Continue with: mlip-md md --restart {folder} --length 1")
@@ -420,18 +303,20 @@ def minimize_command(
     if not 0 < fmax < math.inf:
         raise ConfigError(f"--fmax {fmax:g} is not allowed; it must be positive and finite")
     _check_device(device)
-    from ase.io import write
     from rich.console import Console
 
     from mlip_md.integrations.ase import MLIPCalculator
-    from mlip_md.integrations.md.backends.ase import minimize
+    from mlip_md.integrations.md.minimize import minimize
     from mlip_md.integrations.md.structures import read_structure
     from mlip_md.integrations.models import DTYPES
 
     console = Console(highlight=False)
     given = read_structure(structure)
     path = output or Path(f"{given.name}-minimized.extxyz")
-    _check_writable(path, given.atoms)
+    if path.exists():
+        raise ConfigError(f"{path} exists; name another file with --output")
+    check_new_file(path, "--output")
+    _render(path.name, given.atoms)  # what cannot be written is known before it is computed
     calculator = MLIPCalculator(model, dtype=DTYPES[precision], device=device)
     console.print(f"[bold]{given.name}[/bold]: {len(given.atoms)} atoms, model {model}")
     shown: list[int] = []
@@ -452,7 +337,7 @@ def minimize_command(
         optimizer=optimizer,
         observer=observe,
     )
-    write(path, relaxed)
+    write_bytes(path, _render(path.name, relaxed))
     energy = relaxed.get_potential_energy()
     ending = "Converged" if converged else f"[yellow]Not converged within {steps} steps[/yellow]"
     console.print(f"{ending}: {energy:.6f} eV. Wrote {path}")
@@ -460,23 +345,21 @@ def minimize_command(
         raise typer.Exit(1)
 
 
-def _check_writable(path: Path, atoms: Atoms) -> None:
-    """Try to write a file of this name before anything is computed for it."""
-    import tempfile
+def _render(name: str, atoms: Atoms) -> bytes:
+    """Content of the structure file that ASE writes under a name.
 
+    Raises:
+        ConfigError: if ASE has no writer for such a name.
+    """
     from ase.io import write
 
-    if path.exists():
-        raise ConfigError(f"{path} exists; name another file with --output")
-    if not path.parent.is_dir():
-        raise ConfigError(f"there is no folder {path.parent} for {path.name}; make it first")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"{path.parent.resolve()} may not be written; name another --output")
     with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
         try:
-            write(Path(folder) / path.name, atoms)
+            write(path, atoms)
+            return path.read_bytes()
         except Exception as error:
             raise ConfigError(
-                f"ASE cannot write {path.name} ({type(error).__name__}: {error}); the ending says "
+                f"ASE cannot write {name} ({type(error).__name__}: {error}); the ending says "
                 "the format: .extxyz, .xyz, .pdb or .cif, for example"
             ) from error

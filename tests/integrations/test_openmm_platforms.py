@@ -25,8 +25,7 @@ from mlip_md.errors import ConfigError
 from mlip_md.formats import own
 from mlip_md.integrations import openmm_force
 from mlip_md.integrations.ase import MLIPCalculator
-from mlip_md.integrations.md import report
-from mlip_md.integrations.md.run import MDSettings, run_md
+from mlip_md.integrations.md import MDSettings, files, report, run_md
 from mlip_md.integrations.openmm_force import open_potential
 
 PEPTIDE = Path(__file__).parents[2] / "examples" / "alanine_dipeptide.pdb"
@@ -288,7 +287,7 @@ def test_ten_thousand_steps_keep_the_energy(name, precision, tmp_path):
         platform="CPU",
     )  # fmt: skip
     folder = run_md(settings, tmp_path / "run")
-    log = report.read_log(folder / report.LOG)
+    log = files.read_log(folder / files.LOG)
     drift = json.loads((folder / report.SUMMARY).read_text())["drift_meV_per_atom_ps"]
     assert np.ptp(log["kinetic_eV"]) > 0.1
     assert abs(drift) < {"single": 0.1, "double": 0.01}[precision]
@@ -300,7 +299,7 @@ def test_two_thousand_steps_of_npt_compile_little(tmp_path):
         structure=water_file(tmp_path), engine="openmm", ensemble="npt", steps=2000, platform="CPU"
     )
     folder = run_md(settings, tmp_path / "run")
-    volumes = report.read_log(folder / report.LOG)["volume_A3"]
+    volumes = files.read_log(folder / files.LOG)["volume_A3"]
     assert np.ptp(volumes) > 0.01 * volumes.mean()
     assert json.loads((folder / report.SUMMARY).read_text())["compilations"] <= 5
 

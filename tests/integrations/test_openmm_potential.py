@@ -2,6 +2,7 @@
 
 import _thread
 import copy
+import dataclasses
 import functools
 import gc
 import operator
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 import weakref
+import zlib
 from unittest import mock
 
 import jax
@@ -94,8 +96,8 @@ def test_entry_point_loads_no_jax():
 @pytest.mark.parametrize(
     ("keywords", "error", "text"),
     [
-        ({"precison": "single"}, TypeError, "did you mean 'precision'"),
-        ({"returnEnergyTyp": "energy"}, TypeError, "did you mean 'returnEnergyType'"),
+        ({"precison": "single"}, TypeError, "did you mean precision"),
+        ({"returnEnergyTyp": "energy"}, TypeError, "did you mean returnEnergyType"),
         ({"xyzzy": 1}, TypeError, "known are precision"),
         ({"precision": "float32"}, ConfigError, "'single', 'double'"),
         ({"returnEnergyType": "total"}, ConfigError, "interaction_energy"),
@@ -109,8 +111,8 @@ def test_entry_point_loads_no_jax():
         ({"moleculeBonds": "all"}, ConfigError, "moleculeBonds"),
         ({"embedModel": 2}, ConfigError, "embedModel"),
         ({"embedModel": 1}, ConfigError, "embedModel = 1"),
-        ({"removeCMmotion": False}, TypeError, "did you mean 'removeCMMotion'"),
-        ({"interpolat": True}, TypeError, "did you mean 'interpolate'"),
+        ({"removeCMmotion": False}, TypeError, "did you mean removeCMMotion"),
+        ({"interpolat": True}, TypeError, "did you mean interpolate"),
         ({"device": 3}, ConfigError, "device = 3"),
         ({"device": ""}, ConfigError, "device"),
         ({"skin": "0.05 nm"}, ConfigError, "skin = '0.05 nm'.*nanometers"),
@@ -137,7 +139,7 @@ def test_keywords_of_the_engine():
 
 
 def test_bad_models_and_atoms(model, molecule, tmp_path):
-    with pytest.raises(TypeError, match="did you mean 'modelPath'"):
+    with pytest.raises(TypeError, match="did you mean modelPath"):
         MLPotential("mlip-md", modelpath=model)
     with pytest.raises(TypeError, match=r"precision.*createSystem"):
         MLPotential("mlip-md", modelPath=model, precision="single")
@@ -316,10 +318,17 @@ def test_copies_share_the_potential(model, molecule):
     one, _ = force(State(molecule.positions / 10))
     compiled = force.engine.num_compilations
     for again in (copy.deepcopy(force), pickle.loads(pickle.dumps(force))):
-        assert again._engine is None  # unpickling opens nothing, and so cannot fail
         assert again(State(molecule.positions / 10))[0] == one
         assert again.engine.potential is force.engine.potential
         assert again.engine.num_compilations == compiled
+
+
+def test_unpickling_opens_nothing():
+    """What raises while OpenMM unpickles would end the process."""
+    force = openmm_force.MLForce("gone.safetensors", "5" * 64, [6], None, False, False, {})
+    for again in (copy.deepcopy(force), pickle.loads(pickle.dumps(force))):
+        with pytest.raises(RuntimeError, match="ModelFileError: the model of this System"):
+            again(State(np.zeros((1, 3))))
 
 
 TOKEN = (
@@ -342,10 +351,11 @@ def test_tokens_are_small_and_stay_readable():
     assert len(pickle.dumps(force)) < 20_000
     old = pickle.loads(bytes.fromhex(TOKEN))
     assert type(old) is openmm_force.MLForce
-    assert old._token.keys() == force._token.keys()
-    assert openmm_force._unpacked(old._token["numbers"], np.uint8).tolist() == [8, 1, 1]
-    assert openmm_force._unpacked(old._token["particles"], np.int32).tolist() == [4, 5, 6]
-    assert old._token["engine_options"] == {"dtype": "float32", "device": None}
+    token = old.__getstate__()
+    assert token.keys() == force.__getstate__().keys()
+    assert list(zlib.decompress(token["numbers"])) == [8, 1, 1]
+    assert np.frombuffer(zlib.decompress(token["particles"]), np.int32).tolist() == [4, 5, 6]
+    assert token["engine_options"] == {"dtype": "float32", "device": None}
 
 
 def _ml_force(path, atoms, **keywords):
@@ -374,10 +384,8 @@ class State:
         return self.step
 
 
-def test_memo_is_exact(model, crystal):
+def test_memo_is_exact(model, crystal, evaluations):
     force = _ml_force(model, crystal)
-    calls, compute = [], force._compute
-    force._compute = lambda *a: calls.append(1) or compute(*a)
     one, box = crystal.positions / 10, crystal.cell.array / 10
     two = one.copy()
     two[0, 0] = np.nextafter(two[0, 0], 9)
@@ -385,17 +393,17 @@ def test_memo_is_exact(model, crystal):
     force(State(two, box))
     assert force(State(one, box))[0] == first
     force(State(two.copy(), box))
-    assert len(calls) == 2
+    assert len(evaluations) == 2
     scaled, _ = force(State(one, box * 1.01))
-    assert len(calls) == 3
+    assert len(evaluations) == 3
     assert abs(scaled - first) > 1e-3
     for step in range(5):  # six geometries are kept, not more
         force(State(two + 1e-3 * step, box))
-    assert len(calls) == 7
+    assert len(evaluations) == 7
     force(State(one, box * 1.01))
-    assert len(calls) == 7
+    assert len(evaluations) == 7
     force(State(one, box))
-    assert len(calls) == 8
+    assert len(evaluations) == 8
 
 
 def test_contexts_that_take_turns_do_not_pay_twice(model, molecule, evaluations):
@@ -415,13 +423,13 @@ def test_contexts_that_take_turns_do_not_pay_twice(model, molecule, evaluations)
 def evaluations(monkeypatch):
     """Grows by one with every evaluation of a potential under OpenMM."""
     calls = []
-    compute = openmm_force.MLForce._compute
+    evaluate = openmm_force.Engine.evaluate
 
-    def counted(self, positions, box):
+    def counted(self, *structure):
         calls.append(threading.get_ident())
-        return compute(self, positions, box)
+        return evaluate(self, *structure)
 
-    monkeypatch.setattr(openmm_force.MLForce, "_compute", counted)
+    monkeypatch.setattr(openmm_force.Engine, "evaluate", counted)
     return calls
 
 
@@ -515,19 +523,19 @@ def test_box_change_reaches_the_potential(model, potential, crystal):
     np.testing.assert_allclose(forces, crystal.get_forces(), rtol=1e-5, atol=1e-6)
 
 
-def test_errors_tell_the_story_and_leak_nothing(model, molecule):
+def test_errors_tell_the_story_and_leak_nothing(model, molecule, monkeypatch):
     class Big(np.ndarray):
         pass
 
     leaked = []
 
-    def explode(positions, box):
+    def explode(*structure):
         array = np.zeros(10**5).view(Big)
         leaked.append(weakref.ref(array))
         raise ValueError("the reason")
 
     force = _ml_force(model, molecule)
-    force._compute = explode
+    monkeypatch.setattr(openmm_force.Engine, "evaluate", explode)
     for _ in range(3):
         with pytest.raises(RuntimeError, match="step 7: ValueError: the reason") as error:
             force(State(molecule.positions / 10))
@@ -573,18 +581,12 @@ def test_errors_name_particles_of_the_system(model, molecule):
     assert "ML atoms 0-2 are 8-10, 3 is 15, 4 is 1." in str(error.value)
 
 
-def test_non_finite_results_are_refused(model, molecule):
+def test_non_finite_results_are_refused(model, molecule, monkeypatch):
     force = _ml_force(model, molecule)
     result = force.engine.evaluate(molecule.positions, molecule.numbers)
-    for field, value in (("forces", result.forces * np.inf), ("interaction_energy", np.nan)):
-        bad = copy.copy(result)
-        object.__setattr__(bad, field, value)
-
-        class Broken:
-            def evaluate(self, *structure, bad=bad):
-                return bad
-
-        force._engine = Broken()
+    for change in ({"forces": result.forces * np.inf}, {"interaction_energy": np.nan}):
+        bad = dataclasses.replace(result, **change)
+        monkeypatch.setattr(openmm_force.Engine, "evaluate", lambda *_, bad=bad: bad)
         with pytest.raises(RuntimeError, match="NonFiniteError"):
             force(State(molecule.positions / 10))
 
@@ -639,7 +641,7 @@ def test_control_c_between_two_calls(model, molecule, interruptible):
 def test_the_next_call_works_whatever_happened_in_the_last(model, molecule, monkeypatch):
     """An error that cannot be told, or that strikes while it is told, leaves nothing broken."""
     force, state = _ml_force(model, molecule), State(molecule.positions / 10)
-    before, compute = force(state), force._compute
+    before = force(state)
 
     class UntoldError(Exception):
         def __str__(self):
@@ -649,27 +651,26 @@ def test_the_next_call_works_whatever_happened_in_the_last(model, molecule, monk
         raise UntoldError
 
     away = State(molecule.positions / 10 + 1.0)
-    force._compute = fail
+    monkeypatch.setattr(openmm_force.Engine, "evaluate", fail)
     with pytest.raises(RuntimeError, match="UntoldError, and no more to say"):
         force(away)
-    monkeypatch.setattr(openmm_force, "_story", mock.Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(openmm_force.MLForce, "story", mock.Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         force(away)
     monkeypatch.undo()
-    force._compute = compute
     assert force(state) == before
     assert abs(force(away)[0] - before[0]) < 1e-3
 
 
-def test_control_c_inside_the_potential(model, molecule, interruptible):
+def test_control_c_inside_the_potential(model, molecule, interruptible, monkeypatch):
     force = _ml_force(model, molecule)
 
-    def slow(positions, box):
+    def slow(*structure):
         signal.raise_signal(signal.SIGINT)  # as if the key was pressed during the computation
         time.sleep(10)
         raise AssertionError("the signal did not interrupt")
 
-    force._compute = slow
+    monkeypatch.setattr(openmm_force.Engine, "evaluate", slow)
     with pytest.raises(RuntimeError, match="Ctrl-C"):
         force(State(molecule.positions / 10))
 

@@ -1,1 +1,1 @@
-"""The engines that integrate the equations of motion."""
+"""The engines that integrate the equations of motion, behind one interface."""

@@ -1,68 +1,42 @@
-"""Molecular dynamics and minimization with ASE."""
+"""Molecular dynamics with ASE."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ase
 import numpy as np
-from ase import Atoms, units
-from ase.filters import FrechetCellFilter
+from ase import units
 from ase.md.langevin import Langevin
 from ase.md.md import MolecularDynamics
 from ase.md.nose_hoover_chain import IsotropicMTKNPT
-from ase.md.velocitydistribution import Stationary, ZeroRotation, thermalize_momenta
 from ase.md.verlet import VelocityVerlet
-from ase.optimize import BFGS, FIRE
+from ase.optimize import FIRE
 
-from mlip_md.errors import ConfigError, StructureError
+from mlip_md.errors import ConfigError
 from mlip_md.integrations.ase import MLIPCalculator
-from mlip_md.integrations.md.report import BAR, Frame
+from mlip_md.integrations.md.backends.interface import BAR, Frame
+from mlip_md.integrations.md.settings import MDSettings
 from mlip_md.integrations.md.structures import Structure
+from mlip_md.integrations.md.velocities import (
+    compute_temperature,
+    count_degrees_of_freedom,
+    draw_velocities,
+)
 from mlip_md.integrations.models import DTYPES
-
-if TYPE_CHECKING:
-    from mlip_md.integrations.md.run import MDSettings
-
-MINIMIZE_FORCE = 0.05
-MINIMIZE_STEPS = 300
-
-
-def degrees_of_freedom(atoms: Atoms, ensemble: str) -> int:
-    """Number of momenta that are free: thermostats touch all 3N, nve conserves the total ones."""
-    count = 3 * len(atoms)
-    if ensemble != "nve":
-        return count
-    count -= 3
-    if not atoms.pbc.any():
-        moments = atoms.get_moments_of_inertia()
-        count -= int(np.sum(moments > 1e-6 * max(float(moments.max()), 1e-12)))
-    return max(count, 1)
-
-
-def draw_velocities(
-    atoms: Atoms, ensemble: str, temperature_K: float, rng: np.random.Generator
-) -> None:
-    """Give atoms velocities of a temperature; in nve without total momentum and rotation."""
-    thermalize_momenta(atoms, temperature_K, rng=rng)
-    if ensemble != "nve" or len(atoms) == 1:
-        return
-    Stationary(atoms, preserve_temperature=False)
-    if not atoms.pbc.any():
-        ZeroRotation(atoms, preserve_temperature=False)
-    kinetic = atoms.get_kinetic_energy()
-    wanted = 0.5 * degrees_of_freedom(atoms, ensemble) * units.kB * temperature_K
-    if kinetic > 0:
-        atoms.set_momenta(atoms.get_momenta() * np.sqrt(wanted / kinetic))
 
 
 class ASEBackend:
     """Velocity Verlet, Langevin or isotropic MTK dynamics of ASE.
 
     Args:
-        settings: ensemble, temperature, time step, precision.
+        settings: ensemble, temperature, time step, precision, device.
         structure: what to run.
+
+    Raises:
+        ConfigError: if the device does not exist here.
+        ModelFileError: if the model cannot be opened.
+        UnsupportedElementError: on an element that the potential does not know.
     """
 
     def __init__(self, settings: MDSettings, structure: Structure) -> None:
@@ -83,10 +57,9 @@ class ASEBackend:
         """Evaluate once, so that everything is compiled."""
         self.atoms.get_potential_energy()
 
-    def minimize(self) -> bool:
-        """Relax the positions (FIRE); False if the steps were used up before forces were small."""
-        run = FIRE(self.atoms, logfile=None)
-        return bool(run.run(fmax=MINIMIZE_FORCE, steps=MINIMIZE_STEPS))
+    def minimize(self, force: float, steps: int) -> bool:
+        """Relax the positions (FIRE) until forces are below ``force`` (eV/Å); False if not."""
+        return bool(FIRE(self.atoms, logfile=None).run(fmax=force, steps=steps))
 
     def start(self) -> None:
         """Draw velocities and set up the integrator."""
@@ -128,8 +101,6 @@ class ASEBackend:
 
     def frame(self) -> Frame:
         """The present state."""
-        from mlip_md.integrations.md.run import temperature
-
         atoms, settings = self.atoms, self.settings
         potential, kinetic = atoms.get_potential_energy(), atoms.get_kinetic_energy()
         step = self._steps_before + self.dynamics.nsteps
@@ -148,7 +119,9 @@ class ASEBackend:
             potential=float(potential),
             kinetic=float(kinetic),
             conserved=conserved,
-            temperature=temperature(kinetic, degrees_of_freedom(atoms, settings.ensemble)),
+            temperature=compute_temperature(
+                kinetic, count_degrees_of_freedom(atoms, settings.ensemble)
+            ),
             pressure=pressure,
         )
 
@@ -205,53 +178,3 @@ class ASEBackend:
     def compilations(self) -> int:
         """How often the potential has been compiled so far."""
         return self.calculator.engine.num_compilations
-
-
-def minimize(
-    atoms: Atoms,
-    calculator: MLIPCalculator,
-    *,
-    fmax: float = 0.01,
-    steps: int = 500,
-    relax_cell: bool = False,
-    optimizer: str = "bfgs",
-    observer: Callable[[int, float, float], None] | None = None,
-) -> tuple[Atoms, bool]:
-    """Relax a structure.
-
-    Args:
-        atoms: the structure; not changed.
-        calculator: the potential.
-        fmax: eV/Å, largest force on an atom at which to stop.
-        steps: at most so many steps.
-        relax_cell: relax the cell too (at zero pressure); periodic structures only.
-        optimizer: "bfgs" (small structures) or "fire".
-        observer: called with step, energy (eV) and largest force (eV/Å) at every step.
-
-    Returns:
-        The relaxed copy with its calculator, and whether it converged.
-
-    Raises:
-        ConfigError: on an unknown optimizer.
-        StructureError: if the cell cannot be relaxed because there is none.
-    """
-    optimizers = {"bfgs": BFGS, "fire": FIRE}
-    if optimizer not in optimizers:
-        raise ConfigError(f"optimizer = {optimizer!r} is not allowed; it must be bfgs or fire")
-    if relax_cell and (atoms.cell.rank < 3 or not atoms.pbc.all()):
-        raise StructureError(
-            "only a structure with a cell, periodic in three directions, has one to relax"
-        )
-    relaxed = atoms.copy()
-    relaxed.calc = calculator
-    target = FrechetCellFilter(relaxed) if relax_cell else relaxed
-    run = optimizers[optimizer](target, logfile=None)
-
-    def observe() -> None:
-        if observer is not None:
-            largest = float(np.linalg.norm(target.get_forces(), axis=1).max())
-            observer(run.nsteps, float(relaxed.get_potential_energy()), largest)
-
-    run.attach(observe)
-    converged = bool(run.run(fmax=fmax, steps=steps))
-    return relaxed, converged

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import openmm
@@ -19,32 +19,28 @@ import openmm.app
 from ase import units
 from openmm import unit
 
+from mlip_md.constants import ANGSTROM_PER_NM, KJ_PER_MOL_PER_EV
 from mlip_md.errors import ConfigError, SimulationError, StructureError
-from mlip_md.integrations.md.backends.ase import MINIMIZE_FORCE, degrees_of_freedom, draw_velocities
-from mlip_md.integrations.md.report import Frame
+from mlip_md.integrations.md.backends.interface import Frame
+from mlip_md.integrations.md.settings import MDSettings, explain_choices
 from mlip_md.integrations.md.structures import Structure, make_topology, whole_molecules
-from mlip_md.integrations.models import DTYPES
-from mlip_md.integrations.openmm_force import (
-    ANGSTROM_PER_NM,
-    KJ_PER_MOL_PER_EV,
-    MLForce,
-    open_potential,
+from mlip_md.integrations.md.velocities import (
+    compute_temperature,
+    count_degrees_of_freedom,
+    draw_velocities,
 )
-
-if TYPE_CHECKING:
-    from mlip_md.integrations.md.run import MDSettings
+from mlip_md.integrations.md.volume_moves import MOVE_INTERVAL, VolumeMoves
+from mlip_md.integrations.models import DTYPES
+from mlip_md.integrations.openmm_calls import is_interruption
+from mlip_md.integrations.openmm_force import ADVICE, MLForce, open_potential
 
 logger = logging.getLogger(__name__)
 
 NM_PER_PS = ANGSTROM_PER_NM * 1e-3
 """1 nm/ps in Å/fs."""
 
-MINIMIZE_STEPS = 300
-MOVE_INTERVAL = 25
-"""Steps between moves of the volume, as OpenMM's barostats have it."""
 
-
-def openmm_cell(structure: Structure) -> Structure:
+def reduce_cell(structure: Structure) -> Structure:
     """Rotate a structure so that its cell has OpenMM's reduced lower triangular form.
 
     Raises:
@@ -70,102 +66,25 @@ def openmm_cell(structure: Structure) -> Structure:
     return dataclasses.replace(structure, atoms=atoms)
 
 
-class VolumeMoves:
-    """Monte Carlo moves of the volume at constant pressure; molecules keep their shape.
-
-    A random walk in ln V; a move to V' is accepted with the probability min(1, exp(-w / kT)),
-    w = ΔE + P (V' - V) - (N + 1) kT ln(V' / V) for N molecules (Frenkel and Smit, Understanding
-    Molecular Simulation, section 5.4). OpenMM's MonteCarloBarostat samples the same ensemble, but
-    its checkpoints lack the size of its moves, and so a continued run would be another one.
-
-    Args:
-        context: of a periodic System.
-        labels: (n,) molecule of each atom, counted from 0; every molecule is in one piece.
-        pressure: bar.
-        temperature: K.
-        seed: of the random numbers.
-
-    Attributes:
-        scale: largest |ln(V' / V)|.
-    """
-
-    def __init__(
-        self,
-        context: openmm.Context,
-        labels: np.ndarray,
-        pressure: float,
-        temperature: float,
-        seed: int,
-    ) -> None:
-        self.labels = np.unique(labels, return_inverse=True)[1]
-        self.scale, self._attempted, self._accepted = 0.01, 0, 0
-        self._context = context
-        self._rng = np.random.default_rng(seed)
-        per_mole = pressure * unit.bar * unit.AVOGADRO_CONSTANT_NA
-        self._pressure = per_mole.value_in_unit(unit.kilojoule_per_mole / unit.nanometer**3)
-        self._kT = temperature * unit.MOLAR_GAS_CONSTANT_R.value_in_unit(
-            unit.kilojoule_per_mole / unit.kelvin
-        )
-
-    def attempt(self) -> None:
-        """Try one move."""
-        state = self._context.getState(positions=True, energy=True)
-        positions = state.getPositions(asNumpy=True)._value
-        box = state.getPeriodicBoxVectors(asNumpy=True)._value
-        volume, counts = abs(np.linalg.det(box)), np.bincount(self.labels)
-        change = self.scale * self._rng.uniform(-1.0, 1.0)  # of ln V
-        factor = np.exp(change / 3.0)
-        centers = [np.bincount(self.labels, x) / counts for x in positions.T]
-        moved = positions + (factor - 1.0) * np.transpose(centers)[self.labels]
-        self._set(moved, box * factor)
-        energy = self._context.getState(energy=True).getPotentialEnergy()
-        work = (energy - state.getPotentialEnergy())._value
-        work += self._pressure * volume * np.expm1(change)
-        work -= (len(counts) + 1) * self._kT * change
-        accepted = work <= 0 or self._rng.random() < np.exp(-work / self._kT)
-        if not accepted:
-            self._set(positions, box)
-        self._adapt(accepted)
-
-    def _set(self, positions: np.ndarray, box: np.ndarray) -> None:
-        self._context.setPeriodicBoxVectors(*box)
-        self._context.setPositions(positions)
-
-    def _adapt(self, accepted: bool) -> None:
-        """Aim at an acceptance between a quarter and three quarters."""
-        self._attempted, self._accepted = self._attempted + 1, self._accepted + bool(accepted)
-        share = self._accepted / self._attempted
-        if self._attempted >= 10 and not 0.25 <= share <= 0.75:
-            self.scale = min(self.scale * 1.1, 0.3) if share > 0.75 else self.scale / 1.1
-            self._attempted = self._accepted = 0
-
-    def state(self) -> dict[str, Any]:
-        """JSON values from which ``restore`` goes on exactly."""
-        return {
-            "rng": self._rng.bit_generator.state,
-            "moves": [self.scale, self._attempted, self._accepted],
-        }
-
-    def restore(self, values: dict[str, Any]) -> None:
-        """Go on where ``state`` was taken."""
-        self._rng.bit_generator.state = values["rng"]
-        self.scale, self._attempted, self._accepted = values["moves"]
-
-
 class OpenMMBackend:
     """Verlet or Langevin dynamics of OpenMM, with Monte Carlo moves of the volume for npt.
 
     Args:
-        settings: ensemble, temperature, time step, precision, platform.
+        settings: ensemble, temperature, time step, precision, platform, device.
         structure: what to run.
+
+    Raises:
+        StructureError: on periodicity in one or two directions only.
+        ConfigError: if the platform or device does not exist here.
+        ModelFileError: if the model cannot be opened.
+        UnsupportedElementError: on an element that the potential does not know.
     """
 
     def __init__(self, settings: MDSettings, structure: Structure) -> None:
         self.settings = settings
-        self.structure = openmm_cell(structure)
+        self.structure = reduce_cell(structure)
         self.potential = open_potential(settings.model)
         self.atoms = self.structure.atoms.copy()
-        self.potential.species(self.atoms.numbers)
         self._periodic = bool(self.atoms.pbc.any())
         species = self.potential.species(self.atoms.numbers)
         self._reference = float(self.potential.reference_energies(species).sum())
@@ -209,13 +128,9 @@ class OpenMMBackend:
         force.setUsesPeriodicBoundaryConditions(self._periodic)
         system.addForce(force)
         integrator = self._integrator()
+        platform = None if settings.platform is None else _find_platform(settings.platform)
         with _as_simulation_error():
-            if settings.platform is None:
-                simulation = openmm.app.Simulation(topology, system, integrator)
-            else:
-                simulation = openmm.app.Simulation(
-                    topology, system, integrator, _platform(settings.platform)
-                )
+            simulation = openmm.app.Simulation(topology, system, integrator, platform)
         self._set_positions(simulation, self.atoms.positions, self.atoms.cell.array)
         return simulation
 
@@ -243,15 +158,15 @@ class OpenMMBackend:
         with _as_simulation_error():
             self._simulation.context.getState(energy=True, forces=True)
 
-    def minimize(self) -> bool:
-        """Relax the positions (L-BFGS); False if the iterations were used up before."""
+    def minimize(self, force: float, steps: int) -> bool:
+        """Relax the positions (L-BFGS) until forces are below ``force`` (eV/Å); False if not."""
         last = _LastIteration()
-        tolerance = MINIMIZE_FORCE * KJ_PER_MOL_PER_EV * ANGSTROM_PER_NM
+        tolerance = force * KJ_PER_MOL_PER_EV * ANGSTROM_PER_NM
         with _as_simulation_error():
             self._simulation.minimizeEnergy(
-                tolerance * unit.kilojoule_per_mole / unit.nanometer, MINIMIZE_STEPS, last
+                tolerance * unit.kilojoule_per_mole / unit.nanometer, steps, last
             )
-        return last.number < MINIMIZE_STEPS
+        return last.number < steps
 
     def start(self) -> None:
         """Draw velocities."""
@@ -277,34 +192,40 @@ class OpenMMBackend:
                 if self._simulation.currentStep % MOVE_INTERVAL == 0:
                     self._moves.attempt()
 
-    def frame(self) -> Frame:
-        """The present state."""
-        from mlip_md.integrations.md.run import temperature
-
-        settings = self.settings
-        with _as_simulation_error():
-            state = self._simulation.context.getState(positions=True, velocities=True, energy=True)
-        positions = state.getPositions(asNumpy=True)._value * ANGSTROM_PER_NM
+    def _read_motion(self, state: openmm.State) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Positions (n, 3) Å, velocities (n, 3) Å/fs, and cell (3, 3) Å, zeros without one."""
         cell = np.zeros((3, 3))
         if self._periodic:
             cell = np.array(state.getPeriodicBoxVectors(asNumpy=True)._value) * ANGSTROM_PER_NM
+        positions = np.array(state.getPositions(asNumpy=True)._value) * ANGSTROM_PER_NM
+        return positions, np.array(state.getVelocities(asNumpy=True)._value) * NM_PER_PS, cell
+
+    def frame(self) -> Frame:
+        """The present state."""
+        settings = self.settings
+        with _as_simulation_error():
+            state = self._simulation.context.getState(positions=True, velocities=True, energy=True)
+        positions, velocities, cell = self._read_motion(state)
         interaction = state.getPotentialEnergy()._value / KJ_PER_MOL_PER_EV
         potential = interaction + self._reference
         kinetic = state.getKineticEnergy()._value / KJ_PER_MOL_PER_EV
+        pressure = None
+        if self._periodic:
+            pressure = self._pressure(positions, cell, interaction, kinetic)
         step = self._simulation.currentStep
         return Frame(
             step=step,
             time=step * settings.timestep * 1e-3,
-            positions=np.array(positions),
-            velocities=np.array(state.getVelocities(asNumpy=True)._value) * NM_PER_PS,
+            positions=positions,
+            velocities=velocities,
             cell=cell,
             potential=potential,
             kinetic=kinetic,
             conserved=potential + kinetic if settings.ensemble == "nve" else None,
-            temperature=temperature(kinetic, degrees_of_freedom(self.atoms, settings.ensemble)),
-            pressure=self._pressure(positions, cell, interaction, kinetic)
-            if self._periodic
-            else None,
+            temperature=compute_temperature(
+                kinetic, count_degrees_of_freedom(self.atoms, settings.ensemble)
+            ),
+            pressure=pressure,
         )
 
     def _pressure(
@@ -325,14 +246,8 @@ class OpenMMBackend:
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """OpenMM's checkpoint (exact), and positions and velocities for other platforms."""
         context = self._simulation.context
-        frame = context.getState(positions=True, velocities=True)
-        cell = self.atoms.cell.array
-        if self._periodic:
-            cell = np.array(frame.getPeriodicBoxVectors(asNumpy=True)._value) * ANGSTROM_PER_NM
-        arrays = {
-            "positions": np.array(frame.getPositions(asNumpy=True)._value) * ANGSTROM_PER_NM,
-            "velocities": np.array(frame.getVelocities(asNumpy=True)._value) * NM_PER_PS,
-            "cell": cell,
+        motion = self._read_motion(context.getState(positions=True, velocities=True))
+        arrays = dict(zip(("positions", "velocities", "cell"), motion, strict=True)) | {
             "checkpoint": np.frombuffer(context.createCheckpoint(), np.uint8),
         }
         values: dict[str, Any] = {"platform": context.getPlatform().getName()}
@@ -399,16 +314,14 @@ class _LastIteration(openmm.MinimizationReporter):
         return False
 
 
-def _platform(name: str) -> openmm.Platform:
-    from mlip_md.integrations.md.run import allowed
-
+def _find_platform(name: str) -> openmm.Platform:
     try:
         return openmm.Platform.getPlatformByName(name)
     except openmm.OpenMMException as error:
         count = openmm.Platform.getNumPlatforms()
         known = [openmm.Platform.getPlatform(i).getName() for i in range(count)]
         raise ConfigError(
-            f"OpenMM has no platform {name!r} here; {allowed(name, known)}"
+            f"OpenMM has no platform {name!r} here; {explain_choices(name, known)}"
         ) from error
 
 
@@ -418,9 +331,7 @@ def _as_simulation_error() -> Iterator[None]:
     try:
         yield
     except openmm.OpenMMException as error:
-        # <NULL>: the Ctrl-C fell between OpenMM and the potential.
-        if "Ctrl-C" in str(error) or str(error).strip() == "<NULL>":
+        if is_interruption(error):
             raise KeyboardInterrupt from None
         # The force advises whoever steps it; a run gives its own advice.
-        lines = [x for x in str(error).splitlines() if "minimize first" not in x]
-        raise SimulationError("\n".join(lines)) from error
+        raise SimulationError(str(error).replace(f"\n{ADVICE}", "")) from error

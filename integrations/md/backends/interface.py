@@ -1,0 +1,84 @@
+"""What a run sees of an engine: ``Backend``, and the ``Frame`` that it hands out."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from ase import units
+
+from mlip_md.integrations.md.structures import Structure
+from mlip_md.potential import Potential
+
+BAR = 1e5 * units.Pascal
+"""1 bar in eV/Å³."""
+
+
+class Frame(NamedTuple):
+    """The state of a run at one step.
+
+    Attributes:
+        step: number of steps done.
+        time: ps.
+        positions: (n, 3) Å, never wrapped.
+        velocities: (n, 3) Å/fs.
+        cell: (3, 3) Å, zeros without one.
+        potential: eV.
+        kinetic: eV.
+        conserved: eV, the quantity that the equations of motion conserve, or None.
+        temperature: K.
+        pressure: eV/Å³ with its kinetic part, or None without a periodic cell.
+    """
+
+    step: int
+    time: float
+    positions: np.ndarray
+    velocities: np.ndarray
+    cell: np.ndarray
+    potential: float
+    kinetic: float
+    conserved: float | None
+    temperature: float
+    pressure: float | None
+
+
+class Backend(Protocol):
+    """An engine that integrates the equations of motion of one structure.
+
+    Every method may raise NonFiniteError, StructureError or SimulationError where the potential
+    has no number or the engine stops, and KeyboardInterrupt.
+    """
+
+    potential: Potential
+    structure: Structure
+
+    def warm_up(self) -> None:
+        """Evaluate once, so that everything is compiled."""
+
+    def minimize(self, force: float, steps: int) -> bool:
+        """Relax the positions until forces are below ``force`` (eV/Å); False after ``steps``."""
+
+    def start(self) -> None:
+        """Draw velocities and set up the integrator."""
+
+    def advance(self, steps: int) -> None:
+        """Integrate a number of steps."""
+
+    def frame(self) -> Frame:
+        """The present state."""
+
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Arrays and JSON values from which ``restore`` continues exactly."""
+
+    def restore(self, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> None:
+        """Set up the integrator in a saved state.
+
+        Raises:
+            KeyError, ValueError, TypeError: if it is not the state of such a run.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """Engine, integrator, device: for the summary."""
+
+    def compilations(self) -> int:
+        """How often the potential has been compiled so far."""

@@ -1,0 +1,139 @@
+"""What a run of molecular dynamics is told: its settings, and the file that keeps them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+from mlip_md.errors import CheckpointError, ConfigError
+from mlip_md.files import write_text
+from mlip_md.hints import nearest
+from mlip_md.integrations.models import DEFAULT_MODEL
+
+EngineName = Literal["ase", "openmm"]
+Ensemble = Literal["nve", "nvt", "npt"]
+Precision = Literal["single", "double"]
+TrajectoryFormat = Literal["dcd", "xtc"]
+
+SETTINGS = "settings.json"
+"""Name of the file in a run folder."""
+
+DEFAULT_STEPS = 2000
+LARGEST_SEED = 2**31 - 2
+
+
+@dataclasses.dataclass(frozen=True)
+class MDSettings:
+    """What to run.
+
+    Attributes:
+        structure: file or bundled molecule; None is the bundled default.
+        model: what ``mlip_md.load`` opens.
+        engine: "ase" or "openmm".
+        ensemble: "nve", "nvt" (Langevin) or "npt" (isotropic; periodic structures only).
+        temperature: K; of the thermostat, and of the velocities at the start.
+        pressure: bar, for npt.
+        timestep: fs.
+        steps: number of steps of the whole run.
+        friction: 1/ps, of the Langevin thermostat.
+        minimize: relax the positions first.
+        seed: of velocities and thermostat.
+        precision: "single" or "double".
+        device: JAX device of the potential; None is JAX's default.
+        platform: OpenMM platform; None is the fastest there is.
+        report_interval: steps between frames; None makes about 500 frames.
+        trajectory_format: of the trajectory for mdtraj: "dcd", or "xtc" (smaller; rounded to
+            0.01 Å). The one for ASE is always there.
+
+    Raises:
+        ConfigError: if a value is not allowed.
+    """
+
+    structure: str | None = None
+    model: str = DEFAULT_MODEL
+    engine: EngineName = "ase"
+    ensemble: Ensemble = "nvt"
+    temperature: float = 300.0
+    pressure: float = 1.0
+    timestep: float = 0.5
+    steps: int = DEFAULT_STEPS
+    friction: float = 10.0
+    minimize: bool = True
+    seed: int = 0
+    precision: Precision = "single"
+    device: str | None = None
+    platform: str | None = None
+    report_interval: int | None = None
+    trajectory_format: TrajectoryFormat = "dcd"
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("engine", EngineName),
+            ("ensemble", Ensemble),
+            ("precision", Precision),
+            ("trajectory_format", TrajectoryFormat),
+        ):
+            value = getattr(self, name)
+            if value not in get_args(choices):
+                told = explain_choices(str(value), get_args(choices))
+                raise ConfigError(f"{name} = {value!r} is not allowed; {told}")
+        for name in ("temperature", "friction"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(
+                    f"{name} = {getattr(self, name)} is not allowed; it must be at least 0 and "
+                    "finite"
+                )
+        if not math.isfinite(self.pressure):
+            raise ConfigError(f"pressure = {self.pressure} is not allowed; it must be finite")
+        if not 0 < self.timestep < math.inf:
+            raise ConfigError(
+                f"timestep = {self.timestep} fs is not allowed; it must be positive and finite"
+            )
+        for name in ("steps", "report_interval"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} = {value} is not allowed; it must be at least 1")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise ConfigError(f"seed = {self.seed} is not allowed; it must be in 0 … 2^31 - 2")
+
+    @property
+    def interval(self) -> int:
+        """Steps between frames."""
+        return self.report_interval or min(max(self.steps // 500, 10), self.steps)
+
+
+def explain_choices(given: str, choices: Sequence[str]) -> str:
+    """The choices there are, and which one was probably meant, for an error message."""
+    near = nearest(given, choices)
+    return f"it must be one of {', '.join(choices)}" + (f" (did you mean {near}?)" if near else "")
+
+
+def read_settings(folder: Path) -> MDSettings:
+    """Settings of the run in a folder.
+
+    Raises:
+        ConfigError: if there is no such folder.
+        CheckpointError: if it holds no settings or they are damaged.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"there is no folder {folder}")
+    path = folder / SETTINGS
+    if not path.exists():
+        raise CheckpointError(f"{folder} holds no run: there is no {SETTINGS} in it")
+    try:
+        return MDSettings(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} holds no usable settings of a run: {error}") from error
+
+
+def write_settings(folder: Path, settings: MDSettings) -> None:
+    """Keep the settings of a run in its folder.
+
+    Raises:
+        OutputError: if the file cannot be written.
+    """
+    write_text(folder / SETTINGS, json.dumps(dataclasses.asdict(settings), indent=2) + "\n")

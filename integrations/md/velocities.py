@@ -1,0 +1,47 @@
+"""Velocities at the start of a run, and the temperature that velocities have."""
+
+from __future__ import annotations
+
+import numpy as np
+from ase import Atoms, units
+from ase.md.velocitydistribution import Stationary, ZeroRotation, thermalize_momenta
+
+
+def count_degrees_of_freedom(atoms: Atoms, ensemble: str) -> int:
+    """Number of momenta that are free: thermostats touch all 3N, nve conserves the total ones."""
+    count = 3 * len(atoms)
+    if ensemble != "nve":
+        return count
+    count -= 3
+    if not atoms.pbc.any():
+        moments = atoms.get_moments_of_inertia()
+        count -= int(np.sum(moments > 1e-6 * max(float(moments.max()), 1e-12)))
+    return max(count, 1)
+
+
+def compute_temperature(kinetic: float, degrees_of_freedom: int) -> float:
+    """Temperature (K) of a kinetic energy (eV)."""
+    return float(2.0 * kinetic / (max(degrees_of_freedom, 1) * units.kB))
+
+
+def draw_velocities(
+    atoms: Atoms, ensemble: str, temperature_K: float, rng: np.random.Generator
+) -> None:
+    """Give atoms velocities of a temperature; in nve without total momentum and rotation.
+
+    Args:
+        atoms: get them, as momenta in ASE's unit.
+        ensemble: "nve", "nvt" or "npt".
+        temperature_K: K.
+        rng: is drawn from.
+    """
+    thermalize_momenta(atoms, temperature_K, rng=rng)
+    if ensemble != "nve" or len(atoms) == 1:
+        return
+    Stationary(atoms, preserve_temperature=False)
+    if not atoms.pbc.any():
+        ZeroRotation(atoms, preserve_temperature=False)
+    kinetic = atoms.get_kinetic_energy()
+    wanted = 0.5 * count_degrees_of_freedom(atoms, ensemble) * units.kB * temperature_K
+    if kinetic > 0:
+        atoms.set_momenta(atoms.get_momenta() * np.sqrt(wanted / kinetic))

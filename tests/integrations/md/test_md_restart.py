@@ -1,0 +1,145 @@
+"""Continuing a run: exactly, elsewhere, or not at all, and then it says why."""
+
+import json
+
+import ase.io
+import mdtraj
+import numpy as np
+import pytest
+from md_cases import ENGINES, settings
+from typer.testing import CliRunner
+
+from mlip_md.cli import app
+from mlip_md.errors import CheckpointError, ConfigError
+from mlip_md.integrations.md import files, report, restart
+from mlip_md.integrations.md.observers import RunObserver
+from mlip_md.integrations.md.run import restart_md, run_md
+from mlip_md.integrations.md.settings import SETTINGS, read_settings
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("ensemble", ["nve", "nvt", "npt"])
+def test_restart_continues_exactly(cluster, crystal, tmp_path, engine, ensemble):
+    structure = crystal if ensemble == "npt" else cluster
+    # Long enough for the barostat of OpenMM to change the size of its moves before the restart.
+    first, total = (433, 800) if (engine, ensemble) == ("openmm", "npt") else (33, 60)
+    common = {"engine": engine, "ensemble": ensemble, "pressure": 60_000.0}
+    whole = run_md(settings(structure, steps=total, **common), tmp_path / "1")
+    half = run_md(settings(structure, steps=first, **common), tmp_path / "2")
+    restart_md(half, steps=total - first)
+    for name in (files.LOG, files.TRAJECTORY_ASE):
+        assert (whole / name).read_text(encoding="utf-8") == (half / name).read_text(
+            encoding="utf-8"
+        )
+    first, second = (
+        mdtraj.load(f / files.TRAJECTORIES["dcd"], top=f / files.TOPOLOGY) for f in (whole, half)
+    )
+    np.testing.assert_array_equal(first.xyz, second.xyz)
+    assert json.loads((half / report.SUMMARY).read_text(encoding="utf-8"))["step"] == total
+
+
+def test_restart_drops_what_was_written_after_the_restart_point(cluster, tmp_path):
+    folder = run_md(settings(cluster), tmp_path / "run")
+    whole = {name: (folder / name).read_bytes() for name in (files.LOG, files.TRAJECTORY_ASE)}
+    saved = (folder / restart.RESTART).read_bytes()
+    restart_md(folder, steps=20)
+    (folder / restart.RESTART).write_bytes(saved)  # as if the machine had died before saving
+    restart_md(folder, steps=20)
+    log = files.read_log(folder / files.LOG)
+    np.testing.assert_array_equal(log["step"], [0, 10, 20, 30, 40, 50, 60])
+    trajectory = mdtraj.load(folder / files.TRAJECTORIES["dcd"], top=folder / files.TOPOLOGY)
+    assert trajectory.n_frames == 7
+    assert (folder / files.LOG).read_bytes().startswith(whole[files.LOG])
+    header = (folder / files.TRAJECTORIES["dcd"]).read_bytes()[8:12]
+    assert int.from_bytes(header, "little") == 7
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_interrupted_run_can_go_on(cluster, tmp_path, engine):
+    class Interrupt(RunObserver):
+        def update(self, frame, steps_per_second):
+            if frame.step == 20:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_md(settings(cluster, engine=engine), tmp_path / "run", progress=Interrupt())
+    assert (
+        json.loads((tmp_path / "run" / report.SUMMARY).read_text(encoding="utf-8"))["status"]
+        == "interrupted"
+    )
+    restart_md(tmp_path / "run")
+    log = files.read_log(tmp_path / "run" / files.LOG)
+    np.testing.assert_array_equal(log["step"], [0, 10, 20, 30, 40])
+
+
+def test_damaged_folders_cannot_go_on(cluster, tmp_path):
+    folder = run_md(settings(cluster), tmp_path / "run")
+    file = folder / restart.RESTART
+    good = file.read_bytes()
+    arrays, values = restart.read_restart(file)
+    damaged = [good[:-100], good[: len(good) // 2], b"", b"nonsense"]
+    for step in ("five", None):
+        restart.write_restart(file, arrays, values | {"step": step})
+        damaged.append(file.read_bytes())
+    restart.write_restart(file, arrays, {})
+    damaged.append(file.read_bytes())
+    restart.write_restart(file, {}, values)
+    damaged.append(file.read_bytes())
+    for content in damaged:
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"restart\.npz is damaged"):
+            restart_md(folder, steps=10)
+    del arrays["momenta"]
+    restart.write_restart(file, arrays, values)
+    with pytest.raises(CheckpointError, match="momenta"):
+        restart_md(folder, steps=10)
+    file.write_bytes(good)
+    for name in (files.TOPOLOGY, files.TRAJECTORIES["dcd"], SETTINGS):
+        content = (folder / name).read_bytes()
+        (folder / name).unlink()
+        with pytest.raises(CheckpointError, match=f"there is no .*{name}"):
+            restart_md(folder, steps=10)
+        (folder / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match="--steps or --length"):
+        restart_md(folder)
+    with pytest.raises(ConfigError, match="there is no folder"):
+        restart_md(tmp_path / "nosuch")
+    restart_md(folder, steps=10)
+
+
+@pytest.mark.parametrize("ensemble", ["nvt", "npt"])
+def test_restart_on_another_platform(crystal, tmp_path, ensemble):
+    folder = run_md(settings(crystal, engine="openmm", ensemble=ensemble), tmp_path / "run")
+    result = CliRunner().invoke(
+        app, ["md", "--restart", str(folder), "--steps", "10", "--platform", "CPU"]
+    )
+    assert result.exit_code == 0, result.output
+    assert "not exactly as it would have" in " ".join(result.output.split())
+    assert json.loads((folder / report.SUMMARY).read_text())["platform"] == "CPU"
+    assert read_settings(folder).platform == "CPU"
+    frames = ase.io.read(folder / files.TRAJECTORY_ASE, ":")
+    assert frames[-1].info["step"] == 50
+    # 5 fs at the velocities that were saved.
+    moved = frames[-1].positions - frames[-2].positions
+    expected = frames[-2].get_velocities() * 5.0 * ase.units.fs
+    assert np.abs(moved - expected).max() < 0.5 * np.abs(expected).max()
+    ase_run = run_md(settings(crystal), tmp_path / "ase")
+    with pytest.raises(ConfigError, match="--platform would change nothing"):
+        CliRunner().invoke(
+            app, ["md", "--restart", str(ase_run), "--platform", "CPU"], catch_exceptions=False
+        )
+
+
+def test_checkpoint_of_another_machine(cluster, tmp_path, caplog):
+    folder = run_md(settings(cluster, engine="openmm"), tmp_path / "run")
+    arrays, values = restart.read_restart(folder / restart.RESTART)
+    arrays["checkpoint"] = np.frombuffer(b"made elsewhere", np.uint8)
+    restart.write_restart(folder / restart.RESTART, arrays, values)
+    restart_md(folder, steps=10)
+    assert "new random numbers" in caplog.text
+    frames = ase.io.read(folder / files.TRAJECTORY_ASE, ":")
+    assert frames[-1].info["step"] == 50
+    # 5 fs at the velocities that were saved, not at others.
+    moved = frames[-1].positions - frames[-2].positions
+    expected = frames[-2].get_velocities() * 5.0 * ase.units.fs
+    assert np.abs(moved - expected).max() < 0.3 * np.abs(expected).max()

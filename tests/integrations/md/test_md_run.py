@@ -1,0 +1,271 @@
+"""Molecular dynamics runs: what is integrated, what is left behind, what happens when it fails."""
+
+import dataclasses
+import json
+
+import ase.io
+import mdtraj
+import numpy as np
+import pytest
+from ase import Atoms
+from md_cases import ENGINES, set_engine, settings
+from pair_engine import PairEngine
+
+from mlip_md.errors import (
+    CheckpointError,
+    ConfigError,
+    SimulationError,
+    StructureError,
+    UnsupportedElementError,
+)
+from mlip_md.integrations.md import files, report, restart, run
+from mlip_md.integrations.md.backends.interface import BAR
+from mlip_md.integrations.md.observers import RunObserver
+from mlip_md.integrations.md.run import restart_md, run_md
+from mlip_md.integrations.md.settings import MDSettings
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_folder_opens_in_mdtraj_and_ase(cluster, tmp_path, engine):
+    folder = run_md(settings(cluster, engine=engine), tmp_path / "run")
+    trajectory = mdtraj.load(folder / files.TRAJECTORIES["dcd"], top=folder / files.TOPOLOGY)
+    frames = ase.io.read(folder / files.TRAJECTORY_ASE, ":")
+    log = files.read_log(folder / files.LOG)
+    assert trajectory.n_frames == len(frames) == len(log["step"]) == 5
+    np.testing.assert_allclose(trajectory.xyz[-1] * 10, frames[-1].positions, atol=1e-4)
+    assert np.ptp(trajectory.xyz, axis=0).max() > 1e-4
+    np.testing.assert_array_equal(log["step"], [0, 10, 20, 30, 40])
+    np.testing.assert_allclose(log["time_ps"][-1], 0.02)
+    # The log, the ASE frames and the velocities tell the same kinetic energy.
+    np.testing.assert_allclose(
+        [f.get_kinetic_energy() for f in frames], log["kinetic_eV"], rtol=1e-4
+    )
+    energy = PairEngine(None).evaluate(frames[-1].positions, frames[-1].numbers).energy
+    np.testing.assert_allclose(log["potential_eV"][-1], energy, atol=1e-5)
+    summary = json.loads((folder / report.SUMMARY).read_text(encoding="utf-8"))
+    assert summary["status"] == "finished"
+    assert summary["step"] == 40
+    assert summary["ns_per_day"] > 0
+    assert (folder / report.PLOT).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_nve_conserves_energy(cluster, tmp_path, engine):
+    folder = run_md(
+        settings(cluster, engine=engine, ensemble="nve", steps=400, timestep=1.0), tmp_path / "run"
+    )
+    log = files.read_log(folder / files.LOG)
+    assert np.ptp(log["kinetic_eV"]) > 0.1  # energy flows...
+    assert np.ptp(log["conserved_eV"]) < 0.01 * np.ptp(log["kinetic_eV"])  # ...and is kept
+    np.testing.assert_allclose(log["temperature_K"][0], 300.0, rtol=0.02)
+    free = 3 * 27 - 6  # momentum and angular momentum are zero and stay so
+    temperatures = 2 * log["kinetic_eV"] / (free * ase.units.kB)
+    np.testing.assert_allclose(log["temperature_K"], temperatures, rtol=1e-6)
+    frames = ase.io.read(folder / files.TRAJECTORY_ASE, ":")
+    momentum = frames[-1].get_momenta()
+    assert np.abs(momentum.sum(axis=0)).max() < 1e-3 * np.abs(momentum).max()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_nvt_reaches_the_temperature(cluster, tmp_path, engine):
+    folder = run_md(
+        settings(cluster, engine=engine, steps=1500, timestep=4.0, temperature=150.0),
+        tmp_path / "run",
+    )
+    log = files.read_log(folder / files.LOG)
+    # 81 momenta, correlated over about 0.1 ps: the mean of 5 ps is known to about 2 %.
+    assert abs(log["temperature_K"][25:].mean() - 150.0) < 12.0
+    assert np.isnan(log["conserved_eV"]).all()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_npt_relaxes_the_volume(crystal, tmp_path, engine):
+    atoms = ase.io.read(crystal)
+    pressure = 60_000.0
+    folder = run_md(
+        settings(crystal, engine=engine, ensemble="npt", steps=1000, timestep=2.0,
+                 pressure=pressure, temperature=100.0),
+        tmp_path / "run",
+    )  # fmt: skip
+    log = files.read_log(folder / files.LOG)
+    half = len(log["step"]) // 2
+    # A static compression curve says which volume belongs to this pressure.
+    scales = np.linspace(0.94, 1.02, 33)
+    pressures = []
+    for scale in scales:
+        box = atoms.copy()
+        box.set_cell(atoms.cell * scale, scale_atoms=True)
+        stress = PairEngine(None).evaluate(box.positions, box.numbers, box.cell.array, True).stress
+        pressures.append(-np.trace(stress) / 3 / BAR)
+    scale = np.interp(-pressure, -np.array(pressures), scales)
+    expected = atoms.get_volume() * scale**3
+    assert abs(log["volume_A3"][half:].mean() / expected - 1) < 0.02
+    assert abs(atoms.get_volume() / expected - 1) > 0.03
+    assert abs(log["pressure_bar"][half:].mean() - pressure) < 0.3 * pressure
+    trajectory = mdtraj.load(folder / files.TRAJECTORIES["dcd"], top=folder / files.TOPOLOGY)
+    np.testing.assert_allclose(
+        trajectory.unitcell_volumes[-1] * 1e3, log["volume_A3"][-1], rtol=1e-5
+    )
+    if engine == "ase":
+        assert np.ptp(log["conserved_eV"]) < 0.02 * np.ptp(log["potential_eV"])
+
+
+@pytest.mark.parametrize("steps", [3, 10, 25])
+@pytest.mark.parametrize("trajectory_format", ["dcd", "xtc"])
+def test_the_last_step_is_always_a_frame(crystal, tmp_path, steps, trajectory_format):
+    folder = run_md(
+        settings(crystal, steps=steps, trajectory_format=trajectory_format), tmp_path / "run"
+    )
+    wanted = sorted({*range(0, steps + 1, 10), steps})
+    file = folder / files.TRAJECTORIES[trajectory_format]
+    for more in (0, 18):
+        if more:
+            restart_md(folder, steps=more)  # and then it is none any more
+            wanted = sorted({*range(0, steps + more + 1, 10), steps + more})
+        log = files.read_log(folder / files.LOG)
+        frames = ase.io.read(folder / files.TRAJECTORY_ASE, ":")
+        trajectory = mdtraj.load(file, top=folder / files.TOPOLOGY)
+        np.testing.assert_array_equal(log["step"], wanted)
+        assert [f.info["step"] for f in frames] == wanted
+        np.testing.assert_allclose(
+            trajectory.xyz * 10, [f.positions for f in frames], atol=0.0051, rtol=0
+        )
+        np.testing.assert_allclose(trajectory.unitcell_lengths, 0.59, atol=1e-5)
+        if trajectory_format == "xtc":
+            np.testing.assert_allclose(trajectory.time, log["time_ps"], atol=1e-6)
+        assert (folder / report.PLOT).stat().st_size > 10_000
+
+
+def test_seeds(cluster, tmp_path):
+    one, same, other = (
+        run_md(settings(cluster, seed=seed, steps=10), tmp_path / str(i))
+        for i, seed in enumerate((1, 1, 2))
+    )
+    assert (one / files.LOG).read_text(encoding="utf-8") == (same / files.LOG).read_text(
+        encoding="utf-8"
+    )
+    assert (one / files.LOG).read_text(encoding="utf-8") != (other / files.LOG).read_text(
+        encoding="utf-8"
+    )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("factor", [np.nan, 1e4])
+def test_unstable_run_keeps_its_good_frames(cluster, tmp_path, engine, factor, monkeypatch):
+    class Breaking(PairEngine):
+        def evaluate(self, *structure):
+            result = super().evaluate(*structure)
+            return dataclasses.replace(
+                result, forces=result.forces * (factor if self.calls > 25 else 1.0)
+            )
+
+    set_engine(monkeypatch, Breaking)
+    folder = tmp_path / "run"
+    with pytest.raises(SimulationError, match="smaller time step"):
+        run_md(settings(cluster, engine=engine), folder)
+    frames = ase.io.read(folder / files.TRAJECTORY_ASE, ":")
+    assert len(frames) in (2, 3)
+    assert all(np.isfinite(f.positions).all() for f in frames)
+    assert max(f.get_temperature() for f in frames) < 1000
+    assert json.loads((folder / report.SUMMARY).read_text(encoding="utf-8"))["status"] == "failed"
+    arrays, values = restart.read_restart(folder / restart.RESTART)
+    assert values["step"] == frames[-1].info["step"]
+    np.testing.assert_allclose(arrays["positions"], frames[-1].positions, atol=1e-6)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_molecules_that_fly_apart_are_no_success(tmp_path, engine):
+    """Carbon atoms in bonding distance, where the pair potential repels them strongly."""
+    positions = 1.7 * np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0.2]])
+    Atoms("C4", positions=positions).write(tmp_path / "square.xyz")
+    folder = tmp_path / "run"
+    with pytest.raises(SimulationError, match="fell apart") as caught:
+        run_md(
+            settings(str(tmp_path / "square.xyz"), engine=engine, ensemble="nve", steps=2000),
+            folder,
+        )
+    assert str(caught.value).count("smaller time step") == 1
+    frames = ase.io.read(folder / files.TRAJECTORY_ASE, ":")
+    nearest = np.min(frames[-1].get_all_distances() + 100 * np.eye(4), axis=1)
+    assert 2.2 < nearest.min() < 2.5 * 1.7
+    assert restart.read_restart(folder / restart.RESTART)[1]["step"] == frames[-1].info["step"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_minimization_that_does_not_end_is_told(cluster, tmp_path, engine, monkeypatch):
+    class Notes(RunObserver):
+        def note(self, text):
+            notes.append(text)
+
+    for steps in (300, 3):
+        notes = []
+        monkeypatch.setattr(run, "MINIMIZE_STEPS", steps)
+        run_md(
+            settings(cluster, engine=engine, minimize=True, steps=10),
+            tmp_path / str(steps),
+            progress=Notes(),
+        )
+        assert [n for n in notes if "used up its iterations" in n] == notes
+        assert len(notes) == (steps == 3)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_minimization_lowers_the_energy(cluster, tmp_path, engine):
+    folder = run_md(settings(cluster, engine=engine, minimize=True, steps=10), tmp_path / "run")
+    start = ase.io.read(cluster)
+    before = PairEngine(None).evaluate(start.positions, start.numbers).energy
+    assert files.read_log(folder / files.LOG)["potential_eV"][0] < before - 0.3
+
+
+def test_fresh_folders_are_never_used_again(tmp_path):
+    names = [run.make_fresh_folder("a b/c", tmp_path).name for _ in range(3)]
+    assert names == ["md-a_b_c-1", "md-a_b_c-2", "md-a_b_c-3"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "text"),
+    [
+        ({"engine": "gromacs"}, ConfigError, "ase, openmm"),
+        ({"ensemble": "npt"}, StructureError, "periodic"),
+        ({"timestep": 0.0}, ConfigError, "timestep"),
+        ({"steps": 0}, ConfigError, "steps"),
+        ({"temperature": -1.0}, ConfigError, "temperature"),
+        ({"structure": "nowhere.xyz"}, StructureError, "paracetamol"),
+        ({"engine": "openmm", "platform": "Abacus"}, ConfigError, "Reference"),
+    ],
+)
+def test_bad_settings(cluster, tmp_path, changes, error, text):
+    with pytest.raises(error, match=text):
+        run_md(dataclasses.replace(settings(cluster), **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["temperature", "friction", "pressure", "timestep"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_that_are_none(name, value):
+    with pytest.raises(ConfigError, match=rf"^{name} = {value} .*finite$") as caught:
+        MDSettings(**{name: value})
+    assert "-inf" not in str(caught.value)
+
+
+def test_output_is_looked_at_before_anything_is_computed(cluster, tmp_path, monkeypatch):
+    def never(*_):
+        raise AssertionError("a backend was built")
+
+    monkeypatch.setattr(run, "make_backend", never)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    for name, text in (("file", "is a file"), ("file/x", "is a file"), ("full", "not empty")):
+        with pytest.raises(ConfigError, match=text):
+            run_md(settings(cluster), tmp_path / name)
+
+
+def test_unknown_element_and_used_folder(cluster, tmp_path):
+    Atoms("Au", positions=[[0, 0, 0]]).write(tmp_path / "gold.xyz")
+    with pytest.raises(UnsupportedElementError, match="Au"):
+        run_md(settings(str(tmp_path / "gold.xyz")), tmp_path / "run")
+    with pytest.raises(ConfigError, match="not empty"):
+        run_md(settings(cluster), tmp_path)
+    with pytest.raises(CheckpointError, match="settings"):
+        restart_md(tmp_path)
