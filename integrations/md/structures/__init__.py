@@ -1,0 +1,27 @@
+"""Structures to run: bundled molecules, files, and their topologies for OpenMM and mdtraj."""
+
+from mlip_md.integrations.md.structures.description import Structure
+from mlip_md.integrations.md.structures.molecules import (
+    BondWatch,
+    bonds,
+    molecules,
+    whole_molecules,
+)
+from mlip_md.integrations.md.structures.reading import (
+    DEFAULT_MOLECULE,
+    bundled_molecules,
+    read_structure,
+)
+from mlip_md.integrations.md.structures.topology import make_topology
+
+__all__ = [
+    "DEFAULT_MOLECULE",
+    "BondWatch",
+    "Structure",
+    "bonds",
+    "bundled_molecules",
+    "make_topology",
+    "molecules",
+    "read_structure",
+    "whole_molecules",
+]
