@@ -1,6 +1,11 @@
 """Structures to run: bundled molecules, files, and their topologies for OpenMM and mdtraj."""
 
-from mlip_md.integrations.md.structures.description import Structure
+from mlip_md.integrations.md.structures.description import (
+    AtomLabel,
+    Report,
+    Structure,
+    fixed_axes,
+)
 from mlip_md.integrations.md.structures.molecules import (
     BondWatch,
     bonds,
@@ -13,15 +18,20 @@ from mlip_md.integrations.md.structures.reading import (
     read_structure,
 )
 from mlip_md.integrations.md.structures.topology import make_topology
+from mlip_md.integrations.md.structures.writing import write_structure
 
 __all__ = [
     "DEFAULT_MOLECULE",
+    "AtomLabel",
     "BondWatch",
+    "Report",
     "Structure",
     "bonds",
     "bundled_molecules",
+    "fixed_axes",
     "make_topology",
     "molecules",
     "read_structure",
     "whole_molecules",
+    "write_structure",
 ]

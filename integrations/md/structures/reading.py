@@ -1,23 +1,63 @@
-"""Structures to run: bundled molecules, files, and their topologies for OpenMM and mdtraj."""
+"""Reading a structure: once, whole and counted, from any file that holds one."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
+from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from ase import Atoms
 
 from mlip_md.errors import StructureError
-from mlip_md.integrations.md.structures.description import Structure
+from mlip_md.integrations.md.structures import cif, foreign, gro, mmcif, pdb, sdf, xyz
+from mlip_md.integrations.md.structures.checks import (
+    check_cell,
+    check_hydrogens,
+    check_numbers,
+    check_sites,
+)
+from mlip_md.integrations.md.structures.description import Content, Report, Structure
+from mlip_md.integrations.md.structures.text import Source, read_source
+from mlip_md.integrations.md.structures.topology import build_topology, implied_bonds
 
 DEFAULT_MOLECULE = "paracetamol"
 
-_OPENMM_SUFFIXES = {".pdb": "PDBFile", ".pdbx": "PDBxFile", ".mmcif": "PDBxFile"}
 
-MAX_DENSITY = 30.0
-"""g/cm³; the densest solids have 23, and a cell that gives more does not hold its atoms."""
+class _Format(NamedTuple):
+    """How a format is read: in frames, and then one of them."""
+
+    name: str
+    split: Callable[[Source], Sequence[Any]]
+    parse: Callable[[Source, Any], Content]
+
+
+_PDB = _Format("PDB", pdb.split, pdb.parse)
+_MMCIF = _Format("mmCIF", mmcif.split, mmcif.parse)
+_CIF = _Format("CIF", cif.split, cif.parse)
+_GRO = _Format("GRO", gro.split, gro.parse)
+_SDF = _Format("SDF", sdf.split, sdf.parse)
+_XYZ = _Format("extended XYZ", xyz.split, xyz.parse)
+
+_BY_SUFFIX: dict[str, _Format] = {
+    ".pdb": _PDB,
+    ".ent": _PDB,
+    ".brk": _PDB,
+    ".pdbx": _MMCIF,
+    ".mmcif": _MMCIF,
+    ".cif": _CIF,
+    ".gro": _GRO,
+    ".sdf": _SDF,
+    ".sd": _SDF,
+    ".mol": _SDF,
+    ".mdl": _SDF,
+    ".xyz": _XYZ,
+    ".extxyz": _XYZ,
+}
 
 
 def bundled_molecules() -> list[str]:
@@ -26,107 +66,167 @@ def bundled_molecules() -> list[str]:
     return sorted(f.name.removesuffix(".extxyz") for f in folder.iterdir() if f.name.endswith("z"))
 
 
-def read_structure(source: str | os.PathLike[str] | None = None) -> Structure:
+def read_structure(
+    source: str | os.PathLike[str] | None = None,
+    *,
+    frame: int | None = None,
+    drop_virtual_sites: bool = False,
+) -> Structure:
     """Read a structure.
 
     Args:
-        source: path of any file that ASE or OpenMM reads (xyz, extxyz, pdb, cif, POSCAR, …; of a
-            trajectory the last frame), or the name of a bundled molecule. None is paracetamol.
+        source: path of any file that we or ASE read (xyz, extxyz, pdb, mmcif, cif, gro, sdf,
+            POSCAR, traj, ...; also packed with gzip, bzip2 or xz), or the name of a bundled
+            molecule. None is paracetamol.
+        frame: which of several models or frames, counted from 0, or from the end with -1. None is
+            for files of one, or of several that are the same.
+        drop_virtual_sites: leave out sites without nucleus (virtual sites, dummies, ghosts), which
+            are refused otherwise.
 
     Returns:
-        The structure, without calculator and constraints.
+        The structure, without calculator and without labels of the file.
 
     Raises:
-        StructureError: if there is no such file, it cannot be read, or its cell is too small for
-            its atoms.
+        StructureError: if there is no such file, it cannot be read whole, it says something that
+            cannot be computed, or its cell is too small for its atoms.
     """
     text = DEFAULT_MOLECULE if source is None else os.fspath(source)
     path = Path(text)
-    if not path.exists():
-        if text not in bundled_molecules():
-            raise StructureError(
-                f"there is no file {text!r}, nor a bundled molecule of that name "
-                f"({', '.join(bundled_molecules())})"
-            )
-        folder = resources.files("mlip_md.integrations.md") / "molecules"
-        with resources.as_file(folder / f"{text}.extxyz") as bundled:
-            return Structure(text, _read_ase(bundled))
-    if path.suffix.lower() in _OPENMM_SUFFIXES or _is_mmcif(path):
-        structure = _read_openmm(path)
-    else:
-        structure = Structure(path.stem, _read_ase(path))
-    _check_cell(path, structure.atoms)
-    return structure
-
-
-def _check_cell(path: Path, atoms: Atoms) -> None:
-    """Refuse the dummy cell that files of molecules may have (CRYST1 1 1 1 in PDB files)."""
-    from ase.units import _amu
-
-    if not atoms.pbc.any() or atoms.cell.rank < 3:
-        return
-    density = atoms.get_masses().sum() * _amu * 1e27 / abs(atoms.cell.volume)
-    if density > MAX_DENSITY:
-        lengths = " x ".join(f"{length:.4g}" for length in atoms.cell.lengths())
+    if path.exists():
+        return _read_file(path, frame, drop_virtual_sites)
+    if text not in bundled_molecules():
         raise StructureError(
-            f"{path}: a cell of {lengths} Å is too small for {len(atoms)} atoms "
-            f"({density:.3g} g/cm³); remove it (the CRYST1 line of a PDB file) or give the real one"
+            f"there is no file {text!r}, nor a bundled molecule of that name "
+            f"({', '.join(bundled_molecules())})"
         )
+    folder = resources.files("mlip_md.integrations.md") / "molecules"
+    with resources.as_file(folder / f"{text}.extxyz") as bundled:
+        read = _read_file(bundled, None, False)
+    return dataclasses.replace(read, report=dataclasses.replace(read.report, file=text))
 
 
-def _is_mmcif(path: Path) -> bool:
-    """Whether a .cif file is of the PDB's kind, which ASE does not read."""
-    if path.suffix.lower() != ".cif":
-        return False
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return any("_atom_site.Cartn_x" in line for line in file)
+def _read_file(path: Path, frame: int | None, drop: bool) -> Structure:
+    source = read_source(path)
+    form = _format(source)
+    if form is None:
+        name = foreign.guess(source)
+        content, place = _choose(source, foreign.frames(source, name), foreign.parse, frame)
+    else:
+        name = form.name
+        content, place = _choose(source, form.split(source), form.parse, frame)
+    if not len(content.atoms):
+        raise source.refusal("holds no atoms")
+    check_sites(source, content, drop)
+    check_numbers(source, content)
+    check_hydrogens(source, content)
+    check_cell(source, content.atoms)
+    return _finish(source, content, name, place)
 
 
-def _read_ase(path: Path) -> Atoms:
-    from ase.io import read
+def _format(source: Source) -> _Format | None:
+    """Format of a file by its content where that is plain, else by its name; None for ASE's."""
+    given = _BY_SUFFIX.get(source.suffix)
+    head = source.content[:65536].decode("latin-1")
+    if given in (_CIF, _MMCIF):
+        return _MMCIF if re.search(r"^_atom_site\.", source.text(), re.MULTILINE) else _CIF
+    if given is not None:
+        return given
+    if b"\0" in source.content[:4096]:
+        return None
+    if re.search(r"^_atom_site\.", head, re.MULTILINE):
+        return _MMCIF
+    if re.search(r"^(ATOM  |HETATM).{24}[ \d-]{4}\.\d{3}", head, re.MULTILINE):
+        return _PDB
+    if re.match(r"(?:[^\n]*\n){3}.{33,}V[23]000", head):
+        return _SDF
+    return None
 
-    if path.is_dir():
-        raise StructureError(f"{path} is a folder; name a file in it")
+
+def _choose(
+    source: Source,
+    frames: Iterable[Any],
+    parse: Callable[[Source, Any], Content],
+    frame: int | None,
+) -> tuple[Content, tuple[int, int] | None]:
+    """The frame that is wanted, its index and the number of frames (None if there is one)."""
+    if frame is not None:
+        kept = list(frames)
+        if not -len(kept) <= frame < len(kept):
+            raise StructureError(
+                f"{source.path} has {len(kept)} frames, counted from 0; frame {frame} is none of "
+                "them"
+            )
+        return parse(source, kept[frame]), (frame % len(kept), len(kept))
+    first: Content | None = None
+    count = 0
+    for one in frames:
+        count += 1
+        if first is None:
+            first = parse(source, one)
+        elif not _same(first.atoms, parse(source, one).atoms):
+            number = len(frames) if isinstance(frames, Sequence) else "several"
+            raise StructureError(
+                f"{source.path} holds {number} models or frames, and number {count - 1} is not "
+                "that of number 0; say which one to take: --frame, counted from 0, -1 is the last "
+                "(in Python frame=...)"
+            )
+    if first is None:
+        raise source.refusal("holds no atoms")
+    return first, None if count == 1 else (0, count)
+
+
+def _same(first: Atoms, second: Atoms) -> bool:
+    return (
+        len(first) == len(second)
+        and bool((first.numbers == second.numbers).all())
+        and np.allclose(first.positions, second.positions, rtol=0, atol=1e-6)
+        and np.allclose(first.cell.array, second.cell.array, rtol=0, atol=1e-6)
+    )
+
+
+def _finish(
+    source: Source, content: Content, form: str, place: tuple[int, int] | None
+) -> Structure:
+    """The description, with topology and bonds, of what has been found good."""
+    atoms, topology, pairs = content.atoms, None, content.bonds
+    if content.labels is not None:
+        stated = np.zeros((0, 2), int) if pairs is None else pairs
+        pairs = implied_bonds(atoms, content.labels, stated)
+        topology = build_topology(atoms, content.labels, pairs, content.formal_charges)
+    structure = Structure(
+        Path(source.name).stem,
+        atoms,
+        topology,
+        labels=None if content.labels is None else tuple(content.labels),
+        bonds=pairs,
+        formal_charges=content.formal_charges,
+        occupancies=content.occupancies,
+        stated=tuple(content.stated),
+        report=Report(
+            str(source.path),
+            form,
+            place,
+            content.count,
+            tuple(content.left_out),
+            tuple(content.notes),
+        ),
+    )
+    return _say_charge(structure)
+
+
+def _say_charge(structure: Structure) -> Structure:
+    """Put a stated charge or spin where calculators look for it, or into the notes."""
     try:
-        atoms = read(path)
-    except Exception as error:
-        raise StructureError(
-            f"ASE cannot read {path} ({type(error).__name__}: {error}); is it damaged, or its name "
-            "wrong for its format? extxyz and PDB are safe choices"
-        ) from error
-    if not isinstance(atoms, Atoms) or not len(atoms):
-        raise StructureError(f"{path} holds no atoms")
-    atoms.calc = None
-    atoms.set_constraint()
-    return atoms
-
-
-def _read_openmm(path: Path) -> Structure:
-    """Read with OpenMM, which keeps residues, chains and bonds for the analysis afterwards."""
-    import openmm.app
-    from openmm import unit
-
-    if path.suffix.lower() == ".pdb" and not _has_atom_records(path):
-        raise StructureError(f"{path} has no atoms: it lacks lines that begin with ATOM or HETATM")
-    try:
-        reader = _OPENMM_SUFFIXES.get(path.suffix.lower(), "PDBxFile")
-        file = getattr(openmm.app, reader)(str(path))
-    except Exception as error:
-        raise StructureError(
-            f"{path} is damaged or not of the format that its name says; OpenMM cannot read it "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    elements = [atom.element for atom in file.topology.atoms()]
-    if not elements or None in elements:
-        raise StructureError(f"{path} has no atoms, or atoms without an element column")
-    positions = file.getPositions(asNumpy=True).value_in_unit(unit.angstrom)
-    box = file.topology.getPeriodicBoxVectors()
-    cell = None if box is None else np.array(box.value_in_unit(unit.angstrom))
-    numbers = [element.atomic_number for element in elements]
-    atoms = Atoms(numbers, np.array(positions), cell=cell, pbc=cell is not None)
-    return Structure(path.stem, atoms, file.topology)
-
-
-def _has_atom_records(path: Path) -> bool:
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return any(line.startswith(("ATOM  ", "HETATM")) for line in file)
+        warnings = structure.check_charge()
+    except StructureError:
+        for one in structure.stated:
+            structure.atoms.info.setdefault(one.key, one.value)
+        return structure
+    if not warnings:
+        return structure
+    # The calculator, which knows no residues, would refuse what is only a warning here.
+    for one in structure.stated:
+        structure.atoms.info.pop(one.key, None)
+    report = structure.report
+    report = dataclasses.replace(report, notes=(*report.notes, *warnings))
+    return dataclasses.replace(structure, report=report)
