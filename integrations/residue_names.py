@@ -32,7 +32,7 @@ _NUCLEIC = frozenset(
     "ATP ADP AMP GTP GDP GMP CTP UTP NAD NAP FAD".split()
 )
 _WATER = frozenset(
-    "HOH WAT H2O DOD SOL TIP TIP2 TIP3 TIP4 TIP5 TIP3P TIP4P TIP5P TP3 TP4 TP5 T3P T4P T5P "
+    "HOH WAT WATER H2O DOD SOL TIP TIP2 TIP3 TIP4 TIP5 TIP3P TIP4P TIP5P TP3 TP4 TP5 T3P T4P T5P "
     "SPC SPCE OPC OPC3 OHH HHO".split()
 )
 _CAPS = frozenset("ACE NME NMA NH2 NHE FOR".split())
@@ -113,7 +113,9 @@ def named_element(name: str, residue: str, *, alone: bool) -> str | None:
     if _is_virtual(word, name, residue):
         return VIRTUAL
     if is_standard(residue) or is_water(residue) or residue.upper() in _CAPS:
-        return word[0] if word[0] in "HCNOSPD" else None
+        if is_water(residue) and re.fullmatch(r"D\d?", name.strip()):
+            return "D"  # elsewhere D may also begin the name of a Drude particle
+        return word[0] if word[0] in "HCNOSP" else None
     return _in_molecule(word)
 
 

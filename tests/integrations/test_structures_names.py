@@ -54,6 +54,7 @@ def test_stated_elements(text, element):
         ("C12", "LIG", False, "C"), ("BR", "LIG", False, "Br"), ("SI2", "LIG", False, "Si"),
         ("HO5", "LIG", False, "H"), ("FE", "HEM", False, None), ("MG", "LIG", False, "Mg"),
         ("CX", "LIG", False, "C"), ("PA", "ATP", False, "P"), ("D1", "DOD", False, "D"),
+        ("DOH2", "SOL", False, None), ("DCA", "ALA", False, None), ("OW1", "WATER", False, "O"),
         ("QQ", "LIG", False, None), ("12", "LIG", False, None), ("CH3", "ACE", False, "C"),
     ],
 )  # fmt: skip
