@@ -27,10 +27,8 @@ _PROTONATED = {
     "ARGN": "ARG", "TYM": "TYR",
 }  # fmt: skip
 
-_NUCLEIC = frozenset(
-    "A C G U I DA DC DG DT DI RA RC RG RU ADE CYT GUA THY URA "
-    "ATP ADP AMP GTP GDP GMP CTP UTP NAD NAP FAD".split()
-)
+_NUCLEIC = frozenset("A C G U I DA DC DG DT DI RA RC RG RU ADE CYT GUA THY URA".split())
+_COFACTORS = frozenset("ATP ADP AMP GTP GDP GMP CTP UTP NAD NAP FAD FMN".split())
 _WATER = frozenset(
     "HOH WAT WATER H2O DOD SOL TIP TIP2 TIP3 TIP4 TIP5 TIP3P TIP4P TIP5P TP3 TP4 TP5 T3P T4P T5P "
     "SPC SPCE OPC OPC3 OHH HHO".split()
@@ -112,7 +110,7 @@ def named_element(name: str, residue: str, *, alone: bool) -> str | None:
     word = word.upper()
     if _is_virtual(word, name, residue):
         return VIRTUAL
-    if is_standard(residue) or is_water(residue) or residue.upper() in _CAPS:
+    if is_standard(residue) or is_water(residue) or residue.upper() in _CAPS | _COFACTORS:
         if is_water(residue) and re.fullmatch(r"D\d?", name.strip()):
             return "D"  # elsewhere D may also begin the name of a Drude particle
         return word[0] if word[0] in "HCNOSP" else None

@@ -207,6 +207,39 @@ def test_damaged_pdb_names_the_line(put):
         assert f"line {line}" in refused(put("a.pdb", content), "damaged")
 
 
+def test_serials_that_occur_twice_name_no_atom(put):
+    text = pdb_of(molecule("H2O"), ["O", "H1", "H2"]).replace("HETATM    2", "HETATM    3")
+    structure = read_structure(put("a.pdb", text + "CONECT    3    1\n"))
+    assert structure.bonds.tolist() == [[0, 1], [0, 2]]
+    again = read_structure(put("b.pdb", text.replace("    3 ", "    2 ", 1) + "CONECT    3    2\n"))
+    assert [1, 2] in again.bonds.tolist()
+
+
+@pytest.mark.parametrize("name", ["a.pdbqt", "a.pqr"])
+def test_files_that_only_look_like_pdb(put, name):
+    refused(put(name, (DATA / "peptide.pdb").read_bytes()), "looks like a PDB file")
+
+
+@pytest.mark.parametrize(("suffix", "opened"), [(".gz", gzip.open), (".xz", lzma.open)])
+def test_packed_pdb_is_written(tmp_path, suffix, opened):
+    structure = read_structure(DATA / "peptide.pdb")
+    path = tmp_path / f"a.pdb{suffix}"
+    write_structure(path, structure)
+    with opened(path, "rt") as file:
+        assert file.read().startswith("CRYST1")
+    assert read_structure(path).labels == structure.labels
+
+
+def test_heavy_hydrogens_are_no_isotopes(put, tmp_path):
+    text = "2\nProperties=species:S:1:pos:R:3:masses:R:1\nH 0 0 0 3.016\nH .74 0 0 2.014\n"
+    structure = read_structure(put("a.extxyz", text))
+    symbols = [atom.element.symbol for atom in make_topology(structure).atoms()]
+    assert symbols == ["H", "D"]
+    write_structure(tmp_path / "a.pdb", structure)
+    again = read_structure(tmp_path / "a.pdb").atoms
+    np.testing.assert_allclose(again.get_masses(), [1.008, 2.014], atol=1e-3)
+
+
 # --- cells, symmetry, disorder, hydrogens ---------------------------------------------------------
 
 
@@ -216,6 +249,18 @@ def test_dummy_cell_is_dropped_and_said(put):
     assert not structure.atoms.pbc.any()
     assert structure.atoms.cell.rank == 0
     assert "1 x 1 x 1" in structure.line()
+
+
+def test_cells_that_are_none(put):
+    text = (DATA / "peptide.pdb").read_text()
+    refused(
+        put("a.pdb", text.replace("  90.00  90.00  90.00", "   0.00   0.00   0.00", 1)), "angles"
+    )
+    refused(put("b.pdb", text.replace("   20.000   20.000", "   20.0?0   20.000", 1)), "its cell")
+    text = (DATA / "peptide.cif").read_text()
+    assert read_structure(put("a.cif", text.replace("a 20.0", "a 20.0(3)"))).atoms.pbc.all()
+    assert not read_structure(put("b.cif", text.replace("a 20.0", "a ?"))).atoms.pbc.any()
+    refused(put("c.cif", text.replace("a 20.0", "a large")), "no number")
 
 
 def test_asymmetric_unit_is_refused(put):
@@ -646,8 +691,9 @@ def test_content_tells_the_format(put, name):
 
 def test_packed_formats_of_ase(tmp_path, put):
     write(tmp_path / "a.vasp", Atoms("CO", [[0, 0, 0], [1.1, 0, 0]], cell=[9, 9, 9], pbc=True))
-    packed = put("b.vasp.gz", gzip.compress((tmp_path / "a.vasp").read_bytes()))
-    assert len(read_structure(packed).atoms) == 2
+    content = gzip.compress((tmp_path / "a.vasp").read_bytes())
+    for name in ("b.vasp.gz", "c.vasp"):
+        assert len(read_structure(put(name, content)).atoms) == 2
 
 
 def frames_of(kind, moved):
@@ -693,6 +739,11 @@ def test_frames_of_a_trajectory(tmp_path):
     np.testing.assert_allclose(
         read_structure(tmp_path / "a.traj", frame=-1).atoms.positions, frames[1].positions
     )
+    structure = read_structure(tmp_path / "a.traj", frame=-2)
+    np.testing.assert_allclose(structure.atoms.positions, frames[0].positions)
+    assert structure.report.frame == (0, 2)
+    for frame in (2, -3):
+        refused(tmp_path / "a.traj", f"2 frames.*frame {frame} is none", frame=frame)
 
 
 def test_no_file_and_no_structure(put, tmp_path):

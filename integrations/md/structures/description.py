@@ -299,6 +299,14 @@ def make_atoms(symbols: Sequence[str], positions: Any, **keywords: Any) -> Atoms
     return atoms
 
 
+def is_deuterium(atoms: Atoms) -> np.ndarray:
+    """Whether each atom (n,) is hydrogen with the mass of deuterium."""
+    from mlip_md.integrations.residue_names import ISOTOPE_MASSES
+
+    # Other masses near it are hydrogen made heavier, which no isotope's name may tell.
+    return (atoms.numbers == 1) & (np.abs(atoms.get_masses() - ISOTOPE_MASSES["D"]) < 2e-3)
+
+
 def set_masses(atoms: Atoms, masses: dict[int, float]) -> None:
     """Give some atoms, by index, their own masses (u)."""
     if masses:

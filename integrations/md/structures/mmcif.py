@@ -189,7 +189,12 @@ def parse(source: Source, frame: Sequence[Record]) -> Content:
     cell = None
     for table in tables(source, "_cell."):
         given = [table.get(name)[0] for name in names]
-        cell = [float(value) for value in given] if all(given) else None
+        try:
+            cell = [float(value.partition("(")[0]) for value in given] if all(given) else None
+        except ValueError as error:
+            raise source.refusal(
+                f"has a cell that is no number ({' '.join(given)}); is it damaged?", table.lines[0]
+            ) from error
     group = ""
     for category in ("_symmetry.", "_space_group."):
         for table in tables(source, category):

@@ -12,7 +12,12 @@ import numpy as np
 from ase import Atoms
 from ase.cell import Cell
 
-from mlip_md.integrations.md.structures.description import AtomLabel, Content, Structure
+from mlip_md.integrations.md.structures.description import (
+    AtomLabel,
+    Content,
+    Structure,
+    is_deuterium,
+)
 from mlip_md.integrations.md.structures.records import Record, make_content
 from mlip_md.integrations.md.structures.text import Line, Source
 
@@ -225,13 +230,7 @@ def _coordinate(value: float) -> str:
 
 
 def _symbol(atoms: Atoms, index: int) -> str:
-    from mlip_md.integrations.residue_names import ISOTOPE_MASSES
-
-    if atoms.numbers[index] == 1 and "masses" in atoms.arrays:
-        for isotope, mass in ISOTOPE_MASSES.items():
-            if abs(atoms.get_masses()[index] - mass) < 1e-2:
-                return isotope
-    return str(atoms.symbols[index])
+    return "D" if is_deuterium(atoms)[index] else str(atoms.symbols[index])
 
 
 def _connect_lines(

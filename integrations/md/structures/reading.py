@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
 import re
@@ -58,6 +59,9 @@ _BY_SUFFIX: dict[str, _Format] = {
     ".xyz": _XYZ,
     ".extxyz": _XYZ,
 }
+
+_MMCIF_SITES = re.compile(r"^\s*_atom_site\.(cartn_x|id)\b", re.MULTILINE | re.IGNORECASE)
+_LIKE_PDB = (".pdbqt", ".pqr")
 
 
 def bundled_molecules() -> list[str]:
@@ -125,15 +129,20 @@ def _read_file(path: Path, frame: int | None, drop: bool) -> Structure:
 
 def _format(source: Source) -> _Format | None:
     """Format of a file by its content where that is plain, else by its name; None for ASE's."""
+    if source.suffix in _LIKE_PDB:
+        raise source.refusal(
+            "looks like a PDB file and has atom types, charges or radii in the columns of elements "
+            "and occupancies; convert it to PDB"
+        )
     given = _BY_SUFFIX.get(source.suffix)
     head = source.content[:65536].decode("latin-1")
     if given in (_CIF, _MMCIF):
-        return _MMCIF if re.search(r"^_atom_site\.", source.text(), re.MULTILINE) else _CIF
+        return _MMCIF if _MMCIF_SITES.search(source.text()) else _CIF
     if given is not None:
         return given
     if b"\0" in source.content[:4096]:
         return None
-    if re.search(r"^_atom_site\.", head, re.MULTILINE):
+    if _MMCIF_SITES.search(head):
         return _MMCIF
     if re.search(r"^(ATOM  |HETATM).{24}[ \d-]{4}\.\d{3}", head, re.MULTILINE):
         return _PDB
@@ -150,13 +159,12 @@ def _choose(
 ) -> tuple[Content, tuple[int, int] | None]:
     """The frame that is wanted, its index and the number of frames (None if there is one)."""
     if frame is not None:
-        kept = list(frames)
-        if not -len(kept) <= frame < len(kept):
-            raise StructureError(
-                f"{source.path} has {len(kept)} frames, counted from 0; frame {frame} is none of "
-                "them"
+        one, count = _pick(frames, frame)
+        if one is None:
+            raise source.refusal(
+                f"has {count} frames, counted from 0; frame {frame} is none of them"
             )
-        return parse(source, kept[frame]), (frame % len(kept), len(kept))
+        return parse(source, one), (frame % count, count)
     first: Content | None = None
     count = 0
     for one in frames:
@@ -173,6 +181,18 @@ def _choose(
     if first is None:
         raise source.refusal("holds no atoms")
     return first, None if count == 1 else (0, count)
+
+
+def _pick(frames: Iterable[Any], frame: int) -> tuple[Any, int]:
+    """One of some frames, or None, and their number; no more than is needed is kept."""
+    last: collections.deque[Any] = collections.deque(maxlen=max(-frame, 1))
+    found, count = None, 0
+    for count, one in enumerate(frames, start=1):
+        last.append(one)
+        found = one if count - 1 == frame else found
+    if frame < 0 and count >= -frame:
+        found = last[0]
+    return found, count
 
 
 def _same(first: Atoms, second: Atoms) -> bool:

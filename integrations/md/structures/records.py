@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -120,7 +120,9 @@ def make_content(
     if any(charge is not None for charge in charges):
         total = sum(charge or 0 for charge in charges)
         stated = [Stated(f"the sum of the formal charges in {source.path}", "charge", total)]
-    index = {record.serial: i for i, record in reversed(list(enumerate(kept)))}
+    times = Counter(record.serial for record in records)
+    # Beyond 99999 atoms some programs begin to count again: such a number names no atom.
+    index = {record.serial: i for i, record in enumerate(kept) if times[record.serial] == 1}
     pairs = {tuple(sorted((index[a], index[b]))) for a, b in bonds if a in index and b in index}
     return Content(
         atoms,
@@ -141,6 +143,11 @@ def _cell(
     """Cell vectors (3, 3); None without a cell, or with one that only fills a place."""
     if cell is None or not any(cell[:3]):
         return None
+    if not np.isfinite(cell).all() or not all(0 < angle < 180 for angle in cell[3:]):
+        raise source.refusal(
+            f"has a cell of angles {' '.join(f'{angle:g}' for angle in cell[3:])}; give the real "
+            "one, or remove it (the CRYST1 line of a PDB file)"
+        )
     if list(cell[:3]) == [1, 1, 1]:
         left_out.append("the cell of 1 x 1 x 1 Å (it only fills a place)")
         return None

@@ -34,21 +34,18 @@ class Source(NamedTuple):
         path: as given.
         name: of the file without the ending of a packer.
         content: its bytes, unpacked.
+        packed: whether the file on the disk is compressed.
     """
 
     path: Path
     name: str
     content: bytes
+    packed: bool = False
 
     @property
     def suffix(self) -> str:
         """Ending of the name in lower case, with its dot."""
         return Path(self.name).suffix.lower()
-
-    @property
-    def packed(self) -> bool:
-        """Whether the file on the disk is compressed."""
-        return self.name != self.path.name
 
     def text(self, *, strict: bool = False) -> str:
         """Content as text, without a byte order mark.
@@ -92,6 +89,7 @@ def read_source(path: Path) -> Source:
         content = path.read_bytes()
     except OSError as error:
         raise StructureError(f"{path} cannot be read ({error.strerror}); look at it") from error
+    packed = content
     for magic, unpack in _PACKED.items():
         if content.startswith(magic):
             try:
@@ -104,4 +102,4 @@ def read_source(path: Path) -> Source:
     name = path.name
     if path.suffix.lower() in _PACKED_SUFFIXES and len(path.suffixes) > 1:
         name = path.stem
-    return Source(path, name, content)
+    return Source(path, name, content, packed is not content)

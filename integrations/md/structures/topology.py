@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from mlip_md.integrations.md.structures.description import AtomLabel, Structure
+from mlip_md.integrations.md.structures.description import (
+    AtomLabel,
+    Structure,
+    is_deuterium,
+)
 from mlip_md.integrations.md.structures.molecules import bonds, molecules
-from mlip_md.integrations.residue_names import ISOTOPE_MASSES
 
 _FARTHEST = 1.5
 """Times the sum of covalent radii; a bond of a table that is longer is none."""
@@ -73,12 +76,11 @@ def build_topology(
 def _elements(atoms: Atoms) -> list[Any]:
     from openmm.app import Element
 
-    symbols = list(atoms.symbols)
-    if "masses" in atoms.arrays:
-        for index in np.flatnonzero(atoms.numbers == 1):
-            if abs(atoms.get_masses()[index] - ISOTOPE_MASSES["D"]) < 1e-2:
-                symbols[index] = "D"
-    return [Element.getBySymbol(symbol) for symbol in symbols]
+    heavy = is_deuterium(atoms)
+    return [
+        Element.getBySymbol("D" if is_heavy else symbol)
+        for symbol, is_heavy in zip(atoms.symbols, heavy, strict=True)
+    ]
 
 
 def implied_bonds(atoms: Atoms, labels: Sequence[AtomLabel], stated: np.ndarray) -> np.ndarray:
