@@ -696,6 +696,37 @@ def test_packed_formats_of_ase(tmp_path, put):
         assert len(read_structure(put(name, content)).atoms) == 2
 
 
+DUMP = """ITEM: TIMESTEP
+0
+ITEM: NUMBER OF ATOMS
+2
+ITEM: BOX BOUNDS pp pp pp
+0 9
+0 9
+0 9
+ITEM: ATOMS id type {0}x y z
+1 1 {1}0 0 0
+2 2 {2}1.1 0 0
+"""
+
+
+def test_types_are_no_elements(put, tmp_path):
+    dump = put("a.lammpstrj", DUMP.format("element ", "C ", "O "))
+    assert list(read_structure(dump).atoms.symbols) == ["C", "O"]
+    refused(put("b.lammpstrj", DUMP.format("", "", "")), "states no elements")
+    water = molecule("H2O")
+    water.set_cell(9 * np.eye(3))
+    data = tmp_path / "a.lammps-data"
+    write(data, water, format="lammps-data", masses=True, specorder=["H", "O"])
+    text = "LAMMPS data file\n" + data.read_text().partition("\n")[2]
+    assert sorted(read_structure(put("c.lammps-data", text)).atoms.symbols) == ["H", "H", "O"]
+    heavy = text.replace("1.00799", "3.02400")
+    refused(put("d.lammps-data", heavy), r"mass of 3\.024")
+    write(data, water, format="lammps-data", specorder=["H", "O"])
+    text = "LAMMPS data file\n" + data.read_text().partition("\n")[2]
+    refused(put("e.lammps-data", text), "states no elements")
+
+
 def frames_of(kind, moved):
     water = molecule("H2O")
     second = water.copy()

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from ase import Atoms
 
 from mlip_md.integrations.charges import stated_in_info
 from mlip_md.integrations.md.structures.description import Content
 from mlip_md.integrations.md.structures.labels import remove_labels
 from mlip_md.integrations.md.structures.text import Source
+
+_ELEMENTS_ARE_STATED = {
+    "lammps-dump-text": r"^ITEM: ATOMS.*\belement\b",
+    "lammps-dump-binary": r"$^",
+    "lammps-data": r"^\s*(Masses|Atom Type Labels)\b",
+    "gromos": r"$^",
+}
+"""What a file of such a format must hold for its elements to be known; ``$^`` is nowhere."""
+
+_NEAR_MASS = 0.1
+"""u; masses of programs are rounded by less."""
 
 
 def guess(source: Source) -> str:
@@ -39,31 +52,53 @@ def frames(source: Source, form: str) -> Iterator[Atoms]:
     """
     from ase.io import iread
 
+    _refuse_guesses(source, form)
     content = _plain_flags(source) if form == "vasp" else None
-    with _on_disk(source, content) as path, warnings.catch_warnings(action="ignore"):
-        try:
-            for atoms in iread(str(path), index=":", format=form):
-                if not isinstance(atoms, Atoms):
+    with _on_disk(source, content) as path:
+        stream = iread(str(path), index=":", format=form)
+        while True:
+            try:
+                with warnings.catch_warnings(action="ignore"):
+                    atoms = next(stream, None)
+                if not isinstance(atoms, Atoms | None):
                     raise TypeError("it is no structure")
-                yield atoms
-        except Exception as error:
-            raise _unreadable(source, error) from error
+            except Exception as error:
+                raise _unreadable(source, error) from error
+            if atoms is None:
+                return
+            _refuse_guessed_masses(source, form, atoms)
+            yield atoms
+
+
+def _refuse_guesses(source: Source, form: str) -> None:
+    """Formats without elements, for which ASE takes numbers of types or first letters of names."""
+    stated = _ELEMENTS_ARE_STATED.get(form)
+    if stated is not None and not re.search(stated, source.text(), re.MULTILINE):
+        raise source.refusal(
+            f"states no elements (format {form} of ASE): types and names of atoms are none; write "
+            "them (dump_modify element, a Masses section), or convert it to extxyz or PDB"
+        )
+
+
+def _refuse_guessed_masses(source: Source, form: str, atoms: Atoms) -> None:
+    """Elements by the nearest mass are wrong for masses that are nobody's."""
+    if form != "lammps-data":
+        return
+    away = np.abs(atoms.get_masses() - Atoms(atoms.numbers).get_masses())
+    if (away > _NEAR_MASS).any():
+        mass = atoms.get_masses()[np.argmax(away)]
+        raise source.refusal(
+            f"states no elements and a mass of {mass:g} u, which no element has; convert it to "
+            "extxyz or PDB with elements"
+        )
 
 
 def parse(source: Source, atoms: Atoms) -> Content:
     """One frame."""
-    atoms = atoms.copy() if atoms.calc is None else _with_results(atoms)
+    results, atoms = atoms.calc, atoms.copy()
+    atoms.calc = results  # what it holds is named among what is left out
     stated = stated_in_info(atoms.info)
-    count = len(atoms)
-    left_out = remove_labels(atoms)
-    return Content(atoms, count, stated=stated, left_out=left_out)
-
-
-def _with_results(atoms: Atoms) -> Atoms:
-    """A copy that keeps the calculator, whose results are named among what is left out."""
-    copy = atoms.copy()
-    copy.calc = atoms.calc
-    return copy
+    return Content(atoms, len(atoms), stated=stated, left_out=remove_labels(atoms))
 
 
 @contextlib.contextmanager
@@ -85,8 +120,8 @@ def _unreadable(source: Source, error: Exception) -> Exception:
     )
 
 
-def _plain_flags(source: Source) -> bytes:
-    """A POSCAR file whose flags of selective dynamics are all T or F.
+def _plain_flags(source: Source) -> bytes | None:
+    """A POSCAR file whose flags of selective dynamics are all T or F; None if it has none.
 
     VASP reads them as Fortran does (.FALSE., f, .F.); ASE takes all but F for free.
     """
@@ -94,7 +129,7 @@ def _plain_flags(source: Source) -> bytes:
     # After the elements, which may begin with S as well, and their numbers.
     begin = next((i for i in (6, 7) if lines[i : i + 1] and lines[i].strip()[:1] in "Ss"), None)
     if begin is None or not lines[begin].strip():
-        return source.content
+        return None
     for i in range(begin + 2, len(lines)):
         words = lines[i].split()
         if len(words) < 6:
