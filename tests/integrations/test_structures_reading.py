@@ -335,6 +335,26 @@ def test_cif_symmetry_and_formula(put):
     refused(put("c.cif", cif(*sites, group="P -1", more=hydrogens)), "8 H in the cell.* give 0")
 
 
+def test_cif_lists_the_symmetry_that_it_names(put):
+    sites = ("C1 C .1 .2 .3 1 .", "O1 O 0 0 0 1 .")
+    listed = "loop_\n_symmetry_equiv_pos_as_xyz\n'x,y,z'\n"
+    for group, more, count in (
+        ("P -1", listed + "'-x,-y,-z'\n", 3),
+        ("P 21/c", "", 6),
+        ("P 21/c", listed, None),
+        ("P 1", listed, 2),
+    ):
+        path = put("a.cif", cif(*sites, group=group, more=more))
+        if count is None:
+            refused(path, "lists 1 symmetry operations, which make 2 atoms")
+        else:
+            assert len(read_structure(path).atoms) == count
+    text = cif(*sites).replace("_symmetry_space_group_name_H-M 'P 1'", "")
+    assert "no symmetry" in read_structure(put("b.cif", text)).report.notes[0]
+    text = cif(*sites, group="F d -3 m")
+    assert "two settings" in read_structure(put("c.cif", text)).report.notes[0]
+
+
 def test_partly_occupied_pdb(put):
     text = pdb_of(molecule("H2O"), ["O", "H1", "H2"], "LIG").replace("  1.00  0.00", "  0.50  0.00")
     structure = read_structure(put("a.pdb", text))
@@ -645,6 +665,13 @@ def test_axes_of_constraints():
         atoms.set_constraint(constraint)
         with pytest.raises(StructureError, match="constraint holds no single"):
             fixed_axes(atoms)
+
+
+def test_velocities_of_no_unit_are_left_out(put):
+    text = "1\nProperties=species:S:1:pos:R:3:vel:R:3\nO 0 0 0 1 2 3\n"
+    structure = read_structure(put("a.extxyz", text))
+    assert structure.velocities is None
+    assert "velocities in column vel" in structure.line()
 
 
 def test_virtual_sites_go_and_constraints_stay_with_their_atoms(put):

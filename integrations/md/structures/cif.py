@@ -17,6 +17,9 @@ from mlip_md.integrations.md.structures.labels import remove_labels
 from mlip_md.integrations.md.structures.text import Source
 from mlip_md.integrations.residue_names import ISOTOPE_MASSES, named_element, stated_element
 
+_SAME_PLACE = 1e-3
+"""Fraction of a cell vector; ASE's tolerance for images of a site that are one atom."""
+
 _FATAL = ("Wrong number", "equivalent", "Duplicated loop tags")
 """What ASE only warns of and what loses atoms."""
 
@@ -82,8 +85,48 @@ def parse(source: Source, block: Any) -> Content:
     for name in ("occupancy", "spacegroup", "unit_cell"):
         atoms.info.pop(name, None)
     remove_labels(atoms)
+    _refuse_other_symmetry(source, block, len(atoms))
     _refuse_other_formula(source, block, atoms.get_chemical_symbols())
-    return Content(atoms, len(atoms))
+    return Content(atoms, len(atoms), notes=_symmetry_notes(block))
+
+
+def _refuse_other_symmetry(source: Source, block: Any, count: int) -> None:
+    """The operations that the file lists must give the atoms that ASE makes of its group."""
+    from ase.spacegroup.spacegroup import parse_sitesym
+
+    listed = block._get_sitesym()
+    coordinates = block._raw_scaled_positions()
+    if not listed or coordinates is None:
+        return
+    rotations, translations = parse_sitesym(listed)
+    expected = 0
+    for site in np.asarray(coordinates, float):
+        images = rotations @ site + translations
+        away = images[:, None] - images
+        near = (np.abs(away - np.round(away)) < _SAME_PLACE).all(axis=2)
+        expected += len(np.unique(near.argmax(axis=1)))
+    if expected != count:
+        raise source.refusal(
+            f"lists {len(listed)} symmetry operations, which make {expected} atoms of its sites, "
+            f"and calls its space group one that makes {count}; list all operations, or say P 1 "
+            "if all atoms of the cell are there"
+        )
+
+
+def _symmetry_notes(block: Any) -> list[str]:
+    """What is assumed of the symmetry where the file does not list its operations."""
+    from ase.spacegroup import Spacegroup
+
+    if block._get_sitesym():
+        return []
+    group = block._get_spacegroup_number() or block._get_spacegroup_name()
+    if group is None:
+        return ["it states no symmetry; its sites are taken for the whole cell"]
+    try:
+        Spacegroup(int(group) if str(group).isdigit() else group, setting=2)
+    except Exception:  # ASE has one setting of it
+        return []
+    return [f"space group {group} has two settings, of which the file's cell or the first is taken"]
 
 
 @contextlib.contextmanager

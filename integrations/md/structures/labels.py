@@ -12,6 +12,7 @@ from mlip_md.integrations.charges import NEUTRAL_SINGLET
 
 _ARRAYS = {"numbers", "positions", "masses", "mass", "momenta", "tags", "initial_charges"}
 _ARRAYS |= {"initial_magmoms"}
+_VELOCITIES = {"vel", "velo", "velocity", "velocities"}
 _INFO = {"name", "smiles", "inchi", "inchikey", *NEUTRAL_SINGLET}
 _KNOWN = {
     "residuenames", "residuenumbers", "atomtypes", "occupancy", "bfactor", "spacegroup",
@@ -26,6 +27,12 @@ def remove_labels(atoms: Atoms) -> list[str]:
     Returns:
         What was left out, for the report; empty if nothing.
     """
+    said = [
+        f"the velocities in column {name} (their unit is not stated)"
+        for name in sorted(_VELOCITIES & set(atoms.arrays))
+    ]
+    for name in _VELOCITIES & set(atoms.arrays):
+        del atoms.arrays[name]
     names = [] if atoms.calc is None else sorted(getattr(atoms.calc, "results", {}))
     atoms.calc = None
     for name in sorted(set(atoms.arrays) - _ARRAYS):
@@ -36,4 +43,4 @@ def remove_labels(atoms: Atoms) -> list[str]:
         value = atoms.info.pop(key)
         # A word of a plain comment is read as a key that is true.
         names += [key] if value is not True and key not in _KNOWN else []
-    return [f"{', '.join(map(str, names))} (labels of the input)"] if names else []
+    return said + ([f"{', '.join(map(str, names))} (labels of the input)"] if names else [])
