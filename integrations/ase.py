@@ -21,19 +21,9 @@ import mlip_md
 from mlip_md.devices import device_name
 from mlip_md.engine import Engine, Result
 from mlip_md.errors import ConfigError, ModelFileError, StructureError
+from mlip_md.integrations.charges import charge_or_spin
 from mlip_md.integrations.models import DEFAULT_MODEL
 from mlip_md.potential import Potential
-
-_NEUTRAL_SINGLET: dict[str, tuple[int, ...]] = {
-    "charge": (0,),
-    "total_charge": (0,),
-    "spin": (0, 1),
-    "multiplicity": (1,),
-    "spin_multiplicity": (1,),
-    "total_spin": (0,),
-    "uhf": (0,),
-}
-"""Keys of ``atoms.info`` that state a charge or spin, and what a model without either accepts."""
 
 
 class MLIPCalculator(Calculator):
@@ -170,7 +160,7 @@ class MLIPCalculator(Calculator):
             raise StructureError("no atoms to calculate; attach the calculator: atoms.calc = ...")
         with self._lock:
             self.results = {}
-            if problem := _charge_or_spin(atoms):
+            if problem := charge_or_spin(atoms.info):
                 raise StructureError(problem)
             result = self.engine.evaluate(*_inputs(atoms))
             self.atoms = atoms.copy()
@@ -180,7 +170,7 @@ class MLIPCalculator(Calculator):
         """What changed since the last calculation; a charge or spin in ``info`` counts too."""
         changes = super().check_state(atoms, tol=tol)
         # There are results of neutral singlets only.
-        if not changes and _charge_or_spin(atoms):
+        if not changes and charge_or_spin(atoms.info):
             changes.append("info")
         return changes
 
@@ -203,7 +193,7 @@ class MLIPCalculator(Calculator):
         for index, atoms in enumerate(structures):
             if not isinstance(atoms, Atoms):
                 raise StructureError(f"structure {index}: a {type(atoms).__name__} is no Atoms")
-            if problem := _charge_or_spin(atoms):
+            if problem := charge_or_spin(atoms.info):
                 raise StructureError(f"structure {index}: {problem}")
             inputs.append(_inputs(atoms))
         return [_properties(result) for result in self.engine.evaluate_batch(inputs)]
@@ -271,34 +261,3 @@ def _read_only(results: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, np.ndarray):
             value.flags.writeable = False
     return results
-
-
-def _charge_or_spin(atoms: Atoms) -> str | None:
-    """What is wrong with the charge or spin stated in ``atoms.info``; None for neutral singlets.
-
-    The models know neither, and would ignore it.
-    """
-    for key, allowed in _NEUTRAL_SINGLET.items():
-        given = atoms.info.get(key)
-        if given is None:
-            continue
-        value = _number(given)
-        if value is None:
-            return f"atoms.info[{key!r}] = {given!r} is no number"
-        if value not in allowed:
-            return (
-                f"atoms.info[{key!r}] = {value:g}, but this model has no input for charge or spin "
-                f"and would ignore it; remove the entry to compute with what it learnt"
-            )
-    return None
-
-
-def _number(value: Any) -> float | None:
-    """A plain number; None for anything else, also for several or a masked one."""
-    if np.ma.is_masked(value):
-        return None
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError):  # rows of different lengths
-        return None
-    return float(array.item()) if array.size == 1 and array.dtype.kind in "iufb" else None

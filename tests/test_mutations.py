@@ -37,6 +37,7 @@ ONE_COEFFICIENT = """table = np.sqrt(2 * l3 + 1) * np.array(e3nn.clebsch_gordan(
     return table"""
 LIVE = "test_network_parity.py::test_live_features"
 ENGINE = "test_engine.py::test_energies_forces_and_stress_are_right[float64"
+STRUCTURES = "integrations/test_structures_reading.py"
 PHYSICS = "test_physics.py::test_double_precision"
 
 FAST = {
@@ -75,7 +76,7 @@ FAST = {
         ("test_training_loss.py::test_classes_of_the_adaptive_huber_loss",),
     ),
     "a charge in info ignored": Mistake(
-        "integrations/ase.py", "if not changes and _charge_or_spin(atoms):", "if False:",
+        "integrations/ase.py", "if not changes and charge_or_spin(atoms.info):", "if False:",
         ("test_ase_calculator.py::test_charge_in_info_is_not_overlooked",),
     ),
     "shear stresses in another order": Mistake(
@@ -102,6 +103,35 @@ FAST = {
     "capacity not checked": Mistake(
         "neighbors/kept.py", "(self.edges <= capacity)", "(self.edges >= 0)",
         ("test_engine.py::test_an_incomplete_search_gives_no_numbers",),
+    ),
+    "atoms of one name taken for one": Mistake(
+        "integrations/md/structures/pdb.py", "records.append(_record(source, line, segment))",
+        "records += [_record(source, line, segment)][: line.text[12:16] not in "
+        "[r.columns for r in records]]",
+        (f"{STRUCTURES}::test_atoms_of_one_name_are_all_read[one]",),
+    ),
+    "last atom of a GRO file lost": Mistake(
+        "integrations/md/structures/gro.py", "rows = frame[2:-1]", "rows = frame[2:-2]",
+        (f"{STRUCTURES}::test_gro_elements_follow_from_names",),
+    ),
+    "isotopes weigh what the element does": Mistake(
+        "integrations/md/structures/description.py", "if s in ISOTOPE_MASSES})", "if False})",
+        (f"{STRUCTURES}::test_deuterium_in_macromolecular_files[pdb]",),
+    ),
+    "masses of the file are no part of it": Mistake(
+        "integrations/md/structures/labels.py", '"masses", "mass"', '"mass"',
+        (f"{STRUCTURES}::test_own_masses[masses]",),
+    ),
+    "constraints of the file are no part of it": Mistake(
+        "integrations/md/structures/labels.py", "atoms.calc = None",
+        "atoms.set_constraint(); atoms.calc = None",
+        (f"{STRUCTURES}::test_move_mask", f"{STRUCTURES}::test_selective_dynamics[POSCAR-F]"),
+    ),
+    "formal charges do not count": Mistake(
+        "integrations/md/structures/records.py", "total = sum(charge or 0 for charge in charges)",
+        "total = 0",
+        ("integrations/test_structures_names.py"
+         "::test_a_protein_with_charged_residues_is_warned_of",),
     ),
 }  # fmt: skip
 SLOW = {

@@ -73,11 +73,11 @@ def test_what_is_no_falling_apart(crystal):
     ("name", "content", "text"),
     [
         ("a.pdb", "hello\nEND\n", "ATOM or HETATM"),
-        ("b.pdb", "ATOM      1  C   MOL A   1       0.0\n", "b.pdb is damaged"),
+        ("b.pdb", "ATOM      1  C   MOL A   1       0.0\n", "b.pdb, line 1, is damaged"),
         ("c.xyz", "what is this\n", "c.xyz"),
         (
             "d.pdb",
-            "CRYST1    1.000    1.000    1.000  90.00  90.00  90.00 P 1           1\n"
+            "CRYST1    1.100    1.000    1.000  90.00  90.00  90.00 P 1           1\n"
             "HETATM    1  C1  MOL A   1       0.000   0.000   0.000  1.00  0.00           C\n"
             "HETATM    2  C2  MOL A   1       1.500   0.000   0.000  1.00  0.00           C\n",
             "CRYST1",

@@ -1,0 +1,114 @@
+"""Bonds by distance, the molecules that they make, and whether these stay together."""
+
+from __future__ import annotations
+
+import numpy as np
+from ase import Atoms
+
+_BOND_MARGIN = 1.2
+"""Atoms closer than this times the sum of their covalent radii count as bonded."""
+
+_APART = 2.5
+"""Factor on the length of its shortest bond within which an atom is not alone."""
+
+
+def bonds(atoms: Atoms) -> np.ndarray:
+    """Pairs of bonded atoms (n, 2), i < j, by covalent radii; across periodic boundaries too."""
+    from ase.neighborlist import natural_cutoffs, neighbor_list
+
+    i, j = neighbor_list("ij", atoms, natural_cutoffs(atoms, mult=_BOND_MARGIN))
+    pairs = np.stack([i, j], axis=1)[i < j]
+    return np.unique(pairs, axis=0) if len(pairs) else np.zeros((0, 2), int)
+
+
+def molecules(n_atoms: int, pairs: np.ndarray) -> np.ndarray:
+    """Label (n_atoms,) of the molecule to which each atom belongs, in order of first atoms."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    ones = np.ones(len(pairs))
+    matrix = coo_matrix((ones, (pairs[:, 0], pairs[:, 1])), shape=(n_atoms, n_atoms))
+    labels = connected_components(matrix, directed=False)[1]
+    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[inverse]
+
+
+def whole_molecules(atoms: Atoms) -> tuple[np.ndarray, np.ndarray]:
+    """Put molecules together that the periodic boundary cuts.
+
+    Args:
+        atoms: a periodic structure.
+
+    Returns:
+        Positions (n, 3) Å in which each molecule is in one piece, and labels (n,) of the molecules.
+        In a network without end (a covalent crystal) every atom counts as one and stays in place.
+    """
+    from ase.neighborlist import natural_cutoffs, neighbor_list
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import breadth_first_order
+
+    i, j, shifts = neighbor_list("ijS", atoms, natural_cutoffs(atoms, mult=_BOND_MARGIN))
+    labels = molecules(len(atoms), np.stack([i, j], axis=1))
+    graph = coo_matrix((np.ones(len(i)), (i, j)), shape=(len(atoms),) * 2).tocsr()
+    shift_of = {(a, b): s for a, b, s in zip(i.tolist(), j.tolist(), shifts, strict=True)}
+    cells = np.zeros((len(atoms), 3), int)
+    for first in np.unique(labels, return_index=True)[1]:
+        order, parents = breadth_first_order(graph, first, directed=False)
+        for atom in order[1:].tolist():
+            parent = int(parents[atom])
+            cells[atom] = cells[parent] + shift_of[parent, atom]
+    endless = np.unique(labels[i[(cells[j] - cells[i] != shifts).any(axis=1)]])
+    alone = np.isin(labels, endless)
+    cells[alone] = 0
+    labels[alone] = labels.max() + 1 + np.arange(alone.sum())
+    return atoms.positions + cells @ atoms.cell.array, labels
+
+
+class BondWatch:
+    """Notices when molecules fly apart into single atoms, as they do when a time step is too long.
+
+    An atom is alone if it had bonds at the start and now has no neighbor within ``_APART`` times
+    the shortest of them. That is not so in reactions, melts and clusters that evaporate molecule by
+    molecule; molecules of two atoms, which may well dissociate, are not looked at.
+
+    Args:
+        atoms: the structure at the start.
+    """
+
+    def __init__(self, atoms: Atoms) -> None:
+        from ase.neighborlist import natural_cutoffs, neighbor_list
+
+        self._i, self._j, self._shifts, lengths = neighbor_list(
+            "ijSd", atoms, natural_cutoffs(atoms, mult=_BOND_MARGIN)
+        )
+        shortest = np.full(len(atoms), np.inf)
+        np.minimum.at(shortest, self._i, lengths)
+        labels = molecules(len(atoms), np.stack([self._i, self._j], axis=1))
+        watched = np.isfinite(shortest) & (np.bincount(labels)[labels] > 2)
+        self._limits = np.where(watched, _APART * shortest, np.inf)
+        self._allowed = max(1.0, 0.25 * float(watched.sum()))
+        self._pbc, self._cell = atoms.pbc.copy(), atoms.cell.array.copy()
+
+    def broken(self, positions: np.ndarray, cell: np.ndarray) -> int:
+        """Number of atoms that are alone, or 0 while it is a quarter of all or less.
+
+        Args:
+            positions: (n, 3) Å, not wrapped since the start.
+            cell: (3, 3) Å; zeros stand for that of the start.
+        """
+        from mlip_md.neighbors import neighbor_list
+
+        cell = cell if cell.any() else self._cell
+        # Whoever still has an old neighbor is not alone; that spares the search nearly always.
+        alone = self._alone(positions[self._j] - positions[self._i] + self._shifts @ cell, self._i)
+        if alone <= self._allowed:
+            return 0
+        cutoff = float(self._limits[np.isfinite(self._limits)].max())
+        i, j, shifts = neighbor_list(positions, cell, self._pbc, cutoff)
+        alone = self._alone(positions[j] - positions[i] + shifts @ cell, i)
+        return alone if alone > self._allowed else 0
+
+    def _alone(self, vectors: np.ndarray, i: np.ndarray) -> int:
+        nearest = np.full(len(self._limits), np.inf)
+        np.minimum.at(nearest, i, np.linalg.norm(vectors, axis=1))
+        return int(np.sum(np.isfinite(self._limits) & (nearest > self._limits)))

@@ -1,0 +1,138 @@
+"""Elements from names, and charges and spins that somebody states."""
+
+import numpy as np
+import pytest
+from openmm import app
+from test_structures_reading import DATA
+
+from mlip_md.errors import StructureError
+from mlip_md.integrations.charges import (
+    Stated,
+    charge_or_spin,
+    check_stated,
+    stated_in_info,
+    stated_in_topology,
+)
+from mlip_md.integrations.md.structures import read_structure
+from mlip_md.integrations.residue_names import (
+    VIRTUAL,
+    amino_acid,
+    is_nucleotide,
+    is_standard,
+    is_water,
+    named_element,
+    stated_element,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "element"),
+    [
+        ("C", "C"), ("CL", "Cl"), ("cl", "Cl"), ("D", "D"), ("O2-", "O"), ("Na+", "Na"),
+        ("X", VIRTUAL), ("Bq", VIRTUAL), ("H:", VIRTUAL), ("@O", VIRTUAL), ("EP", VIRTUAL),
+        ("Gh(O)", VIRTUAL), ("Qz", None), ("", None), ("8", None),
+    ],
+)  # fmt: skip
+def test_stated_elements(text, element):
+    assert stated_element(text) == element
+
+
+@pytest.mark.parametrize(
+    ("name", "residue", "alone", "element"),
+    [
+        ("CA", "ALA", False, "C"), ("CA", "CA", True, "Ca"), ("CA", "LIG", False, None),
+        ("CA", "ALA", True, None), ("CAL", "CAL", True, "Ca"), ("SOD", "SOD", True, "Na"),
+        ("CLA", "CLA", True, "Cl"), ("NA", "NA+", True, "Na"), ("NA", "ION", True, "Na"),
+        ("NA", "HEM", False, None), ("Na", "1DUM", False, "Na"), ("K", "K", True, "K"),
+        ("ZN", "ZN2", True, "Zn"), ("HG1", "THR", False, "H"), ("HG", "HG", True, "Hg"),
+        ("1HB", "ALA", False, "H"), ("H5''", "DA", False, "H"), ("OP1", "DA5", False, "O"),
+        ("CD", "NGLU", False, "C"), ("HE2", "HISH", False, "H"), ("MW", "SOL", False, VIRTUAL),
+        ("M", "HOH", False, VIRTUAL), ("EPW", "T4P", False, VIRTUAL),
+        ("LP1", "SOL", False, VIRTUAL),
+        ("LP2", "LIG", False, VIRTUAL), ("MCH3", "ALA", False, VIRTUAL), ("OW", "SOL", True, "O"),
+        ("W", "W", True, None), ("ZN", "LIG", False, "Zn"), ("PT1", "LIG", False, None),
+        ("C12", "LIG", False, "C"), ("BR", "LIG", False, "Br"), ("SI2", "LIG", False, "Si"),
+        ("HO5", "LIG", False, "H"), ("FE", "HEM", False, None), ("MG", "LIG", False, "Mg"),
+        ("CX", "LIG", False, "C"), ("PA", "ATP", False, "P"), ("D1", "DOD", False, "D"),
+        ("DOH2", "SOL", False, None), ("DCA", "ALA", False, None), ("OW1", "WATER", False, "O"),
+        ("QQ", "LIG", False, None), ("12", "LIG", False, None), ("CH3", "ACE", False, "C"),
+    ],
+)  # fmt: skip
+def test_named_elements(name, residue, alone, element):
+    assert named_element(name, residue, alone=alone) == element
+
+
+def test_residues():
+    assert amino_acid("NALA") == amino_acid("CALA") == amino_acid("ALA") == "ALA"
+    assert amino_acid("HSD") == "HIS"
+    assert amino_acid("LIG") is None
+    assert is_nucleotide("DA5")
+    assert is_water("TIP3")
+    assert not is_water("LIG")
+    assert not is_standard("HOH")
+
+
+def charged(total):
+    return [Stated("the file", "charge", total)]
+
+
+def test_charges_of_small_molecules_are_refused():
+    with pytest.raises(StructureError, match=r"the file = -1, .*no input for charge"):
+        check_stated(charged(-1), ["LIG"])
+    with pytest.raises(StructureError, match="is no number"):
+        check_stated(charged("two"), ["GLY", "LYS"])
+    assert check_stated(charged(0), ["LIG"]) == []
+    with pytest.raises(StructureError, match="= 1"):
+        check_stated(charged(1), ["LYS", "HOH", "HOH"])
+
+
+def test_charges_of_macromolecules_are_a_warning():
+    (warning,) = check_stated(charged(1), ["GLY", "LYS", "HOH"])
+    assert "= +1: this model has no input for charges" in warning
+    with pytest.raises(StructureError, match="= 3"):
+        check_stated([Stated("the file", "multiplicity", 3)], ["GLY", "LYS"])
+
+
+def test_info_states_charges_and_partial_charges_do_not():
+    info = {"charge": -1, "spin": 1, "smiles": "C", "charges": [1, 2]}
+    assert [(one.key, one.value) for one in stated_in_info(info)] == [("charge", -1), ("spin", 1)]
+    assert "atoms.info['charge'] = -1" in charge_or_spin(info)
+    assert charge_or_spin({"total_charge": np.array([0.0]), "multiplicity": 1}) is None
+
+
+def topology_of(charges):
+    topology = app.Topology()
+    residue = topology.addResidue("MOL", topology.addChain())
+    for charge in charges:
+        topology.addAtom("C", app.element.carbon, residue, formalCharge=charge)
+    return topology
+
+
+def test_topologies_state_formal_charges():
+    (one,) = stated_in_topology(topology_of([None, -1, 2]))
+    assert one.value == 1
+    (one,) = stated_in_topology(topology_of([None, -1, 2]), atoms=[0, 1])
+    assert one.value == -1
+    assert stated_in_topology(topology_of([None, None])) == []
+
+
+def test_a_charged_ligand_and_a_nitro_group(tmp_path):
+    structure = read_structure(DATA / "acetate.sdf")
+    with pytest.raises(StructureError, match="charge"):
+        structure.check_charge()
+    assert "-1" in charge_or_spin(structure.atoms.info)  # as the calculator asks
+    text = (DATA / "acetate.sdf").read_text()
+    balanced = text.replace("M  CHG  1   4  -1", "M  CHG  2   3   1   4  -1")
+    (tmp_path / "a.sdf").write_text(balanced)
+    assert read_structure(tmp_path / "a.sdf").check_charge() == []
+
+
+def test_a_protein_with_charged_residues_is_warned_of(tmp_path):
+    text = (DATA / "peptide.pdb").read_text()
+    lines = [line + "1+" if " NZ " in line else line for line in text.splitlines()]
+    (tmp_path / "a.pdb").write_text("\n".join(lines) + "\n")
+    structure = read_structure(tmp_path / "a.pdb")
+    assert structure.formal_charges.sum() == 1
+    assert "charge" not in structure.atoms.info
+    assert structure.check_charge() == list(structure.report.notes)
+    assert len(structure.report.notes) == 1
