@@ -143,8 +143,8 @@ class MLIPCalculator(Calculator):
     def calculate(
         self,
         atoms: Atoms | None = None,
-        properties: Sequence[str] = ("energy",),
-        system_changes: Sequence[str] = all_changes,
+        properties: Sequence[str] = ("energy",),  # noqa: ARG002 (ASE's signature)
+        system_changes: Sequence[str] = all_changes,  # noqa: ARG002
     ) -> None:
         """Fill ``results`` for ``atoms``; all properties come from one evaluation.
 
@@ -198,7 +198,7 @@ class MLIPCalculator(Calculator):
             inputs.append(_inputs(atoms))
         return [_properties(result) for result in self.engine.evaluate_batch(inputs)]
 
-    def todict(self, skip_default: bool = True) -> dict[str, Any]:
+    def todict(self, skip_default: bool = True) -> dict[str, Any]:  # noqa: ARG002 (ASE's)
         """What makes this calculator reproducible: model, its content hash, precision, device."""
         return {
             "model": str(self.potential.info.get("name", self.potential.config.architecture)),

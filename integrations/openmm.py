@@ -230,7 +230,7 @@ class MLIPPotentialImpl(MLPotentialImpl):
         atoms: list[int],
         forceGroup: int,
         interpolate: bool,
-        embedding: str,
+        embedding: str,  # noqa: ARG002 (OpenMM-ML's signature)
         returnInfo: bool = False,
         **args: Any,
     ) -> openmm.System | dict[str, Any]:

@@ -108,7 +108,7 @@ def named_element(name: str, residue: str, *, alone: bool) -> str | None:
     if len(word) == 2 and word[1].islower() and word in ATOMIC_NUMBERS:
         return word
     word = word.upper()
-    if _is_virtual(word, name, residue):
+    if _is_virtual(word, residue):
         return VIRTUAL
     if is_standard(residue) or is_water(residue) or residue.upper() in _CAPS | _COFACTORS:
         if is_water(residue) and re.fullmatch(r"D\d?", name.strip()):
@@ -134,7 +134,7 @@ def _ion(word: str, residue: str) -> str | None:
     return _in_molecule(upper)
 
 
-def _is_virtual(word: str, name: str, residue: str) -> bool:
+def _is_virtual(word: str, residue: str) -> bool:
     """Names that force fields give to sites without mass in residues of several atoms."""
     if re.match(r"(LP|EP)", word) and word.capitalize() not in ATOMIC_NUMBERS:
         return True

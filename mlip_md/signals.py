@@ -61,7 +61,7 @@ class Interruptions:
         if self._noted == "keyboard":
             raise KeyboardInterrupt
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, number: int, _frame: FrameType | None) -> None:
         self._noted = "keyboard" if number == signal.SIGINT else "terminated"
         signal.signal(number, self._before[number])
         if number == signal.SIGINT and not self.patient:

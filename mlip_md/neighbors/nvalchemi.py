@@ -46,7 +46,7 @@ def plan_bins(search: Search, cutoff: float, positions: Float64, cell: Float64) 
 def nvalchemi_pairs(
     positions: jax.Array,
     cell: jax.Array,
-    n_atoms: jax.Array | int,
+    n_atoms: jax.Array | int,  # noqa: ARG001 (as every backend has it)
     search: Search,
     cutoff: float,
     capacity: int,

@@ -141,7 +141,7 @@ def _twist(molecule: Molecule, positions: np.ndarray, rng: np.random.Generator) 
     return rotate_beyond(molecule, positions, bond, axis, rng.uniform(0.3, 2 * np.pi - 0.3))
 
 
-def _rattle(molecule: Molecule, positions: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _rattle(_: Molecule, positions: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 0.3:
         return positions * rng.uniform(0.90, 1.10) + 0.02 * rng.normal(size=positions.shape)
     return positions + rng.uniform(0.03, 0.14) * rng.normal(size=positions.shape)

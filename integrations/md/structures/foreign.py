@@ -93,7 +93,7 @@ def _refuse_guessed_masses(source: Source, form: str, atoms: Atoms) -> None:
         )
 
 
-def parse(source: Source, atoms: Atoms) -> Content:
+def parse(source: Source, atoms: Atoms) -> Content:  # noqa: ARG001 (as every format has it)
     """One frame."""
     results, atoms = atoms.calc, atoms.copy()
     atoms.calc = results  # what it holds is named among what is left out
