@@ -19,6 +19,9 @@ from mlip_md.elements import LARGEST_ATOMIC_NUMBER
 from mlip_md.errors import ConfigError
 from mlip_md.hints import hint
 
+ACTIVATIONS = ("silu", "swish", "elu", "relu", "tanh", "sigmoid", "none")
+RADIAL_ENVELOPES = ("polynomial_envelope", "soft_envelope")
+
 MAX_MONOMIALS = 10_000
 """Products of feature components that MACE's product basis may have in its highest order."""
 
@@ -105,8 +108,6 @@ Far beyond anything physical, yet within them sums stay finite and neighbor list
 """
 
 FLAG = Choice((True, False))
-ACTIVATION = Choice(("silu", "swish", "elu", "relu", "tanh", "sigmoid", "none"))
-RADIAL_ENVELOPE = Choice(("polynomial_envelope", "soft_envelope"))
 _LAYERS = Number(1, 64, whole=True)
 _BASIS = Number(1, 1024, whole=True)
 _WIDTH = Number(1, MAX_WIDTH, whole=True)
@@ -262,8 +263,8 @@ class MACEConfig(_Hyperparameters):
     num_readout_heads: int = _field(1, _LAYERS)
     include_pseudotensors: bool = _field(False, FLAG)
     num_bessel: int = _field(8, _BASIS)
-    activation: str = _field("silu", ACTIVATION)
-    radial_envelope: str = _field("polynomial_envelope", RADIAL_ENVELOPE)
+    activation: str = _field("silu", Choice(ACTIVATIONS))
+    radial_envelope: str = _field("polynomial_envelope", Choice(RADIAL_ENVELOPES))
     symmetric_tensor_product_basis: bool = _field(False, FLAG)
     atomic_energies: AtomicEnergies = _field("average", _check_energies)  # noqa: RUF009
     avg_num_neighbors: float | None = _field(None, NEIGHBORS, none=_FROM_DATA)
@@ -321,10 +322,10 @@ class NequIPConfig(_Hyperparameters):
     node_irreps: str = _field("64x0e + 64x0o + 32x1e + 32x1o + 4x2e + 4x2o", _check_node_irreps)
     l_max: int = _field(2, _DEGREE)
     num_bessel: int = _field(8, _BASIS)
-    radial_net_nonlinearity: str = _field("swish", ACTIVATION)
+    radial_net_nonlinearity: str = _field("swish", Choice(ACTIVATIONS))
     radial_net_n_hidden: int = _field(64, _WIDTH)
     radial_net_n_layers: int = _field(2, _LAYERS)
-    radial_envelope: str = _field("polynomial_envelope", RADIAL_ENVELOPE)
+    radial_envelope: str = _field("polynomial_envelope", Choice(RADIAL_ENVELOPES))
     scalar_mlp_std: float = _field(4.0, Number(1e-6, 1e6))
     atomic_energies: AtomicEnergies = _field(None, _check_energies)  # noqa: RUF009
     avg_num_neighbors: float | None = _field(None, NEIGHBORS, none=_FROM_DATA)
