@@ -492,6 +492,11 @@ def test_a_number_that_breathes_asks_for_no_new_shape():
         shapes.add(listed.steps[-1].shape)
         assert len(listed.steps) == 1
     assert len(shapes) == listed.compiled == 1
+    thrown_away = 0
+    for scale in (0.9, 1.0, 0.9, 1.0, 0.9):  # across the edge of the first room: grown once
+        listed.edges(positions * scale, cell * scale)
+        thrown_away += len(listed.steps) - 1
+    assert thrown_away == 1
     listed.edges(positions * 1.5, cell * 1.5)  # a third of the edges: too much to carry along
     listed.edges(positions * 1.5, cell * 1.5)
     assert listed.steps[-1].shape.edges < next(iter(shapes)).edges
