@@ -30,6 +30,7 @@ from mlip_md.files import check_new_folder
 from mlip_md.integrations.md import report, restart
 from mlip_md.integrations.md.backends.interface import Backend, Frame
 from mlip_md.integrations.md.files import LOG, RunFiles, check_sizes, read_log
+from mlip_md.integrations.md.held import check_held
 from mlip_md.integrations.md.observers import RunObserver
 from mlip_md.integrations.md.settings import MDSettings, read_settings, write_settings
 from mlip_md.integrations.md.structures import BondWatch, Structure, make_topology, read_structure
@@ -51,8 +52,10 @@ def make_backend(settings: MDSettings, structure: Structure) -> Backend:
     """The engine that the settings name, for a structure.
 
     Raises:
-        StructureError: if the ensemble or engine cannot have this structure's periodicity.
+        StructureError: if the ensemble or engine cannot have this structure's periodicity or hold its
+            constraints.
     """
+    structure = check_held(settings, structure)
     atoms = structure.atoms
     if settings.ensemble == "npt" and not (atoms.pbc.all() and atoms.cell.rank == 3):
         raise StructureError(
@@ -378,7 +381,7 @@ class _Run:
         structure = self.backend.structure
         arrays, values = self.backend.state()
         self._good = (
-            arrays | {"numbers": structure.atoms.numbers, "pbc": structure.atoms.pbc},
+            arrays | restart.describe_atoms(structure.atoms),
             values
             | {
                 "step": self.last.step,
