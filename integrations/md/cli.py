@@ -29,6 +29,8 @@ from mlip_md.integrations.models import DEFAULT_MODEL
 if TYPE_CHECKING:
     from ase import Atoms
 
+    from mlip_md.integrations.md.structures import Structure
+
 ModelOption = Annotated[
     str,
     typer.Option("--model", "-m", help="Bundled name, .safetensors file, .zip or run folder."),
@@ -316,7 +318,7 @@ def minimize_command(
     if path.exists():
         raise ConfigError(f"{path} exists; name another file with --output")
     check_new_file(path, "--output")
-    _render(path.name, given.atoms)  # what cannot be written is known before it is computed
+    _render(path.name, given, given.atoms)  # what cannot be written is known before it is computed
     calculator = MLIPCalculator(model, dtype=DTYPES[precision], device=device)
     console.print(f"[bold]{given.name}[/bold]: {len(given.atoms)} atoms, model {model}")
     shown: list[int] = []
@@ -337,7 +339,7 @@ def minimize_command(
         optimizer=optimizer,
         observer=observe,
     )
-    write_bytes(path, _render(path.name, relaxed))
+    write_bytes(path, _render(path.name, given, relaxed))
     energy = relaxed.get_potential_energy()
     ending = "Converged" if converged else f"[yellow]Not converged within {steps} steps[/yellow]"
     console.print(f"{ending}: {energy:.6f} eV. Wrote {path}")
@@ -345,18 +347,18 @@ def minimize_command(
         raise typer.Exit(1)
 
 
-def _render(name: str, atoms: Atoms) -> bytes:
-    """Content of the structure file that ASE writes under a name.
+def _render(name: str, structure: Structure, atoms: Atoms) -> bytes:
+    """Content of the file of a structure, as it was read and as it has become, under a name.
 
     Raises:
         ConfigError: if ASE has no writer for such a name.
     """
-    from ase.io import write
+    from mlip_md.integrations.md.structures import write_structure
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         try:
-            write(path, atoms)
+            write_structure(path, structure, atoms)
             return path.read_bytes()
         except Exception as error:
             raise ConfigError(

@@ -52,8 +52,8 @@ def make_backend(settings: MDSettings, structure: Structure) -> Backend:
     """The engine that the settings name, for a structure.
 
     Raises:
-        StructureError: if the ensemble or engine cannot have this structure's periodicity or hold its
-            constraints.
+        StructureError: if the ensemble or engine cannot have this structure's periodicity or hold
+            its constraints.
     """
     structure = check_held(settings, structure)
     atoms = structure.atoms

@@ -1,13 +1,13 @@
 """What a file states of single atoms holds through a run, in both engines: masses, constraints."""
 
-import json
-
 import ase.io
 import numpy as np
 import pytest
 from ase.constraints import FixAtoms, FixBondLength, FixCartesian
 from md_cases import ENGINES, settings
+from typer.testing import CliRunner
 
+from mlip_md.cli import app
 from mlip_md.errors import StructureError
 from mlip_md.integrations.md import files, restart
 from mlip_md.integrations.md.minimize import minimize
@@ -60,7 +60,8 @@ def test_fixed_atoms_stay_where_they_are(edited, tmp_path, engine, ensemble):
     frames, log = run_and_restart(path, tmp_path / "run", **changes)
     start = ase.io.read(path)
     moved = np.abs([frame.positions - start.positions for frame in frames]).max(axis=(0, 2))
-    assert moved[[0, 4, 9]].max() < 1e-6 and np.delete(moved, [0, 4, 9]).min() > 1e-3
+    assert moved[[0, 4, 9]].max() < 1e-6
+    assert np.delete(moved, [0, 4, 9]).min() > 1e-3
     for frame, temperature in zip(frames, log["temperature_K"], strict=True):
         assert frame.constraints[0].get_indices().tolist() == [0, 4, 9]
         kinetic = frame.get_kinetic_energy()
@@ -71,7 +72,8 @@ def test_one_axis_of_an_atom_is_held_by_ase_and_refused_by_openmm(edited, tmp_pa
     path = edited(lambda atoms: atoms.set_constraint(FixCartesian([2], (False, False, True))))
     frames, _ = run_and_restart(path, tmp_path / "run", engine="ase")
     moved = np.abs(frames[-1].positions - ase.io.read(path).positions)[2]
-    assert moved[2] < 1e-6 and moved[:2].min() > 1e-4
+    assert moved[2] < 1e-6
+    assert moved[:2].min() > 1e-4
     with pytest.raises(StructureError, match="of atom 3 only z is held"):
         run_md(settings(path, engine="openmm"), tmp_path / "other")
 
@@ -102,7 +104,8 @@ def test_velocities_are_drawn_for_what_moves(cluster, ensemble):
     for seed in range(200):
         draw_velocities(atoms, ensemble, 300.0, np.random.default_rng(seed))
         kinetic.append(atoms.get_kinetic_energy())
-    assert not atoms.get_momenta()[:2].any() and atoms.get_momenta()[2, 0] == 0
+    assert not atoms.get_momenta()[:2].any()
+    assert atoms.get_momenta()[2, 0] == 0
     expected = 0.5 * 74 * ase.units.kB * 300.0
     assert np.mean(kinetic) == pytest.approx(expected, rel=0.05)
 
@@ -124,4 +127,29 @@ def test_minimizing_holds_what_is_fixed(edited, potential):
     structure = read_structure(edited(lambda atoms: atoms.set_constraint(FixAtoms([0]))))
     relaxed, _ = minimize(structure.atoms, MLIPCalculator(), steps=5)
     moved = np.abs(relaxed.positions - structure.atoms.positions).max(axis=1)
-    assert moved[0] == 0 and moved[1:].min() > 1e-5
+    assert moved[0] == 0
+    assert moved[1:].min() > 1e-5
+
+
+def pdb_of_two_chains(path, charge="  "):
+    """Six carbon atoms, three in a residue, in two chains, with one charge or without."""
+    rows = []
+    for i in range(6):
+        residue, chain = ("LIG", "A") if i < 3 else ("UNK", "B")
+        x, y = 2.2 * (i % 3), 2.3 * (i // 3)
+        rows.append(
+            f"HETATM{i + 1:5d}  Q{i % 3}  {residue} {chain}{7 + i // 3:4d}    {x:8.3f}{y:8.3f}"
+            f"{0.4 * (i % 2):8.3f}  1.00  0.00           C{charge if i == 0 else '  '}"
+        )
+    path.write_text("\n".join([*rows, "END"]) + "\n")
+    return str(path)
+
+
+def test_minimizing_a_pdb_file_keeps_residues_chains_and_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = pdb_of_two_chains(tmp_path / "given.pdb")
+    CliRunner().invoke(app, ["minimize", given, "--steps", "3", "-o", "out.pdb"])
+    before, after = read_structure(given), read_structure("out.pdb")
+    assert after.labels == before.labels
+    moved = np.abs(after.atoms.positions - before.atoms.positions).max()
+    assert 1e-3 < moved < 1.0
