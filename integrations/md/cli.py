@@ -306,6 +306,7 @@ def minimize_command(
         raise ConfigError(f"--fmax {fmax:g} is not allowed; it must be positive and finite")
     _check_device(device)
     from rich.console import Console
+    from rich.markup import escape
 
     from mlip_md.integrations.ase import MLIPCalculator
     from mlip_md.integrations.md.minimize import minimize
@@ -314,6 +315,7 @@ def minimize_command(
 
     console = Console(highlight=False)
     given = read_structure(structure)
+    given.check_charge()
     path = output or Path(f"{given.name}-minimized.extxyz")
     if path.exists():
         raise ConfigError(f"{path} exists; name another file with --output")
@@ -321,6 +323,9 @@ def minimize_command(
     _render(path.name, given, given.atoms)  # what cannot be written is known before it is computed
     calculator = MLIPCalculator(model, dtype=DTYPES[precision], device=device)
     console.print(f"[bold]{given.name}[/bold]: {len(given.atoms)} atoms, model {model}")
+    console.print(escape(given.line()), soft_wrap=True)
+    for note in given.report.notes:
+        console.print(f"[yellow]{escape(note)}[/yellow]", soft_wrap=True)
     shown: list[int] = []
 
     def observe(step: int, energy: float, largest: float) -> None:

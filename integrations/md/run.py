@@ -53,8 +53,9 @@ def make_backend(settings: MDSettings, structure: Structure) -> Backend:
 
     Raises:
         StructureError: if the ensemble or engine cannot have this structure's periodicity or hold
-            its constraints.
+            its constraints, or a charge or spin is stated for it.
     """
+    structure.check_charge()
     structure = check_held(settings, structure)
     atoms = structure.atoms
     if settings.ensemble == "npt" and not (atoms.pbc.all() and atoms.cell.rank == 3):
@@ -130,6 +131,7 @@ def run_md(
     )
     structure = read_structure(settings.structure)
     backend = make_backend(settings, structure)
+    observer.found(structure.line(), structure.report.notes)
     with Interruptions(signal.SIGINT, patient=False, tell=observer.stopping) as interruptions:
         compile_seconds = _warm_up(backend, observer, interruptions)
         if settings.minimize:
@@ -141,7 +143,8 @@ def run_md(
             folder = make_fresh_folder(structure.name)
         folder.mkdir(parents=True, exist_ok=True)
         write_settings(folder, settings)
-        _Run(settings, backend, folder, observer, compile_seconds).go(interruptions)
+        origin = structure.as_dict()
+        _Run(settings, backend, folder, observer, compile_seconds, origin).go(interruptions)
     return folder
 
 
@@ -200,7 +203,8 @@ def restart_md(
                 f"{path} does not hold the state of such a run ({error!r}); start a new run"
             ) from error
         write_settings(folder, settings)
-        run = _Run(settings, backend, folder, observer, compile_seconds, values["sizes"])
+        origin = values.get("input")
+        run = _Run(settings, backend, folder, observer, compile_seconds, origin, values["sizes"])
         run.go(interruptions)
     return folder
 
@@ -278,6 +282,7 @@ class _Run:
         folder: where to.
         observer: is told.
         compile_seconds: for the summary.
+        origin: what was read from the structure's file; None is unknown (runs of version 0.1.0).
         sizes: of the growing files at the restart point, or None for a new run.
     """
 
@@ -288,10 +293,12 @@ class _Run:
         folder: Path,
         observer: RunObserver,
         compile_seconds: float,
+        origin: dict[str, Any] | None,
         sizes: dict[str, int] | None = None,
     ) -> None:
         self.settings, self.backend, self.folder = settings, backend, folder
         self.observer, self.new = observer, sizes is None
+        self.origin = origin
         self.watch = BondWatch(backend.structure.atoms)
         self.last = backend.frame()
         self.first_step = self.last.step
@@ -387,6 +394,7 @@ class _Run:
                 "step": self.last.step,
                 "sizes": self.files.sizes(),
                 "name": structure.name,
+                "input": self.origin,
                 "sha256": self.backend.potential.sha256,
             },
         )
@@ -416,6 +424,7 @@ class _Run:
             "structure": backend.structure.name,
             "formula": atoms.get_chemical_formula(),
             "n_atoms": len(atoms),
+            "input": self.origin,
             "model": backend.potential.info.get("name", settings.model),
             "model_sha256": backend.potential.sha256,
             "ensemble": settings.ensemble,

@@ -2,6 +2,7 @@
 
 import ase.io
 import numpy as np
+import openmm
 import pytest
 from ase.constraints import FixAtoms, FixBondLength, FixCartesian
 from md_cases import ENGINES, settings
@@ -153,3 +154,39 @@ def test_minimizing_a_pdb_file_keeps_residues_chains_and_names(tmp_path, monkeyp
     assert after.labels == before.labels
     moved = np.abs(after.atoms.positions - before.atoms.positions).max()
     assert 1e-3 < moved < 1.0
+
+
+def test_a_run_says_what_it_read(edited, tmp_path):
+    path = edited(lambda atoms: (heavy(atoms), atoms.set_constraint(FixAtoms([0]))))
+    folder = str(tmp_path / "run")
+    result = CliRunner().invoke(app, ["md", path, "--steps", "2", "--no-minimize", "-o", folder])
+    line = f"{path}: 27 atoms (C27), own masses of 5 atoms, constraints on 1 atom\n"
+    assert line in result.output
+    restart_md(tmp_path / "run", steps=2)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["input"]["constrained_atoms"] == 1
+    assert summary["input"]["own_masses"] == 5
+
+
+def test_a_stated_charge_is_refused_by_all_commands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = pdb_of_two_chains(tmp_path / "charged.pdb", charge="1-")
+    for engine in ENGINES:
+        with pytest.raises(StructureError, match="no input for charge"):
+            run_md(settings(path, engine=engine), tmp_path / "run")
+    with pytest.raises(StructureError, match="no input for charge"):
+        CliRunner().invoke(app, ["minimize", path], catch_exceptions=False)
+
+
+def test_createsystem_refuses_formal_charges(tmp_path, potential):
+    from mlip_md.integrations.openmm import MLIPPotentialImpl
+
+    path = pdb_of_two_chains(tmp_path / "charged.pdb", charge="1-")
+    topology = read_structure(path).topology
+    implementation = MLIPPotentialImpl("mlip-md")
+    with pytest.raises(StructureError, match="formal charge of the topology"):
+        implementation.addForces(topology, openmm.System(), None, 0)
+    neutral = read_structure(pdb_of_two_chains(tmp_path / "neutral.pdb")).topology
+    system = openmm.System()
+    implementation.addForces(neutral, system, None, 0)
+    assert system.getNumForces() == 1
