@@ -63,6 +63,15 @@ StructureArgument = Annotated[
     ),
 ]
 
+FrameOption = Annotated[
+    int | None,
+    typer.Option(help="Which of several frames or models, counted from 0; -1 is the last."),
+]
+DropOption = Annotated[
+    bool,
+    typer.Option("--drop-virtual-sites", help="Leave out sites without nucleus (of TIP4P, ...)."),
+]
+
 
 def md_command(
     context: typer.Context,
@@ -125,6 +134,15 @@ def md_command(
             **_one_of("dcd", "xtc"),
         ),
     ] = "dcd",
+    frame: FrameOption = None,
+    drop_virtual_sites: DropOption = False,
+    velocities: Annotated[
+        str, typer.Option(help="At the start; file: those it holds.", **_one_of("draw", "file"))
+    ] = "draw",
+    hydrogen_mass: Annotated[
+        float | None,
+        typer.Option(help="u: makes hydrogen heavier by what its heavy neighbour loses."),
+    ] = None,
 ) -> None:
     """Run molecular dynamics; the result is a folder with trajectory, log, plot and summary.
 
@@ -163,6 +181,10 @@ def md_command(
         platform=platform,
         report_interval=report_interval,
         trajectory_format=trajectory_format,  # type: ignore[arg-type]
+        frame=frame,
+        drop_virtual_sites=drop_virtual_sites,
+        velocities=velocities,  # type: ignore[arg-type]
+        hydrogen_mass=hydrogen_mass,
     )
     from mlip_md.integrations.md.run import run_md
 
@@ -300,6 +322,8 @@ def minimize_command(
         Path | None,
         typer.Option("--output", "-o", help="File to write. Default: <name>-minimized.extxyz."),
     ] = None,
+    frame: FrameOption = None,
+    drop_virtual_sites: DropOption = False,
 ) -> None:
     """Relax a structure and write it."""
     if not 0 < fmax < math.inf:
@@ -314,7 +338,7 @@ def minimize_command(
     from mlip_md.integrations.models import DTYPES
 
     console = Console(highlight=False)
-    given = read_structure(structure)
+    given = read_structure(structure, frame=frame, drop_virtual_sites=drop_virtual_sites)
     given.check_charge()
     path = output or Path(f"{given.name}-minimized.extxyz")
     if path.exists():

@@ -31,6 +31,7 @@ from mlip_md.integrations.md import report, restart
 from mlip_md.integrations.md.backends.interface import Backend, Frame
 from mlip_md.integrations.md.files import LOG, RunFiles, check_sizes, read_log
 from mlip_md.integrations.md.held import check_held
+from mlip_md.integrations.md.masses import prepare
 from mlip_md.integrations.md.observers import RunObserver
 from mlip_md.integrations.md.settings import MDSettings, read_settings, write_settings
 from mlip_md.integrations.md.structures import BondWatch, Structure, make_topology, read_structure
@@ -129,7 +130,12 @@ def run_md(
     settings = dataclasses.replace(
         settings, report_interval=settings.interval, model=lasting_name(settings.model)
     )
-    structure = read_structure(settings.structure)
+    structure = read_structure(
+        settings.structure,
+        frame=settings.frame,
+        drop_virtual_sites=settings.drop_virtual_sites,
+    )
+    structure = prepare(settings, structure)
     backend = make_backend(settings, structure)
     observer.found(structure.line(), structure.report.notes)
     with Interruptions(signal.SIGINT, patient=False, tell=observer.stopping) as interruptions:

@@ -179,13 +179,16 @@ class OpenMMBackend:
         return last.number < steps
 
     def start(self) -> None:
-        """Draw velocities."""
+        """Draw velocities, or keep the file's."""
         settings = self.settings
         state = self._simulation.context.getState(positions=True)
         atoms = self.atoms.copy()
         atoms.positions = state.getPositions(asNumpy=True)._value * ANGSTROM_PER_NM
         rng = np.random.default_rng(settings.seed)
-        draw_velocities(atoms, settings.ensemble, settings.temperature, rng)
+        if settings.velocities == "draw":
+            draw_velocities(atoms, settings.ensemble, settings.temperature, rng)
+        else:  # without those of held coordinates
+            atoms.set_momenta(atoms.get_momenta())
         velocities = atoms.get_velocities() * units.fs / NM_PER_PS
         self._simulation.context.setVelocities(velocities)
 

@@ -9,8 +9,9 @@ from md_cases import ENGINES, settings
 from typer.testing import CliRunner
 
 from mlip_md.cli import app
-from mlip_md.errors import StructureError
-from mlip_md.integrations.md import files, restart
+from mlip_md.errors import ConfigError, StructureError
+from mlip_md.integrations.md import MDSettings, files, restart
+from mlip_md.integrations.md.masses import prepare, repartition_masses
 from mlip_md.integrations.md.minimize import minimize
 from mlip_md.integrations.md.run import restart_md, run_md
 from mlip_md.integrations.md.structures import read_structure
@@ -190,3 +191,42 @@ def test_createsystem_refuses_formal_charges(tmp_path, potential):
     system = openmm.System()
     implementation.addForces(neutral, system, None, 0)
     assert system.getNumForces() == 1
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_velocities_of_the_file_start_a_run(edited, cluster, tmp_path, engine):
+    given = np.random.default_rng(1).normal(size=(27, 3)) * 0.01
+    path = edited(lambda atoms: atoms.set_velocities(given))
+    run_md(settings(path, engine=engine, velocities="file", steps=2), tmp_path / "run")
+    first = ase.io.read(tmp_path / "run" / files.TRAJECTORY_ASE, 0)
+    np.testing.assert_allclose(first.get_velocities(), given, atol=1e-6)
+    with pytest.raises(StructureError, match="holds no velocities"):
+        run_md(settings(cluster, engine=engine, velocities="file"), tmp_path / "other")
+    with pytest.raises(ConfigError, match="--no-minimize"):
+        settings(path, velocities="file", minimize=True)
+
+
+def test_one_frame_of_several_is_run(cluster, tmp_path):
+    atoms = ase.io.read(cluster)
+    other = atoms.copy()
+    other.positions *= 1.05
+    ase.io.write(tmp_path / "two.xyz", [atoms, other])
+    path = str(tmp_path / "two.xyz")
+    with pytest.raises(StructureError, match="--frame"):
+        run_md(settings(path), tmp_path / "run")
+    run_md(settings(path, frame=-1, steps=2), tmp_path / "run")
+    first = ase.io.read(tmp_path / "run" / files.TRAJECTORY_ASE, 0)
+    np.testing.assert_allclose(first.positions, other.positions, atol=1e-5)
+
+
+def test_hydrogen_takes_mass_from_its_heavy_neighbour():
+    structure = read_structure("paracetamol")
+    masses = repartition_masses(structure, 2.0)
+    hydrogen = structure.atoms.numbers == 1
+    np.testing.assert_allclose(masses[hydrogen], 2.0)
+    assert masses.sum() == pytest.approx(structure.atoms.get_masses().sum(), rel=1e-12)
+    assert (masses[~hydrogen] <= structure.atoms.get_masses()[~hydrogen]).all()
+    prepared = prepare(MDSettings(hydrogen_mass=2.0), structure)
+    np.testing.assert_allclose(prepared.atoms.get_masses(), masses)
+    with pytest.raises(StructureError, match="smaller --hydrogen-mass"):
+        repartition_masses(structure, 5.0)
