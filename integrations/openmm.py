@@ -6,6 +6,7 @@ Keywords, periodicity and embedding; the force itself is ``openmm_force.MLForce`
 from __future__ import annotations
 
 import copy
+import logging
 import numbers
 import operator
 import os
@@ -23,8 +24,11 @@ from mlip_md.constants import ANGSTROM_PER_NM
 from mlip_md.devices import device_name, find_device
 from mlip_md.errors import ConfigError, StructureError
 from mlip_md.hints import hint
+from mlip_md.integrations.charges import check_stated, stated_in_topology
 from mlip_md.integrations.models import DEFAULT_MODEL, DTYPES, lasting_name
 from mlip_md.integrations.openmm_force import MLForce, open_potential, pack
+
+logger = logging.getLogger(__name__)
 
 _IGNORED = ("mlLongRange", "linkAtomDistances")
 """Keywords that OpenMM-ML's embeddings read and hand on to every potential."""
@@ -185,12 +189,15 @@ class MLIPPotentialImpl(MLPotentialImpl):
             TypeError: on an unknown keyword.
             ConfigError: on a value that is not allowed.
             UnsupportedElementError: on an element that the potential does not know.
-            StructureError: on atoms without element, listed twice or not there.
+            StructureError: on atoms without element, listed twice or not there, and on formal
+                charges of a topology that is no macromolecule.
         """
         options = force_options(args)
         particles = None if atoms is None else _indices(atoms)
         atomic_numbers = _atomic_numbers(topology, particles)
         self.potential.species(atomic_numbers)
+        for text in _check_charge(topology, particles):
+            logger.warning("%s", text)
         periodic = _is_periodic(topology, system, particles, options.periodic)
         function = MLForce(
             self.model_path,
@@ -245,6 +252,7 @@ class MLIPPotentialImpl(MLPotentialImpl):
         options = force_options(args, "createMixedSystem")
         particles = _indices(atoms)
         self.potential.species(_atomic_numbers(topology, particles))
+        _check_charge(topology, particles)
         args["periodic"] = _is_periodic(topology, system, particles, options.periodic)
         complete, sites = _without_bare_sites(topology)
         made = MechanicalEmbedding().createMixedSystem(
@@ -304,6 +312,14 @@ def _atomic_numbers(topology: openmm.app.Topology, particles: list[int] | None) 
             f"{everything[without[0]].name!r}); the ML potential needs the element of every atom"
         )
     return np.array([everything[i].element.atomic_number for i in particles], np.int32)
+
+
+def _check_charge(topology: openmm.app.Topology, particles: list[int] | None) -> list[str]:
+    """Refuse formal charges of the modelled atoms, or in a macromolecule return warnings."""
+    atoms = list(topology.atoms())
+    modelled = atoms if particles is None else [atoms[i] for i in particles]
+    residues = {atom.residue.index: atom.residue.name for atom in modelled}
+    return check_stated(stated_in_topology(topology, particles), residues.values())
 
 
 def _is_periodic(

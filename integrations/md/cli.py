@@ -29,6 +29,8 @@ from mlip_md.integrations.models import DEFAULT_MODEL
 if TYPE_CHECKING:
     from ase import Atoms
 
+    from mlip_md.integrations.md.structures import Structure
+
 ModelOption = Annotated[
     str,
     typer.Option("--model", "-m", help="Bundled name, .safetensors file, .zip or run folder."),
@@ -59,6 +61,15 @@ StructureArgument = Annotated[
         "Default: paracetamol.",
         show_default=False,
     ),
+]
+
+FrameOption = Annotated[
+    int | None,
+    typer.Option(help="Which of several frames or models, counted from 0; -1 is the last."),
+]
+DropOption = Annotated[
+    bool,
+    typer.Option("--drop-virtual-sites", help="Leave out sites without nucleus (of TIP4P, ...)."),
 ]
 
 
@@ -123,6 +134,15 @@ def md_command(
             **_one_of("dcd", "xtc"),
         ),
     ] = "dcd",
+    frame: FrameOption = None,
+    drop_virtual_sites: DropOption = False,
+    velocities: Annotated[
+        str, typer.Option(help="At the start; file: those it holds.", **_one_of("draw", "file"))
+    ] = "draw",
+    hydrogen_mass: Annotated[
+        float | None,
+        typer.Option(help="u: makes hydrogen heavier by what its heavy neighbour loses."),
+    ] = None,
 ) -> None:
     """Run molecular dynamics; the result is a folder with trajectory, log, plot and summary.
 
@@ -161,6 +181,10 @@ def md_command(
         platform=platform,
         report_interval=report_interval,
         trajectory_format=trajectory_format,  # type: ignore[arg-type]
+        frame=frame,
+        drop_virtual_sites=drop_virtual_sites,
+        velocities=velocities,  # type: ignore[arg-type]
+        hydrogen_mass=hydrogen_mass,
     )
     from mlip_md.integrations.md.run import run_md
 
@@ -298,12 +322,15 @@ def minimize_command(
         Path | None,
         typer.Option("--output", "-o", help="File to write. Default: <name>-minimized.extxyz."),
     ] = None,
+    frame: FrameOption = None,
+    drop_virtual_sites: DropOption = False,
 ) -> None:
     """Relax a structure and write it."""
     if not 0 < fmax < math.inf:
         raise ConfigError(f"--fmax {fmax:g} is not allowed; it must be positive and finite")
     _check_device(device)
     from rich.console import Console
+    from rich.markup import escape
 
     from mlip_md.integrations.ase import MLIPCalculator
     from mlip_md.integrations.md.minimize import minimize
@@ -311,14 +338,18 @@ def minimize_command(
     from mlip_md.integrations.models import DTYPES
 
     console = Console(highlight=False)
-    given = read_structure(structure)
+    given = read_structure(structure, frame=frame, drop_virtual_sites=drop_virtual_sites)
+    given.check_charge()
     path = output or Path(f"{given.name}-minimized.extxyz")
     if path.exists():
         raise ConfigError(f"{path} exists; name another file with --output")
     check_new_file(path, "--output")
-    _render(path.name, given.atoms)  # what cannot be written is known before it is computed
+    _render(path.name, given, given.atoms)  # what cannot be written is known before it is computed
     calculator = MLIPCalculator(model, dtype=DTYPES[precision], device=device)
     console.print(f"[bold]{given.name}[/bold]: {len(given.atoms)} atoms, model {model}")
+    console.print(escape(given.line()), soft_wrap=True)
+    for note in given.report.notes:
+        console.print(f"[yellow]{escape(note)}[/yellow]", soft_wrap=True)
     shown: list[int] = []
 
     def observe(step: int, energy: float, largest: float) -> None:
@@ -337,7 +368,7 @@ def minimize_command(
         optimizer=optimizer,
         observer=observe,
     )
-    write_bytes(path, _render(path.name, relaxed))
+    write_bytes(path, _render(path.name, given, relaxed))
     energy = relaxed.get_potential_energy()
     ending = "Converged" if converged else f"[yellow]Not converged within {steps} steps[/yellow]"
     console.print(f"{ending}: {energy:.6f} eV. Wrote {path}")
@@ -345,18 +376,18 @@ def minimize_command(
         raise typer.Exit(1)
 
 
-def _render(name: str, atoms: Atoms) -> bytes:
-    """Content of the structure file that ASE writes under a name.
+def _render(name: str, structure: Structure, atoms: Atoms) -> bytes:
+    """Content of the file of a structure, as it was read and as it has become, under a name.
 
     Raises:
         ConfigError: if ASE has no writer for such a name.
     """
-    from ase.io import write
+    from mlip_md.integrations.md.structures import write_structure
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         try:
-            write(path, atoms)
+            write_structure(path, structure, atoms)
             return path.read_bytes()
         except Exception as error:
             raise ConfigError(

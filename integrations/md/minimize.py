@@ -26,7 +26,7 @@ def minimize(
     """Relax a structure.
 
     Args:
-        atoms: the structure; not changed.
+        atoms: the structure; not changed. Its constraints are held.
         calculator: the potential.
         fmax: eV/Å, largest force on an atom at which to stop.
         steps: at most so many steps.
@@ -39,7 +39,7 @@ def minimize(
 
     Raises:
         ConfigError: on an unknown optimizer.
-        StructureError: if the cell cannot be relaxed because there is none.
+        StructureError: if the cell cannot be relaxed because there is none, or atoms are held.
     """
     optimizers = {"bfgs": BFGS, "fire": FIRE}
     if optimizer not in optimizers:
@@ -47,6 +47,11 @@ def minimize(
     if relax_cell and (atoms.cell.rank < 3 or not atoms.pbc.all()):
         raise StructureError(
             "only a structure with a cell, periodic in three directions, has one to relax"
+        )
+    if relax_cell and atoms.constraints:
+        raise StructureError(
+            "a cell that relaxes takes all atoms with it, but the structure holds some in place; "
+            "remove the constraints, or relax without the cell"
         )
     relaxed = atoms.copy()
     relaxed.calc = calculator

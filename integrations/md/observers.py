@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ class RunObserver:
 
     def stage(self, text: str) -> None:
         """A phase without steps begins; at the first one, all input has been found good."""
+
+    def found(self, line: str, notes: Sequence[str]) -> None:
+        """The structure has been read: what it is in one line, and what to know of it."""
 
     def note(self, text: str) -> None:
         """Something the user should know."""
@@ -79,11 +83,19 @@ class TerminalObserver(RunObserver):
     def stage(self, text: str) -> None:
         """A phase without steps begins; at the first one, all input has been found good."""
         while self._waiting:
-            self.console.print(self._waiting.pop(0))
+            self.console.print(self._waiting.pop(0), soft_wrap=True)
         if self._bar is not None:
             self._bar.update(self._task, description=text)
         else:
             self.console.print(f"{text} ...")
+
+    def found(self, line: str, notes: Sequence[str]) -> None:
+        """The structure has been read; said when the input has been found good."""
+        from rich.markup import escape
+
+        self.later(escape(line))
+        for text in notes:
+            self.later(f"[yellow]{escape(text)}[/yellow]")
 
     def note(self, text: str) -> None:
         """Something the user should know."""

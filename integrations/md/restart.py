@@ -15,7 +15,8 @@ from ase import Atoms
 from mlip_md.errors import CheckpointError
 from mlip_md.files import write_bytes
 from mlip_md.integrations.md.files import TOPOLOGY
-from mlip_md.integrations.md.structures import Structure, read_structure
+from mlip_md.integrations.md.held import hold
+from mlip_md.integrations.md.structures import Structure, fixed_axes, read_structure
 
 RESTART = "restart.npz"
 """Name of the file in a run folder."""
@@ -69,12 +70,22 @@ def read_restart(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return arrays, values
 
 
+def describe_atoms(atoms: Atoms) -> dict[str, np.ndarray]:
+    """What a run must know of its atoms beside their motion, as arrays of the restart file."""
+    return {
+        "numbers": atoms.numbers,
+        "pbc": atoms.pbc,
+        "masses": atoms.get_masses(),
+        "fixed": fixed_axes(atoms),
+    }
+
+
 def read_saved_structure(folder: Path, arrays: dict[str, np.ndarray], name: str) -> Structure:
     """The structure at the restart point; the file it first came from is not needed.
 
     Args:
         folder: the run's, with its topology.
-        arrays: of the restart file.
+        arrays: of the restart file; those of version 0.1.0 have no masses and held nothing.
         name: the structure's.
 
     Raises:
@@ -83,9 +94,17 @@ def read_saved_structure(folder: Path, arrays: dict[str, np.ndarray], name: str)
     path = folder / TOPOLOGY
     if not path.exists():
         raise CheckpointError(f"there is no {path}, without which the run cannot go on")
-    topology = read_structure(path).topology
+    saved = read_structure(path)
+    topology = saved.topology
     numbers = [atom.element.atomic_number for atom in topology.atoms()]
     if numbers != arrays["numbers"].tolist():
         raise CheckpointError(f"{path} has other atoms than {RESTART}")
-    atoms = Atoms(numbers, arrays["positions"], cell=arrays["cell"], pbc=arrays["pbc"])
+    atoms = Atoms(
+        numbers,
+        arrays["positions"],
+        cell=arrays["cell"],
+        pbc=arrays["pbc"],
+        masses=arrays.get("masses", saved.atoms.get_masses()),
+    )
+    hold(atoms, arrays.get("fixed", np.zeros((len(atoms), 3), bool)))
     return Structure(name, atoms, topology)

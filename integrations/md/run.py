@@ -30,6 +30,8 @@ from mlip_md.files import check_new_folder
 from mlip_md.integrations.md import report, restart
 from mlip_md.integrations.md.backends.interface import Backend, Frame
 from mlip_md.integrations.md.files import LOG, RunFiles, check_sizes, read_log
+from mlip_md.integrations.md.held import check_held
+from mlip_md.integrations.md.masses import prepare
 from mlip_md.integrations.md.observers import RunObserver
 from mlip_md.integrations.md.settings import MDSettings, read_settings, write_settings
 from mlip_md.integrations.md.structures import BondWatch, Structure, make_topology, read_structure
@@ -51,8 +53,11 @@ def make_backend(settings: MDSettings, structure: Structure) -> Backend:
     """The engine that the settings name, for a structure.
 
     Raises:
-        StructureError: if the ensemble or engine cannot have this structure's periodicity.
+        StructureError: if the ensemble or engine cannot have this structure's periodicity or hold
+            its constraints, or a charge or spin is stated for it.
     """
+    structure.check_charge()
+    structure = check_held(settings, structure)
     atoms = structure.atoms
     if settings.ensemble == "npt" and not (atoms.pbc.all() and atoms.cell.rank == 3):
         raise StructureError(
@@ -125,8 +130,14 @@ def run_md(
     settings = dataclasses.replace(
         settings, report_interval=settings.interval, model=lasting_name(settings.model)
     )
-    structure = read_structure(settings.structure)
+    structure = read_structure(
+        settings.structure,
+        frame=settings.frame,
+        drop_virtual_sites=settings.drop_virtual_sites,
+    )
+    structure = prepare(settings, structure)
     backend = make_backend(settings, structure)
+    observer.found(structure.line(), structure.report.notes)
     with Interruptions(signal.SIGINT, patient=False, tell=observer.stopping) as interruptions:
         compile_seconds = _warm_up(backend, observer, interruptions)
         if settings.minimize:
@@ -138,7 +149,8 @@ def run_md(
             folder = make_fresh_folder(structure.name)
         folder.mkdir(parents=True, exist_ok=True)
         write_settings(folder, settings)
-        _Run(settings, backend, folder, observer, compile_seconds).go(interruptions)
+        origin = structure.as_dict()
+        _Run(settings, backend, folder, observer, compile_seconds, origin).go(interruptions)
     return folder
 
 
@@ -197,7 +209,8 @@ def restart_md(
                 f"{path} does not hold the state of such a run ({error!r}); start a new run"
             ) from error
         write_settings(folder, settings)
-        run = _Run(settings, backend, folder, observer, compile_seconds, values["sizes"])
+        origin = values.get("input")
+        run = _Run(settings, backend, folder, observer, compile_seconds, origin, values["sizes"])
         run.go(interruptions)
     return folder
 
@@ -275,6 +288,7 @@ class _Run:
         folder: where to.
         observer: is told.
         compile_seconds: for the summary.
+        origin: what was read from the structure's file; None is unknown (runs of version 0.1.0).
         sizes: of the growing files at the restart point, or None for a new run.
     """
 
@@ -285,10 +299,12 @@ class _Run:
         folder: Path,
         observer: RunObserver,
         compile_seconds: float,
+        origin: dict[str, Any] | None,
         sizes: dict[str, int] | None = None,
     ) -> None:
         self.settings, self.backend, self.folder = settings, backend, folder
         self.observer, self.new = observer, sizes is None
+        self.origin = origin
         self.watch = BondWatch(backend.structure.atoms)
         self.last = backend.frame()
         self.first_step = self.last.step
@@ -378,12 +394,13 @@ class _Run:
         structure = self.backend.structure
         arrays, values = self.backend.state()
         self._good = (
-            arrays | {"numbers": structure.atoms.numbers, "pbc": structure.atoms.pbc},
+            arrays | restart.describe_atoms(structure.atoms),
             values
             | {
                 "step": self.last.step,
                 "sizes": self.files.sizes(),
                 "name": structure.name,
+                "input": self.origin,
                 "sha256": self.backend.potential.sha256,
             },
         )
@@ -413,6 +430,7 @@ class _Run:
             "structure": backend.structure.name,
             "formula": atoms.get_chemical_formula(),
             "n_atoms": len(atoms),
+            "input": self.origin,
             "model": backend.potential.info.get("name", settings.model),
             "model_sha256": backend.potential.sha256,
             "ensemble": settings.ensemble,

@@ -18,6 +18,7 @@ EngineName = Literal["ase", "openmm"]
 Ensemble = Literal["nve", "nvt", "npt"]
 Precision = Literal["single", "double"]
 TrajectoryFormat = Literal["dcd", "xtc"]
+VelocityOrigin = Literal["draw", "file"]
 
 SETTINGS = "settings.json"
 """Name of the file in a run folder."""
@@ -48,6 +49,11 @@ class MDSettings:
         report_interval: steps between frames; None makes about 500 frames.
         trajectory_format: of the trajectory for mdtraj: "dcd", or "xtc" (smaller; rounded to
             0.01 Å). The one for ASE is always there.
+        frame: which of several frames or models of the file, counted from 0; None is for one.
+        drop_virtual_sites: leave out sites without nucleus, which are refused otherwise.
+        velocities: at the start: "draw" them, or those of the "file".
+        hydrogen_mass: u, to which hydrogen is made heavier by what its heavy neighbour loses; None
+            leaves the masses.
 
     Raises:
         ConfigError: if a value is not allowed.
@@ -69,6 +75,10 @@ class MDSettings:
     platform: str | None = None
     report_interval: int | None = None
     trajectory_format: TrajectoryFormat = "dcd"
+    frame: int | None = None
+    drop_virtual_sites: bool = False
+    velocities: VelocityOrigin = "draw"
+    hydrogen_mass: float | None = None
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -76,6 +86,7 @@ class MDSettings:
             ("ensemble", Ensemble),
             ("precision", Precision),
             ("trajectory_format", TrajectoryFormat),
+            ("velocities", VelocityOrigin),
         ):
             value = getattr(self, name)
             if value not in get_args(choices):
@@ -97,6 +108,16 @@ class MDSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} = {value} is not allowed; it must be at least 1")
+        if self.velocities == "file" and self.minimize:
+            raise ConfigError(
+                "velocities of the file belong to its positions, which minimizing would change; "
+                "give --no-minimize (in Python minimize=False), or draw velocities"
+            )
+        if self.hydrogen_mass is not None and not 1 <= self.hydrogen_mass < math.inf:
+            raise ConfigError(
+                f"hydrogen_mass = {self.hydrogen_mass} u is not allowed; it must be at least 1 and "
+                "finite, 3 for example"
+            )
         if not 0 <= self.seed <= LARGEST_SEED:
             raise ConfigError(f"seed = {self.seed} is not allowed; it must be in 0 … 2^31 - 2")
 

@@ -6,12 +6,19 @@ import numpy as np
 from ase import Atoms, units
 from ase.md.velocitydistribution import Stationary, ZeroRotation, thermalize_momenta
 
+from mlip_md.integrations.md.structures import fixed_axes
+
 
 def count_degrees_of_freedom(atoms: Atoms, ensemble: str) -> int:
-    """Number of momenta that are free: thermostats touch all 3N, nve conserves the total ones."""
-    count = 3 * len(atoms)
-    if ensemble != "nve":
-        return count
+    """Number of momenta that are free.
+
+    Thermostats touch all that are not held by a constraint. nve conserves the total ones, unless
+    something is held, which takes momentum up.
+    """
+    held = int(fixed_axes(atoms).sum())
+    count = 3 * len(atoms) - held
+    if ensemble != "nve" or held:
+        return max(count, 1)
     count -= 3
     if not atoms.pbc.any():
         moments = atoms.get_moments_of_inertia()
@@ -29,6 +36,8 @@ def draw_velocities(
 ) -> None:
     """Give atoms velocities of a temperature; in nve without total momentum and rotation.
 
+    Held coordinates get none; where there are such, nothing is taken off the others.
+
     Args:
         atoms: get them, as momenta in ASE's unit.
         ensemble: "nve", "nvt" or "npt".
@@ -38,9 +47,10 @@ def draw_velocities(
     thermalize_momenta(atoms, temperature_K, rng=rng)
     if ensemble != "nve" or len(atoms) == 1:
         return
-    Stationary(atoms, preserve_temperature=False)
-    if not atoms.pbc.any():
-        ZeroRotation(atoms, preserve_temperature=False)
+    if not atoms.constraints:
+        Stationary(atoms, preserve_temperature=False)
+        if not atoms.pbc.any():
+            ZeroRotation(atoms, preserve_temperature=False)
     kinetic = atoms.get_kinetic_energy()
     wanted = 0.5 * count_degrees_of_freedom(atoms, ensemble) * units.kB * temperature_K
     if kinetic > 0:

@@ -62,8 +62,12 @@ class ASEBackend:
         return bool(FIRE(self.atoms, logfile=None).run(fmax=force, steps=steps))
 
     def start(self) -> None:
-        """Draw velocities and set up the integrator."""
-        draw_velocities(self.atoms, self.settings.ensemble, self.settings.temperature, self.rng)
+        """Draw velocities, or keep the file's, and set up the integrator."""
+        settings = self.settings
+        if settings.velocities == "draw":
+            draw_velocities(self.atoms, settings.ensemble, settings.temperature, self.rng)
+        else:  # without those of held coordinates
+            self.atoms.set_momenta(self.atoms.get_momenta())
         self._dynamics = self._integrator()
 
     @property

@@ -59,7 +59,7 @@ class Backend(Protocol):
         """Relax the positions until forces are below ``force`` (eV/Å); False after ``steps``."""
 
     def start(self) -> None:
-        """Draw velocities and set up the integrator."""
+        """Draw velocities, or keep the file's, and set up the integrator."""
 
     def advance(self, steps: int) -> None:
         """Integrate a number of steps."""

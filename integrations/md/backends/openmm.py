@@ -62,6 +62,8 @@ def reduce_cell(structure: Structure) -> Structure:
     for row, column in ((2, 1), (2, 0), (1, 0)):
         reduced[row] -= reduced[column] * np.round(reduced[row, column] / reduced[column, column])
     atoms.positions = atoms.positions @ rotation.T
+    if "momenta" in atoms.arrays:
+        atoms.arrays["momenta"] = atoms.arrays["momenta"] @ rotation.T
     atoms.cell = reduced
     return dataclasses.replace(structure, atoms=atoms)
 
@@ -122,8 +124,8 @@ class OpenMMBackend:
         system = openmm.System()
         if self._periodic:
             system.setDefaultPeriodicBoxVectors(*topology.getPeriodicBoxVectors())
-        for atom in topology.atoms():
-            system.addParticle(atom.element.mass)
+        for mass in self._masses(topology):
+            system.addParticle(mass)
         force = openmm.PythonForce(self._force)
         force.setUsesPeriodicBoundaryConditions(self._periodic)
         system.addForce(force)
@@ -133,6 +135,14 @@ class OpenMMBackend:
             simulation = openmm.app.Simulation(topology, system, integrator, platform)
         self._set_positions(simulation, self.atoms.positions, self.atoms.cell.array)
         return simulation
+
+    def _masses(self, topology: openmm.app.Topology) -> np.ndarray:
+        """Masses (n,) u: OpenMM's of the elements, the file's own, and 0 for atoms in place."""
+        masses = np.array([atom.element.mass._value for atom in topology.atoms()])
+        own = self.structure.own_masses
+        masses[own] = self.atoms.get_masses()[own]
+        masses[self.structure.fixed.all(axis=1)] = 0.0
+        return masses
 
     def _integrator(self) -> openmm.Integrator:
         settings, timestep = self.settings, self.settings.timestep * unit.femtoseconds
@@ -169,13 +179,16 @@ class OpenMMBackend:
         return last.number < steps
 
     def start(self) -> None:
-        """Draw velocities."""
+        """Draw velocities, or keep the file's."""
         settings = self.settings
         state = self._simulation.context.getState(positions=True)
         atoms = self.atoms.copy()
         atoms.positions = state.getPositions(asNumpy=True)._value * ANGSTROM_PER_NM
         rng = np.random.default_rng(settings.seed)
-        draw_velocities(atoms, settings.ensemble, settings.temperature, rng)
+        if settings.velocities == "draw":
+            draw_velocities(atoms, settings.ensemble, settings.temperature, rng)
+        else:  # without those of held coordinates
+            atoms.set_momenta(atoms.get_momenta())
         velocities = atoms.get_velocities() * units.fs / NM_PER_PS
         self._simulation.context.setVelocities(velocities)
 

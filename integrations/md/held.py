@@ -1,0 +1,56 @@
+"""Coordinates that do not move: what a run can hold, and how many momenta are left."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from ase import Atoms
+from ase.constraints import FixAtoms, FixCartesian
+
+from mlip_md.errors import StructureError
+from mlip_md.integrations.md.settings import MDSettings
+from mlip_md.integrations.md.structures import Structure
+
+
+def hold(atoms: Atoms, fixed: np.ndarray) -> None:
+    """Hold coordinates (n, 3) of atoms by Cartesian axis, and nothing else.
+
+    Whole atoms become FixAtoms, the others FixCartesian: these two ASE's integrators hold exactly,
+    and both are kept by extended XYZ files.
+    """
+    whole = fixed.all(axis=1)
+    held: list[FixAtoms | FixCartesian] = [FixAtoms(np.flatnonzero(whole))] if whole.any() else []
+    partly = fixed.any(axis=1) & ~whole
+    for mask in np.unique(fixed[partly], axis=0):
+        same = partly & (fixed == mask).all(axis=1)
+        held.append(FixCartesian(np.flatnonzero(same), mask=tuple(bool(axis) for axis in mask)))
+    atoms.set_constraint(held)
+
+
+def check_held(settings: MDSettings, structure: Structure) -> Structure:
+    """The structure with its constraints as a run holds them, by Cartesian axis.
+
+    Raises:
+        StructureError: if the engine or the ensemble cannot hold them, or nothing could move.
+    """
+    fixed = structure.fixed
+    if not fixed.any():
+        return structure
+    if settings.ensemble == "npt":
+        raise StructureError(
+            f"npt scales the cell with all atoms in it, but {int(fixed.any(axis=1).sum())} atoms "
+            "are held in place; use nvt, or remove the constraints"
+        )
+    if fixed.all():
+        raise StructureError("the constraints hold all atoms in place: nothing would move")
+    if settings.engine == "openmm" and (fixed.any(axis=1) != fixed.all(axis=1)).any():
+        first = int(np.argmax(fixed.any(axis=1) & ~fixed.all(axis=1)))
+        axes = " and ".join(np.array(["x", "y", "z"])[fixed[first]])
+        raise StructureError(
+            f"OpenMM can hold whole atoms only, but of atom {first + 1} only {axes} is held; use "
+            "the ASE engine, or fix the atom in all directions"
+        )
+    atoms = structure.atoms.copy()
+    hold(atoms, fixed)
+    return dataclasses.replace(structure, atoms=atoms)
