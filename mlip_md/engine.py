@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mlip_md.compiler import check_sums, jit
 from mlip_md.devices import device_name, find_device, naming_out_of_memory, precision
 from mlip_md.elements import symbol
 from mlip_md.errors import ConfigError, MLIPError, NonFiniteError
@@ -171,7 +172,7 @@ class Runtime:
         self._scaling = (potential.scaling_mean, potential.scaling_stdev)
         self._lock = threading.Lock()
         self._compiled: set[Shape] = set()
-        self.step = jax.jit(self.evaluate_buffers, static_argnames="shape", donate_argnames="kept")
+        self.step = jit(self.evaluate_buffers, static_argnames="shape", donate_argnames="kept")
         weights = jax.tree_util.tree_map(
             lambda leaf: np.asarray(leaf, self.dtype), dict(potential.params)
         )
@@ -269,6 +270,7 @@ class Engine:
 
     Raises:
         ConfigError: if dtype, device, skin, backend or margin are not allowed.
+        CompilerError: if the installed compiler adds up wrongly in this dtype on this device.
     """
 
     def __init__(
@@ -287,6 +289,7 @@ class Engine:
         self.dtype = dtype
         self.spec = NeighborSpec(potential.cutoff, skin, backend, capacity_margin)
         self.device = find_device(device)
+        check_sums(dtype, self.device)
         self.runtime = _shared_runtime(potential, dtype, self.device)
         self._lists: dict[tuple[Any, ...], DeviceList] = {}
         self._lock = threading.Lock()

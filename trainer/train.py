@@ -26,6 +26,7 @@ import jax
 import numpy as np
 
 import mlip_md
+from mlip_md.compiler import jit
 from mlip_md.errors import CheckpointError, NonFiniteError
 from mlip_md.files import write_text
 from mlip_md.formats import own
@@ -109,12 +110,13 @@ class Trainer:
             avg_num_neighbors=statistics.avg_num_neighbors,
             avg_r_min=statistics.avg_r_min,
         )
-        example = data.example()
-        # jit leaves the forward pass out and compiles the rest once instead of piece by piece
-        params = jax.jit(network.init)(jax.random.key(recipe.seed), example.graph)
-        self.state = init_state(recipe, params)
+        # First, because they look whether this process and its compiler can compute.
         self.train_step = make_train_step(network.apply, recipe)
         self.eval_step = make_eval_step(network.apply)
+        example = data.example()
+        # jit leaves the forward pass out and compiles the rest once instead of piece by piece
+        params = jit(network.init)(jax.random.key(recipe.seed), example.graph)
+        self.state = init_state(recipe, params)
         self.progress = TrainingProgress()
         self.checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint.keep_latest)
         self.log = RunLog(folder, echo)
