@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mlip_md.compiler import check_sums, jit
-from mlip_md.devices import device_name, find_device, naming_out_of_memory, precision
+from mlip_md.devices import check_process, device_name, find_device, naming_out_of_memory, precision
 from mlip_md.elements import symbol
 from mlip_md.errors import ConfigError, MLIPError, NonFiniteError
 from mlip_md.graph import Graph
@@ -348,7 +348,9 @@ class Engine:
             UnsupportedElementError: if the potential does not know an element.
             NonFiniteError: if the potential gives NaN or infinity.
             CapacityError: if there are too many neighbors.
+            ForkError: in a forked process of the one that computed first.
         """
+        check_process()
         structure = check_structure(self.potential, positions, atomic_numbers, cell, pbc)
         platform = self.device.platform
         backend = self.spec.backend_of(platform, len(structure), structure.cell, structure.pbc)
@@ -370,6 +372,7 @@ class Engine:
         Raises:
             The errors of ``evaluate``; the message starts with the structure's index.
         """
+        check_process()
         listed = []
         for index, arrays in enumerate(structures):
             try:
