@@ -31,6 +31,7 @@ from mlip_md.errors import CheckpointError, NonFiniteError
 from mlip_md.files import write_text
 from mlip_md.formats import own
 from mlip_md.networks import build_network
+from mlip_md.ownership import owning
 from mlip_md.potential import Params, Potential
 from mlip_md.signals import Interruptions
 from mlip_md.trainer import metrics
@@ -144,9 +145,15 @@ class Trainer:
         Raises:
             CheckpointError: if ``resume`` does not fit the folder.
             OutputError: if a file cannot be written.
+            OwnershipError: if another training goes on in the folder.
             NonFiniteError: if too many steps in a row gave NaN or infinity.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        with owning(self.folder):
+            return self._run(resume, max_seconds)
+
+    def _run(self, resume: Resume, max_seconds: float) -> Outcome:
+        """``run`` in a folder that is ours."""
         self._begin(resume)
         signals = (signal.SIGTERM, signal.SIGINT)
         with Interruptions(*signals, max_seconds=max_seconds) as self.interruptions:

@@ -34,6 +34,8 @@ from mlip_md.integrations.md.observers import RunObserver
 from mlip_md.integrations.md.settings import MDSettings, read_settings, write_settings
 from mlip_md.integrations.md.structures import BondWatch, Structure, make_topology, read_structure
 from mlip_md.integrations.models import lasting_name
+from mlip_md.ownership import FILE as OWNER
+from mlip_md.ownership import owning
 from mlip_md.signals import Interruptions
 
 MINIMIZE_FORCE = 0.05
@@ -91,9 +93,13 @@ def check_output(folder: Path | None) -> None:
     Raises:
         ConfigError: if it is no folder, not empty, or cannot be made or written.
     """
-    if folder is not None and folder.is_dir() and any(folder.iterdir()):
+    if folder is not None and folder.is_dir() and _is_used(folder):
         raise ConfigError(f"{folder} is not empty; name another folder, or continue it (restart)")
     check_new_folder(Path() if folder is None else folder, "run folder")
+
+
+def _is_used(folder: Path) -> bool:
+    return any(path.name != OWNER for path in folder.iterdir())
 
 
 def run_md(
@@ -118,6 +124,7 @@ def run_md(
         StructureError, ConfigError, UnsupportedElementError: before anything runs.
         SimulationError: if the run becomes unstable; the frames until then are kept.
         OutputError: if a file cannot be written.
+        OwnershipError: if another run has taken the folder meanwhile.
         KeyboardInterrupt: on Ctrl-C.
     """
     observer = progress or RunObserver()
@@ -137,8 +144,10 @@ def run_md(
         if folder is None:
             folder = make_fresh_folder(structure.name)
         folder.mkdir(parents=True, exist_ok=True)
-        write_settings(folder, settings)
-        _Run(settings, backend, folder, observer, compile_seconds).go(interruptions)
+        with owning(folder):
+            check_output(folder)  # again: another run may have used it meanwhile
+            write_settings(folder, settings)
+            _Run(settings, backend, folder, observer, compile_seconds).go(interruptions)
     return folder
 
 
@@ -169,9 +178,23 @@ def restart_md(
     Raises:
         CheckpointError: if the folder holds no run that can go on.
         ConfigError: if there is no such folder, platform or device.
+        OwnershipError: if another run goes on in the folder.
         SimulationError, OutputError, KeyboardInterrupt: as ``run_md``.
     """
-    observer = progress or RunObserver()
+    read_settings(folder)  # is there a run at all?
+    with owning(folder):
+        _continue(folder, steps, platform, device, progress or RunObserver())
+    return folder
+
+
+def _continue(
+    folder: Path,
+    steps: int | None,
+    platform: str | None,
+    device: str | None,
+    observer: RunObserver,
+) -> None:
+    """``restart_md`` in a folder that is ours."""
     settings = read_settings(folder)
     path = folder / restart.RESTART
     arrays, values = restart.read_restart(path)
@@ -199,7 +222,6 @@ def restart_md(
         write_settings(folder, settings)
         run = _Run(settings, backend, folder, observer, compile_seconds, values["sizes"])
         run.go(interruptions)
-    return folder
 
 
 def _extended(settings: MDSettings, folder: Path, done: int, steps: int | None) -> MDSettings:
