@@ -16,7 +16,6 @@ import collections
 import dataclasses
 import json
 import math
-import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,7 +32,7 @@ from mlip_md.formats import own
 from mlip_md.networks import build_network
 from mlip_md.ownership import owning
 from mlip_md.potential import Params, Potential
-from mlip_md.signals import Interruptions
+from mlip_md.signals import ENDINGS, Interruptions
 from mlip_md.trainer import metrics
 from mlip_md.trainer.checkpoint import CheckpointFolder
 from mlip_md.trainer.data import TrainingData, iterate_batches
@@ -66,13 +65,13 @@ class Outcome:
     """How a run ended.
 
     Attributes:
-        status: "done", or why it was interrupted: "terminated", "keyboard", "time".
+        status: "done", or why it was interrupted: "terminated", "hangup", "keyboard", "time".
         folder: of the run.
         epoch: last epoch that was validated.
         errors: validation errors of the model in ``model.safetensors``.
     """
 
-    status: Literal["done", "terminated", "keyboard", "time"]
+    status: Literal["done", "terminated", "hangup", "keyboard", "time"]
     folder: Path
     epoch: int
     errors: Mapping[str, float]
@@ -140,7 +139,7 @@ class Trainer:
             max_seconds: after this time the state is saved and the run ends as "time".
 
         Returns:
-            How it ended. After SIGTERM, SIGINT or the time limit the state is saved.
+            How it ended. After SIGTERM, SIGHUP, SIGINT or the time limit the state is saved.
 
         Raises:
             CheckpointError: if ``resume`` does not fit the folder.
@@ -155,8 +154,7 @@ class Trainer:
     def _run(self, resume: Resume, max_seconds: float) -> Outcome:
         """``run`` in a folder that is ours."""
         self._begin(resume)
-        signals = (signal.SIGTERM, signal.SIGINT)
-        with Interruptions(*signals, max_seconds=max_seconds) as self.interruptions:
+        with Interruptions(*ENDINGS, max_seconds=max_seconds) as self.interruptions:
             if self.progress.validated < 0:
                 self._validate(0, self.state.params)
             while self.progress.epoch <= self.recipe.train.epochs:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import platform as python_platform
 import re
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +35,7 @@ from mlip_md.integrations.md.structures import BondWatch, Structure, make_topolo
 from mlip_md.integrations.models import lasting_name
 from mlip_md.ownership import FILE as OWNER
 from mlip_md.ownership import owning
-from mlip_md.signals import Interruptions
+from mlip_md.signals import ENDINGS, Interruptions
 
 MINIMIZE_FORCE = 0.05
 """eV/Å: largest force with which a run starts, unless the minimization ends before."""
@@ -110,7 +109,7 @@ def run_md(
 ) -> Path:
     """Run molecular dynamics into a new folder.
 
-    The first Ctrl-C ends the run after the present step, with everything saved.
+    The first Ctrl-C, SIGTERM or SIGHUP ends the run after the present step, with everything saved.
 
     Args:
         settings: what to run.
@@ -126,6 +125,7 @@ def run_md(
         OutputError: if a file cannot be written.
         OwnershipError: if another run has taken the folder meanwhile.
         KeyboardInterrupt: on Ctrl-C.
+        StoppedError: on SIGTERM and SIGHUP.
     """
     observer = progress or RunObserver()
     check_output(folder)
@@ -134,13 +134,14 @@ def run_md(
     )
     structure = read_structure(settings.structure)
     backend = make_backend(settings, structure)
-    with Interruptions(signal.SIGINT, patient=False, tell=observer.stopping) as interruptions:
+    with Interruptions(*ENDINGS, patient=False, tell=observer.stopping) as interruptions:
         compile_seconds = _warm_up(backend, observer, interruptions)
         if settings.minimize:
             observer.stage("Minimizing")
             _minimize(backend, observer)
             interruptions.check()
         backend.start()
+        interruptions.patient = True  # from here on there is something to save
         if folder is None:
             folder = make_fresh_folder(structure.name)
         folder.mkdir(parents=True, exist_ok=True)
@@ -179,7 +180,7 @@ def restart_md(
         CheckpointError: if the folder holds no run that can go on.
         ConfigError: if there is no such folder, platform or device.
         OwnershipError: if another run goes on in the folder.
-        SimulationError, OutputError, KeyboardInterrupt: as ``run_md``.
+        SimulationError, OutputError, KeyboardInterrupt, StoppedError: as ``run_md``.
     """
     read_settings(folder)  # is there a run at all?
     with owning(folder):
@@ -211,7 +212,7 @@ def _continue(
             f"{settings.model} is not the model that the run in {folder} was started with"
         )
     check_sizes(folder, values["sizes"])
-    with Interruptions(signal.SIGINT, patient=False, tell=observer.stopping) as interruptions:
+    with Interruptions(*ENDINGS, patient=False, tell=observer.stopping) as interruptions:
         compile_seconds = _warm_up(backend, observer, interruptions)
         try:
             backend.restore(arrays, values)
@@ -219,6 +220,7 @@ def _continue(
             raise CheckpointError(
                 f"{path} does not hold the state of such a run ({error!r}); start a new run"
             ) from error
+        interruptions.patient = True
         write_settings(folder, settings)
         run = _Run(settings, backend, folder, observer, compile_seconds, values["sizes"])
         run.go(interruptions)
@@ -335,7 +337,8 @@ class _Run:
             self._step_to_the_end(interruptions)
             status = "finished"
         except KeyboardInterrupt:
-            status = "interrupted"
+            reason = interruptions.reason
+            status = reason if reason in ("terminated", "hangup") else "interrupted"
             raise
         finally:
             self._save_restart()
@@ -349,7 +352,6 @@ class _Run:
     def _step_to_the_end(self, interruptions: Interruptions) -> None:
         total, interval = self.settings.steps, self.settings.interval
         self.observer.begin(self.folder, self.last.step, total)
-        interruptions.patient = True
         saved = time.perf_counter()
         while self.last.step < total:
             interruptions.check()
