@@ -35,6 +35,7 @@ EXIT_CODES: Mapping[type[Exception], int] = {
     errors.OutputError: 5,
     errors.OwnershipError: 5,
     errors.CapacityError: 7,
+    errors.StoppedError: 75,
     errors.MLIPError: 2,
     FileNotFoundError: 2,
     OSError: 5,

@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 
-from mlip_md.errors import CapacityError, ConfigError, DeviceError
+from mlip_md.errors import CapacityError, ConfigError, DeviceError, ForkError
+
+
+@functools.cache
+def _first_process() -> int:
+    """The process in which JAX was started for us; forked ones inherit the answer."""
+    return os.getpid()
+
+
+def check_process() -> None:
+    """Start JAX for us in this process, or refuse one that would wait for ever.
+
+    A forked process inherits what its parent has compiled and locked, but not the threads that
+    compute.
+
+    Raises:
+        ForkError: if JAX was started for us in another process, of which this one is a fork.
+    """
+    if _first_process() != os.getpid():
+        raise ForkError(
+            f"process {os.getpid()} is a fork of process {_first_process()}, which has started "
+            "JAX; it would wait for ever for threads that it does not have. Start processes by "
+            "multiprocessing.get_context('spawn'), or open potentials only after the fork"
+        )
 
 
 def find_device(device: str | jax.Device | None) -> jax.Device:
@@ -24,7 +49,9 @@ def find_device(device: str | jax.Device | None) -> jax.Device:
     Raises:
         DeviceError: if there is none of that name.
         ConfigError: if it is no name.
+        ForkError: as ``check_process``.
     """
+    check_process()
     if isinstance(device, jax.Device):
         return device
     if device is not None and not isinstance(device, str):

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mlip_md.devices import device_name, find_device, naming_out_of_memory, precision
+from mlip_md.compiler import check_sums, jit
+from mlip_md.devices import check_process, device_name, find_device, naming_out_of_memory, precision
 from mlip_md.elements import symbol
 from mlip_md.errors import ConfigError, MLIPError, NonFiniteError
 from mlip_md.graph import Graph
@@ -171,7 +172,7 @@ class Runtime:
         self._scaling = (potential.scaling_mean, potential.scaling_stdev)
         self._lock = threading.Lock()
         self._compiled: set[Shape] = set()
-        self.step = jax.jit(self.evaluate_buffers, static_argnames="shape", donate_argnames="kept")
+        self.step = jit(self.evaluate_buffers, static_argnames="shape", donate_argnames="kept")
         weights = jax.tree_util.tree_map(
             lambda leaf: np.asarray(leaf, self.dtype), dict(potential.params)
         )
@@ -269,6 +270,7 @@ class Engine:
 
     Raises:
         ConfigError: if dtype, device, skin, backend or margin are not allowed.
+        CompilerError: if the installed compiler adds up wrongly in this dtype on this device.
     """
 
     def __init__(
@@ -287,6 +289,7 @@ class Engine:
         self.dtype = dtype
         self.spec = NeighborSpec(potential.cutoff, skin, backend, capacity_margin)
         self.device = find_device(device)
+        check_sums(dtype, self.device)
         self.runtime = _shared_runtime(potential, dtype, self.device)
         self._lists: dict[tuple[Any, ...], DeviceList] = {}
         self._lock = threading.Lock()
@@ -345,7 +348,9 @@ class Engine:
             UnsupportedElementError: if the potential does not know an element.
             NonFiniteError: if the potential gives NaN or infinity.
             CapacityError: if there are too many neighbors.
+            ForkError: in a forked process of the one that computed first.
         """
+        check_process()
         structure = check_structure(self.potential, positions, atomic_numbers, cell, pbc)
         platform = self.device.platform
         backend = self.spec.backend_of(platform, len(structure), structure.cell, structure.pbc)
@@ -367,6 +372,7 @@ class Engine:
         Raises:
             The errors of ``evaluate``; the message starts with the structure's index.
         """
+        check_process()
         listed = []
         for index, arrays in enumerate(structures):
             try:

@@ -77,5 +77,13 @@ class CompilerError(MLIPError, RuntimeError):
     """The installed compiler computes wrong numbers."""
 
 
+class ForkError(MLIPError, RuntimeError):
+    """A forked process would compute with threads of JAX that only its parent has."""
+
+
+class StoppedError(MLIPError, RuntimeError):
+    """A signal of the system (SIGTERM, SIGHUP) ended a run; what it had done is saved."""
+
+
 class SimulationError(MLIPError, RuntimeError):
     """A simulation became unstable or its engine stopped; its last good frame is kept."""

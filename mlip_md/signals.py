@@ -6,11 +6,20 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType, TracebackType
 from typing import Any, Literal
 
-Reason = Literal["keyboard", "terminated", "time"]
+from mlip_md.errors import StoppedError
+
+Reason = Literal["keyboard", "terminated", "hangup", "time"]
+
+ENDINGS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+"""Signals that ask a process to end: Ctrl-C, the queue or the system, a terminal that closes."""
+
+_REASONS: Mapping[str, Reason] = {"SIGINT": "keyboard", "SIGTERM": "terminated", "SIGHUP": "hangup"}
 
 _DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
 
@@ -19,12 +28,13 @@ class Interruptions:
     """While entered, notes signals instead of dying of them, so that no library can swallow one.
 
     Python raises KeyboardInterrupt wherever it happens to be; in a destructor or in a callback of C
-    code it is printed and lost, and the work goes on. A second signal of the same kind acts as
-    usual. Signal handlers belong to the main thread; elsewhere, and where a signal is ignored or
+    code it is printed and lost, and the work goes on. A second Ctrl-C acts as usual; other signals
+    come several times by themselves (shell and system both tell that a terminal closes), and one
+    says it all. After one of these a KeyboardInterrupt leaves as StoppedError. Signal handlers belong to the main thread; elsewhere, and where a signal is ignored or
     somebody else's, nothing changes and only the time limit is kept.
 
     Attributes:
-        patient: signals are only noted; otherwise Ctrl-C also raises KeyboardInterrupt at once.
+        patient: signals are only noted; otherwise they also raise KeyboardInterrupt at once.
     """
 
     def __init__(
@@ -57,14 +67,17 @@ class Interruptions:
         return self._noted
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt if Ctrl-C was pressed."""
-        if self._noted == "keyboard":
+        """Raise KeyboardInterrupt if a signal came."""
+        if self._noted is not None:
             raise KeyboardInterrupt
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        self._noted = "keyboard" if number == signal.SIGINT else "terminated"
-        signal.signal(number, self._before[number])
-        if number == signal.SIGINT and not self.patient:
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[number])
+        elif self._noted is not None:
+            return
+        self._noted = _REASONS[signal.Signals(number).name]
+        if not self.patient:
             raise KeyboardInterrupt
         if self._tell is not None:
             self._tell()
@@ -84,3 +97,6 @@ class Interruptions:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if kind is KeyboardInterrupt and self._noted in ("terminated", "hangup"):
+            name = next(name for name, reason in _REASONS.items() if reason == self._noted)
+            raise StoppedError(f"{name} ended the work; what was done is saved") from None

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from mlip_md.compiler import check_sums, jit
+from mlip_md.devices import find_device
 from mlip_md.potential import Params, Prediction, predict
 from mlip_md.trainer.data.batching import Batch
 from mlip_md.trainer.loss import LossWeights, batch_loss
@@ -80,7 +82,11 @@ def make_train_step(apply: Callable[..., Any], recipe: Recipe) -> TrainStep:
     Args:
         apply: ``network.apply``: (params, graph) to node energies (n_nodes,), eV.
         recipe: its loss, optimizer and averaging.
+
+    Raises:
+        CompilerError: if the installed compiler adds up wrongly.
     """
+    check_sums("float32", find_device(None))
     optimizer = make_optimizer(recipe.optimizer, recipe.network.decays)
     every, decay = recipe.optimizer.num_gradient_accumulation_steps, recipe.train.ema_decay
 
@@ -112,7 +118,7 @@ def make_train_step(apply: Callable[..., Any], recipe: Recipe) -> TrainStep:
         state = _select(finite, good_step(state, gradient), refused)
         return state, StepLog(loss, norm, state.bad_in_row, jnp.sum(batch.graph.graph_mask))
 
-    return jax.jit(step, donate_argnums=0)
+    return jit(step, donate_argnums=0)
 
 
 def make_eval_step(
@@ -124,7 +130,11 @@ def make_eval_step(
         apply: ``network.apply``: (params, graph) to node energies (n_nodes,), eV.
         scaling_mean: added to every node energy, eV.
         scaling_stdev: factor of the network's node energies before that.
+
+    Raises:
+        CompilerError: if the installed compiler adds up wrongly.
     """
+    check_sums("float32", find_device(None))
 
     def step(params: Params, batch: Batch) -> tuple[Prediction, Sums]:
         prediction = predict(
@@ -132,7 +142,7 @@ def make_eval_step(
         )
         return prediction, error_sums(prediction, batch)
 
-    return jax.jit(step)
+    return jit(step)
 
 
 def averaged_params(state: TrainState, decay: float) -> Params:

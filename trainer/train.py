@@ -16,7 +16,6 @@ import collections
 import dataclasses
 import json
 import math
-import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,12 +25,14 @@ import jax
 import numpy as np
 
 import mlip_md
+from mlip_md.compiler import jit
 from mlip_md.errors import CheckpointError, NonFiniteError
 from mlip_md.files import write_text
 from mlip_md.formats import own
 from mlip_md.networks import build_network
+from mlip_md.ownership import owning
 from mlip_md.potential import Params, Potential
-from mlip_md.signals import Interruptions
+from mlip_md.signals import ENDINGS, Interruptions
 from mlip_md.trainer import metrics
 from mlip_md.trainer.checkpoint import CheckpointFolder
 from mlip_md.trainer.data import TrainingData, iterate_batches
@@ -64,13 +65,13 @@ class Outcome:
     """How a run ended.
 
     Attributes:
-        status: "done", or why it was interrupted: "terminated", "keyboard", "time".
+        status: "done", or why it was interrupted: "terminated", "hangup", "keyboard", "time".
         folder: of the run.
         epoch: last epoch that was validated.
         errors: validation errors of the model in ``model.safetensors``.
     """
 
-    status: Literal["done", "terminated", "keyboard", "time"]
+    status: Literal["done", "terminated", "hangup", "keyboard", "time"]
     folder: Path
     epoch: int
     errors: Mapping[str, float]
@@ -109,12 +110,13 @@ class Trainer:
             avg_num_neighbors=statistics.avg_num_neighbors,
             avg_r_min=statistics.avg_r_min,
         )
-        example = data.example()
-        # jit leaves the forward pass out and compiles the rest once instead of piece by piece
-        params = jax.jit(network.init)(jax.random.key(recipe.seed), example.graph)
-        self.state = init_state(recipe, params)
+        # First, because they look whether this process and its compiler can compute.
         self.train_step = make_train_step(network.apply, recipe)
         self.eval_step = make_eval_step(network.apply)
+        example = data.example()
+        # jit leaves the forward pass out and compiles the rest once instead of piece by piece
+        params = jit(network.init)(jax.random.key(recipe.seed), example.graph)
+        self.state = init_state(recipe, params)
         self.progress = TrainingProgress()
         self.checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint.keep_latest)
         self.log = RunLog(folder, echo)
@@ -137,17 +139,22 @@ class Trainer:
             max_seconds: after this time the state is saved and the run ends as "time".
 
         Returns:
-            How it ended. After SIGTERM, SIGINT or the time limit the state is saved.
+            How it ended. After SIGTERM, SIGHUP, SIGINT or the time limit the state is saved.
 
         Raises:
             CheckpointError: if ``resume`` does not fit the folder.
             OutputError: if a file cannot be written.
+            OwnershipError: if another training goes on in the folder.
             NonFiniteError: if too many steps in a row gave NaN or infinity.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        with owning(self.folder):
+            return self._run(resume, max_seconds)
+
+    def _run(self, resume: Resume, max_seconds: float) -> Outcome:
+        """``run`` in a folder that is ours."""
         self._begin(resume)
-        signals = (signal.SIGTERM, signal.SIGINT)
-        with Interruptions(*signals, max_seconds=max_seconds) as self.interruptions:
+        with Interruptions(*ENDINGS, max_seconds=max_seconds) as self.interruptions:
             if self.progress.validated < 0:
                 self._validate(0, self.state.params)
             while self.progress.epoch <= self.recipe.train.epochs:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlip_md.errors import ConfigError, DeviceError, MLIPError
+from mlip_md.errors import ConfigError, DeviceError, MLIPError, StoppedError
 from mlip_md.files import check_new_file, write_bytes
 from mlip_md.integrations.md.observers import TerminalObserver
 from mlip_md.integrations.md.settings import (
@@ -148,7 +148,7 @@ def md_command(
 
     Without arguments: 1 ps of a paracetamol molecule at 300 K with the bundled model.
 
-    Ctrl-C ends a run after the present step, with everything saved.
+    Ctrl-C, SIGTERM and SIGHUP end a run after the present step, with everything saved.
     """
     given = {
         name
@@ -272,7 +272,7 @@ def _restart(
 
 
 def _interruptible(run: Callable[[], Path], observer: TerminalObserver) -> Path:
-    """Run; after Ctrl-C say how to go on."""
+    """Run; after a signal say how to go on."""
     try:
         return run()
     except KeyboardInterrupt:
@@ -281,6 +281,13 @@ def _interruptible(run: Callable[[], Path], observer: TerminalObserver) -> Path:
             raise  # nothing to go on with
         typer.echo(f"Interrupted. Continue with: mlip-md md --restart {observer.folder}", err=True)
         raise typer.Exit(130) from None
+    except StoppedError as error:
+        observer.stop()
+        if observer.folder is None:
+            raise StoppedError("a signal ended the run before its first step; start again") from None
+        raise StoppedError(
+            f"{error}. Continue with: mlip-md md --restart {observer.folder}"
+        ) from None
     except MLIPError:
         observer.stop()
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ class RunObserver:
         """Something the user should know."""
 
     def stopping(self) -> None:
-        """Ctrl-C came and the run stops after this step; called inside a signal handler."""
+        """Ctrl-C, SIGTERM or SIGHUP came and the run stops after this step; called inside a signal handler."""
 
     def begin(self, folder: Path, done: int, total: int) -> None:
         """Stepping begins in a folder, with some of all steps done before."""
@@ -106,7 +107,8 @@ class TerminalObserver(RunObserver):
         if self._bar is not None:
             self._bar.update(self._task, description="Stopping after this step")
         else:
-            os.write(2, b"Stopping after this step; Ctrl-C again stops at once\n")
+            with contextlib.suppress(OSError):  # of a terminal that has been closed
+                os.write(2, b"Stopping after this step; Ctrl-C again stops at once\n")
 
     def begin(self, folder: Path, done: int, total: int) -> None:
         """Stepping begins."""

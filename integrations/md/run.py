@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import platform as python_platform
 import re
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +35,9 @@ from mlip_md.integrations.md.observers import RunObserver
 from mlip_md.integrations.md.settings import MDSettings, read_settings, write_settings
 from mlip_md.integrations.md.structures import BondWatch, Structure, make_topology, read_structure
 from mlip_md.integrations.models import lasting_name
-from mlip_md.signals import Interruptions
+from mlip_md.ownership import FILE as OWNER
+from mlip_md.ownership import owning
+from mlip_md.signals import ENDINGS, Interruptions
 
 MINIMIZE_FORCE = 0.05
 """eV/Å: largest force with which a run starts, unless the minimization ends before."""
@@ -96,9 +97,13 @@ def check_output(folder: Path | None) -> None:
     Raises:
         ConfigError: if it is no folder, not empty, or cannot be made or written.
     """
-    if folder is not None and folder.is_dir() and any(folder.iterdir()):
+    if folder is not None and folder.is_dir() and _is_used(folder):
         raise ConfigError(f"{folder} is not empty; name another folder, or continue it (restart)")
     check_new_folder(Path() if folder is None else folder, "run folder")
+
+
+def _is_used(folder: Path) -> bool:
+    return any(path.name != OWNER for path in folder.iterdir())
 
 
 def run_md(
@@ -109,7 +114,7 @@ def run_md(
 ) -> Path:
     """Run molecular dynamics into a new folder.
 
-    The first Ctrl-C ends the run after the present step, with everything saved.
+    The first Ctrl-C, SIGTERM or SIGHUP ends the run after the present step, with everything saved.
 
     Args:
         settings: what to run.
@@ -123,7 +128,9 @@ def run_md(
         StructureError, ConfigError, UnsupportedElementError: before anything runs.
         SimulationError: if the run becomes unstable; the frames until then are kept.
         OutputError: if a file cannot be written.
+        OwnershipError: if another run has taken the folder meanwhile.
         KeyboardInterrupt: on Ctrl-C.
+        StoppedError: on SIGTERM and SIGHUP.
     """
     observer = progress or RunObserver()
     check_output(folder)
@@ -138,19 +145,22 @@ def run_md(
     structure = prepare(settings, structure)
     backend = make_backend(settings, structure)
     observer.found(structure.line(), structure.report.notes)
-    with Interruptions(signal.SIGINT, patient=False, tell=observer.stopping) as interruptions:
+    with Interruptions(*ENDINGS, patient=False, tell=observer.stopping) as interruptions:
         compile_seconds = _warm_up(backend, observer, interruptions)
         if settings.minimize:
             observer.stage("Minimizing")
             _minimize(backend, observer)
             interruptions.check()
         backend.start()
+        interruptions.patient = True  # from here on there is something to save
         if folder is None:
             folder = make_fresh_folder(structure.name)
         folder.mkdir(parents=True, exist_ok=True)
-        write_settings(folder, settings)
-        origin = structure.as_dict()
-        _Run(settings, backend, folder, observer, compile_seconds, origin).go(interruptions)
+        with owning(folder):
+            check_output(folder)  # again: another run may have used it meanwhile
+            write_settings(folder, settings)
+            origin = structure.as_dict()
+            _Run(settings, backend, folder, observer, compile_seconds, origin).go(interruptions)
     return folder
 
 
@@ -181,9 +191,23 @@ def restart_md(
     Raises:
         CheckpointError: if the folder holds no run that can go on.
         ConfigError: if there is no such folder, platform or device.
-        SimulationError, OutputError, KeyboardInterrupt: as ``run_md``.
+        OwnershipError: if another run goes on in the folder.
+        SimulationError, OutputError, KeyboardInterrupt, StoppedError: as ``run_md``.
     """
-    observer = progress or RunObserver()
+    read_settings(folder)  # is there a run at all?
+    with owning(folder):
+        _continue(folder, steps, platform, device, progress or RunObserver())
+    return folder
+
+
+def _continue(
+    folder: Path,
+    steps: int | None,
+    platform: str | None,
+    device: str | None,
+    observer: RunObserver,
+) -> None:
+    """``restart_md`` in a folder that is ours."""
     settings = read_settings(folder)
     path = folder / restart.RESTART
     arrays, values = restart.read_restart(path)
@@ -200,7 +224,7 @@ def restart_md(
             f"{settings.model} is not the model that the run in {folder} was started with"
         )
     check_sizes(folder, values["sizes"])
-    with Interruptions(signal.SIGINT, patient=False, tell=observer.stopping) as interruptions:
+    with Interruptions(*ENDINGS, patient=False, tell=observer.stopping) as interruptions:
         compile_seconds = _warm_up(backend, observer, interruptions)
         try:
             backend.restore(arrays, values)
@@ -208,11 +232,11 @@ def restart_md(
             raise CheckpointError(
                 f"{path} does not hold the state of such a run ({error!r}); start a new run"
             ) from error
+        interruptions.patient = True
         write_settings(folder, settings)
         origin = values.get("input")
         run = _Run(settings, backend, folder, observer, compile_seconds, origin, values["sizes"])
         run.go(interruptions)
-    return folder
 
 
 def _extended(settings: MDSettings, folder: Path, done: int, steps: int | None) -> MDSettings:
@@ -329,7 +353,8 @@ class _Run:
             self._step_to_the_end(interruptions)
             status = "finished"
         except KeyboardInterrupt:
-            status = "interrupted"
+            reason = interruptions.reason
+            status = reason if reason in ("terminated", "hangup") else "interrupted"
             raise
         finally:
             self._save_restart()
@@ -343,7 +368,6 @@ class _Run:
     def _step_to_the_end(self, interruptions: Interruptions) -> None:
         total, interval = self.settings.steps, self.settings.interval
         self.observer.begin(self.folder, self.last.step, total)
-        interruptions.patient = True
         saved = time.perf_counter()
         while self.last.step < total:
             interruptions.check()

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mlip_md.devices import check_process
 from mlip_md.elements import LARGEST_ATOMIC_NUMBER, symbol
 from mlip_md.errors import ConfigError, ModelFileError
 from mlip_md.graph import Graph
@@ -96,7 +97,9 @@ def expected_shapes(potential: Potential) -> dict[str, tuple[int, ...]]:
 
     Raises:
         ModelFileError: if its hyperparameters describe no network.
+        ForkError: in a forked process of one that has used a potential.
     """
+    check_process()
     try:
         tree = jax.eval_shape(potential.network.init, jax.random.key(0), _ONE_EDGE)
     except Exception as error:  # of JAX, flax or e3nn: a network is built from foreign numbers

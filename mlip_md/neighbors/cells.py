@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mlip_md.compiler import jit
 from mlip_md.neighbors.geometry import Bool, Float64, open_directions, plane_spacings
 from mlip_md.neighbors.search import (
     ROUNDING_SLACK,
@@ -142,7 +143,7 @@ def required_slots(positions: Float64, cell: Float64, search: Search, cutoff: fl
     return int(_required_slots(*arrays, search=search, cutoff=cutoff))
 
 
-@functools.partial(jax.jit, static_argnames=("search", "cutoff"))
+@functools.partial(jit, static_argnames=("search", "cutoff"))
 def _required_slots(
     positions: jax.Array, cell: jax.Array, search: Search, cutoff: float
 ) -> jax.Array:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mlip_md.compiler import jit
 from mlip_md.errors import ConfigError
 from mlip_md.neighbors.dense import dense_pairs
 from mlip_md.neighbors.geometry import Bool, Float64
@@ -124,7 +125,7 @@ def _agrees(pbc: Bool) -> bool:
     search = Search("", 5.0, axes, reach=(1, 1, 1), slots=256, atoms=200, bins=512)
     found = []
     for build in (dense_pairs, nvalchemi_pairs):
-        function = jax.jit(build, static_argnums=(3, 4, 5))
+        function = jit(build, static_argnums=(3, 4, 5))
         pairs = jax.device_get(function(positions, cell, 200, search, 5.0, 20_000))
         columns = pairs.senders, pairs.receivers, *pairs.shifts.T
         edges = np.column_stack(columns)[pairs.mask].astype(np.int64)

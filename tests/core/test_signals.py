@@ -2,15 +2,36 @@
 
 import signal
 
-from mlip_md.signals import Interruptions
+import pytest
+
+from mlip_md.errors import StoppedError
+from mlip_md.signals import ENDINGS, Interruptions
 
 
-def test_ctrl_c_is_left_alone_where_it_is_ignored():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+@pytest.mark.parametrize("number", ENDINGS)
+def test_a_signal_is_left_alone_where_it_is_ignored(number):
+    before = signal.signal(number, signal.SIG_IGN)
     try:
-        with Interruptions(signal.SIGINT) as interruptions:
-            signal.raise_signal(signal.SIGINT)
+        with Interruptions(*ENDINGS) as interruptions:
+            signal.raise_signal(number)
         assert interruptions.reason is None
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert signal.getsignal(number) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
+
+
+@pytest.mark.parametrize(("name", "reason"), [("SIGTERM", "terminated"), ("SIGHUP", "hangup")])
+@pytest.mark.parametrize("patient", [True, False])
+def test_a_signal_of_the_system_is_noted_and_told(name, reason, patient):
+    number = signal.Signals[name]
+    with (
+        pytest.raises(StoppedError, match=f"{name} .* saved"),
+        Interruptions(*ENDINGS, patient=patient) as interruptions,
+    ):
+        signal.raise_signal(number)
+        assert patient, "it should have been raised at once"
+        signal.raise_signal(number)
+        assert interruptions.reason == reason
+        interruptions.check()
+    assert interruptions.reason == reason
+    assert signal.getsignal(number) is signal.SIG_DFL

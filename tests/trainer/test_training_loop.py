@@ -14,7 +14,7 @@ import pytest
 from pair_potential import PairNetwork
 from training_cases import FLIP, small_recipe, write_data_set
 
-from mlip_md.errors import CheckpointError, DataError, NonFiniteError
+from mlip_md.errors import CheckpointError, DataError, NonFiniteError, OwnershipError
 from mlip_md.trainer import train
 from mlip_md.trainer.checkpoint import leaves_by_path, state_hash
 from mlip_md.trainer.costs import time_steps
@@ -450,3 +450,29 @@ def test_a_dry_run_writes_nothing(recipe, data, tmp_path):
 def test_the_flip_is_in_the_epoch_of_the_recipe(finished):
     stages = [int(row["stage"]) for row in rows(finished[0].folder)]
     assert stages == [1 + (epoch >= FLIP) for epoch in range(EPOCHS + 1)]
+
+
+def test_a_folder_has_one_training_at_a_time(recipe, data, tmp_path):
+    def start_another():
+        with pytest.raises(OwnershipError, match="in use by process"):
+            Trainer(recipe, data, tmp_path).run()
+        told.append(True)
+
+    told = []
+    recipe = changed(recipe, train={"epochs": 1})
+    trainer = Trainer(recipe, data, tmp_path)
+    at_step(trainer, 2, start_another)
+    assert trainer.run().status == "done"
+    assert told == [True]
+    assert len(rows(tmp_path)) == 2
+
+
+def test_a_hangup_saves_and_a_second_one_changes_nothing(recipe, data, tmp_path):
+    def hang_up():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    trainer = Trainer(recipe, data, tmp_path)
+    at_step(trainer, 2, hang_up)
+    assert trainer.run().status == "hangup"
+    assert Trainer(recipe, data, tmp_path).checkpoints.files()

@@ -162,3 +162,34 @@ def test_ctrl_c_ends_the_step(
     set_engine(monkeypatch, PairEngine)
     restart_md(folder)
     assert (folder / files.LOG).read_text() == (whole / files.LOG).read_text()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", "terminated"), ("SIGHUP", "hangup")])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_signals_of_the_system_save_the_run(
+    cluster, tmp_path, engine, name, status, monkeypatch, capfd
+):
+    class Ended(PairEngine):
+        def evaluate(self, *structure):
+            if self.calls == 17:
+                for _ in range(2):  # shell and system may both send one
+                    signal.raise_signal(signal.Signals[name])
+            return super().evaluate(*structure)
+
+    whole = run_md(settings(cluster, engine=engine, platform=None), tmp_path / "whole")
+    set_engine(monkeypatch, Ended)
+    options = ["--engine", engine, "--steps", "40", "--report-interval", "10", "--no-minimize"]
+    folder = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", ["mlip-md", "md", cluster, *options, "-o", str(folder)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 75
+    told = capfd.readouterr().err.replace("\n", "")
+    assert told.count("Stopping after this step") == told.count(name) == 1
+    assert f"mlip-md md --restart {folder}" in told
+    assert 10 < restart.read_restart(folder / restart.RESTART)[1]["step"] < 20
+    assert json.loads((folder / report.SUMMARY).read_text())["status"] == status
+    set_engine(monkeypatch, PairEngine)
+    restart_md(folder)
+    assert (folder / files.LOG).read_text() == (whole / files.LOG).read_text()

@@ -10,7 +10,7 @@ from md_cases import ENGINES, settings
 from typer.testing import CliRunner
 
 from mlip_md.cli import app
-from mlip_md.errors import CheckpointError, ConfigError
+from mlip_md.errors import CheckpointError, ConfigError, OwnershipError
 from mlip_md.integrations.md import files, report, restart
 from mlip_md.integrations.md.observers import RunObserver
 from mlip_md.integrations.md.run import restart_md, run_md
@@ -143,3 +143,36 @@ def test_checkpoint_of_another_machine(cluster, tmp_path, caplog):
     moved = frames[-1].positions - frames[-2].positions
     expected = frames[-2].get_velocities() * 5.0 * ase.units.fs
     assert np.abs(moved - expected).max() < 0.3 * np.abs(expected).max()
+
+
+def test_a_folder_has_one_run_at_a_time(cluster, tmp_path):
+    refused = []
+
+    class Second(RunObserver):
+        """Starts another run in the folder of the first, while that one steps."""
+
+        def update(self, frame, steps_per_second):
+            if frame.step == 20:
+                with pytest.raises(OwnershipError, match="in use by process") as caught:
+                    restart_md(tmp_path / "run")
+                refused.append(caught.value)
+
+    folder = run_md(settings(cluster), tmp_path / "run", progress=Second())
+    assert len(refused) == 1
+    restart_md(folder, steps=10, progress=Second())
+    assert len(refused) == 1
+    log = files.read_log(folder / files.LOG)
+    np.testing.assert_array_equal(log["step"], [0, 10, 20, 30, 40, 50])
+    assert not list(folder.glob(".owner*"))
+
+
+def test_two_new_runs_do_not_write_into_one_folder(cluster, tmp_path):
+    class Other(RunObserver):
+        """Another run takes the folder while the first compiles."""
+
+        def stage(self, text):
+            run_md(settings(cluster), tmp_path / "run")
+
+    with pytest.raises(ConfigError, match="not empty"):
+        run_md(settings(cluster), tmp_path / "run", progress=Other())
+    assert len(files.read_log(tmp_path / "run" / files.LOG)["step"]) == 5
