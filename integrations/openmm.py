@@ -1,6 +1,7 @@
 """OpenMM-ML potential: ``MLPotential("mlip-md", modelPath=...)``.
 
-Keywords, periodicity and embedding; the force itself is ``openmm_force.MLForce``.
+Keywords, periodicity and embedding; the force itself is ``openmm_force.MLForce``. ``minimize``
+relaxes a Simulation in bounded steps; use it instead of ``minimizeEnergy``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from mlip_md.errors import ConfigError, StructureError
 from mlip_md.hints import hint
 from mlip_md.integrations.models import DEFAULT_MODEL, DTYPES, lasting_name
 from mlip_md.integrations.openmm_force import MLForce, open_potential, pack
+from mlip_md.integrations.openmm_minimize import minimize as minimize
 
 _IGNORED = ("mlLongRange", "linkAtomDistances")
 """Keywords that OpenMM-ML's embeddings read and hand on to every potential."""

@@ -31,8 +31,9 @@ from mlip_md.integrations.openmm_calls import Calls, enter_inside_try
 from mlip_md.potential import Potential
 
 ADVICE = (
-    "The simulation has probably become unstable: minimize first, use a smaller time step, or look "
-    "at the structure of the last saved frame."
+    "A simulation in which this happens is probably unstable: relax its start with "
+    "mlip_md.integrations.openmm.minimize, use a smaller time step, or look at the structure of "
+    "the last saved frame."
 )
 """For whoever steps the force; who has better advice takes this line out of OpenMM's text."""
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ase import Atoms
 
 import mlip_md
 from mlip_md.errors import (
@@ -32,7 +33,13 @@ from mlip_md.integrations.md.backends.interface import Backend, Frame
 from mlip_md.integrations.md.files import LOG, RunFiles, check_sizes, read_log
 from mlip_md.integrations.md.observers import RunObserver
 from mlip_md.integrations.md.settings import MDSettings, read_settings, write_settings
-from mlip_md.integrations.md.structures import BondWatch, Structure, make_topology, read_structure
+from mlip_md.integrations.md.structures import (
+    BondWatch,
+    Structure,
+    compare_bonds,
+    make_topology,
+    read_structure,
+)
 from mlip_md.integrations.models import lasting_name
 from mlip_md.signals import Interruptions
 
@@ -134,11 +141,13 @@ def run_md(
             _minimize(backend, observer)
             interruptions.check()
         backend.start()
+        minimization = _compare_with_start(backend, observer) if settings.minimize else None
         if folder is None:
             folder = make_fresh_folder(structure.name)
         folder.mkdir(parents=True, exist_ok=True)
         write_settings(folder, settings)
-        _Run(settings, backend, folder, observer, compile_seconds).go(interruptions)
+        run = _Run(settings, backend, folder, observer, compile_seconds, minimization=minimization)
+        run.go(interruptions)
     return folder
 
 
@@ -197,7 +206,15 @@ def restart_md(
                 f"{path} does not hold the state of such a run ({error!r}); start a new run"
             ) from error
         write_settings(folder, settings)
-        run = _Run(settings, backend, folder, observer, compile_seconds, values["sizes"])
+        run = _Run(
+            settings,
+            backend,
+            folder,
+            observer,
+            compile_seconds,
+            sizes=values["sizes"],
+            minimization=values.get("minimization"),
+        )
         run.go(interruptions)
     return folder
 
@@ -242,6 +259,24 @@ def _minimize(backend: Backend, observer: RunObserver) -> None:
         ) from error
 
 
+def _compare_with_start(backend: Backend, observer: RunObserver) -> dict[str, Any]:
+    """Say which bonds the minimization has changed, and the same for the summary."""
+    before = backend.structure.atoms
+    changes = compare_bonds(before, _moved(before, backend.frame()))
+    if text := changes.describe(before):
+        observer.note(f"The minimization {text} (bonds by distance)")
+    return {"bonds_broken": changes.broken.tolist(), "bonds_formed": changes.formed.tolist()}
+
+
+def _moved(atoms: Atoms, frame: Frame) -> Atoms:
+    """Atoms where a frame has them."""
+    moved = atoms.copy()
+    moved.positions = frame.positions
+    if frame.cell.any():
+        moved.cell = frame.cell
+    return moved
+
+
 class _Speed:
     """Steps per second, without those during which something was compiled."""
 
@@ -276,6 +311,7 @@ class _Run:
         observer: is told.
         compile_seconds: for the summary.
         sizes: of the growing files at the restart point, or None for a new run.
+        minimization: what it did to the bonds, for the summary; None if there was none.
     """
 
     def __init__(
@@ -285,10 +321,13 @@ class _Run:
         folder: Path,
         observer: RunObserver,
         compile_seconds: float,
+        *,
         sizes: dict[str, int] | None = None,
+        minimization: dict[str, Any] | None = None,
     ) -> None:
         self.settings, self.backend, self.folder = settings, backend, folder
         self.observer, self.new = observer, sizes is None
+        self.minimization = minimization
         self.watch = BondWatch(backend.structure.atoms)
         self.last = backend.frame()
         self.first_step = self.last.step
@@ -385,6 +424,7 @@ class _Run:
                 "sizes": self.files.sizes(),
                 "name": structure.name,
                 "sha256": self.backend.potential.sha256,
+                "minimization": self.minimization,
             },
         )
 
@@ -417,6 +457,7 @@ class _Run:
             "model_sha256": backend.potential.sha256,
             "ensemble": settings.ensemble,
             **backend.describe(),
+            "minimization": self.minimization,
             "step": self.last.step,
             "time_ps": self.last.time,
             "compile_seconds": round(self.speed.compile_seconds, 3),

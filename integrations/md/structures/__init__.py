@@ -9,6 +9,7 @@ from mlip_md.integrations.md.structures.description import (
 from mlip_md.integrations.md.structures.molecules import (
     BondWatch,
     bonds,
+    compare_bonds,
     molecules,
     whole_molecules,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "Structure",
     "bonds",
     "bundled_molecules",
+    "compare_bonds",
     "fixed_axes",
     "make_topology",
     "molecules",

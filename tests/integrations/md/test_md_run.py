@@ -23,6 +23,7 @@ from mlip_md.integrations.md.backends.interface import BAR
 from mlip_md.integrations.md.observers import RunObserver
 from mlip_md.integrations.md.run import restart_md, run_md
 from mlip_md.integrations.md.settings import MDSettings
+from mlip_md.integrations.md.structures import bonds, compare_bonds
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -197,7 +198,7 @@ def test_a_minimization_that_does_not_end_is_told(cluster, tmp_path, engine, mon
         def note(self, text):
             notes.append(text)
 
-    for steps in (300, 3):
+    for steps in (300, 1):
         notes = []
         monkeypatch.setattr(run, "MINIMIZE_STEPS", steps)
         run_md(
@@ -206,7 +207,7 @@ def test_a_minimization_that_does_not_end_is_told(cluster, tmp_path, engine, mon
             progress=Notes(),
         )
         assert [n for n in notes if "used up its iterations" in n] == notes
-        assert len(notes) == (steps == 3)
+        assert len(notes) == (steps == 1)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -269,3 +270,33 @@ def test_unknown_element_and_used_folder(cluster, tmp_path):
         run_md(settings(cluster), tmp_path)
     with pytest.raises(CheckpointError, match="settings"):
         restart_md(tmp_path)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_bonds_that_a_minimization_changes_are_told(tmp_path, engine):
+    """The pair potential draws C2 with bonds of 1.4 Å out to 2.2 Å; C and C at 2.6 Å stay apart."""
+
+    class Notes(RunObserver):
+        def note(self, text):
+            notes.append(text)
+
+    path = tmp_path / "pairs.xyz"
+    Atoms("C4", [[0, 0, 0], [1.4, 0, 0], [0, 9, 0], [2.6, 9, 0]]).write(path)
+    notes = []
+    given = settings(path, engine=engine, minimize=True, steps=20)
+    folder = run_md(given, tmp_path / "run", progress=Notes())
+    assert notes == ["The minimization broke C0-C1 (bonds by distance)"]
+    told = {"bonds_broken": [[0, 1]], "bonds_formed": []}
+    assert report.read_summary(folder)["minimization"] == told
+    restart_md(folder, steps=10)
+    assert report.read_summary(folder)["minimization"] == told
+
+
+def test_bonds_are_compared_with_a_margin():
+    at = [Atoms("CH", [[0, 0, 0], [length, 0, 0]]) for length in (1.1, 1.27, 1.33, 1.45)]
+    sum_of_radii = 0.76 + 0.31
+    assert [len(bonds(atoms)) for atoms in at] == [1, 1, 0, 0]
+    assert compare_bonds(at[1], at[2]).describe(at[1]) == ""  # 1.24 of the sum
+    assert compare_bonds(at[0], at[3]).describe(at[0]) == "broke C0-H1"
+    assert compare_bonds(at[3], at[0]).describe(at[0]) == "formed C0-H1"
+    assert at[2].positions[1, 0] < 1.3 * sum_of_radii < at[3].positions[1, 0]
