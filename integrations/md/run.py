@@ -31,12 +31,14 @@ from mlip_md.files import check_new_folder
 from mlip_md.integrations.md import report, restart
 from mlip_md.integrations.md.backends.interface import Backend, Frame
 from mlip_md.integrations.md.files import LOG, RunFiles, check_sizes, read_log
+from mlip_md.integrations.md.minimize import check_relaxed
 from mlip_md.integrations.md.observers import RunObserver
 from mlip_md.integrations.md.settings import MDSettings, read_settings, write_settings
 from mlip_md.integrations.md.structures import (
     BondWatch,
     Structure,
     compare_bonds,
+    describe_contact,
     make_topology,
     read_structure,
 )
@@ -260,9 +262,15 @@ def _minimize(backend: Backend, observer: RunObserver) -> None:
 
 
 def _compare_with_start(backend: Backend, observer: RunObserver) -> dict[str, Any]:
-    """Say which bonds the minimization has changed, and the same for the summary."""
+    """Say which bonds the minimization has changed, and the same for the summary.
+
+    Raises:
+        SimulationError: if atoms lie on each other.
+    """
     before = backend.structure.atoms
-    changes = compare_bonds(before, _moved(before, backend.frame()))
+    after = _moved(before, backend.frame())
+    check_relaxed(after)
+    changes = compare_bonds(before, after)
     if text := changes.describe(before):
         observer.note(f"The minimization {text} (bonds by distance)")
     return {"bonds_broken": changes.broken.tolist(), "bonds_formed": changes.formed.tolist()}
@@ -399,6 +407,8 @@ class _Run:
             raise self._unstable(f"the temperature rose to {frame.temperature:.4g} K")
         if lost := self.watch.broken(frame.positions, frame.cell):
             raise self._unstable(f"the molecules fell apart: {lost} atoms are now alone in space")
+        if contact := describe_contact(_moved(self.backend.structure.atoms, frame)):
+            raise self._unstable(f"the structure collapsed: {contact}")
         return frame
 
     def _unstable(self, what: str) -> SimulationError:

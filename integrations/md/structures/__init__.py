@@ -10,6 +10,7 @@ from mlip_md.integrations.md.structures.molecules import (
     BondWatch,
     bonds,
     compare_bonds,
+    describe_contact,
     molecules,
     whole_molecules,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "bonds",
     "bundled_molecules",
     "compare_bonds",
+    "describe_contact",
     "fixed_axes",
     "make_topology",
     "molecules",
