@@ -10,6 +10,7 @@ import copy
 import numbers
 import operator
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -314,7 +315,10 @@ def _is_periodic(
     particles: list[int] | None,
     wanted: bool | None,
 ) -> bool:
-    """Periodicity from the keyword, the topology and the System; contradictions are refused."""
+    """Periodicity from the keyword, the topology and the System.
+
+    Contradictions are refused where the ML atoms would come in wrong places, else told.
+    """
     boxed = topology.getPeriodicBoxVectors() is not None
     surroundings = system.usesPeriodicBoundaryConditions()
     if wanted is False and surroundings:
@@ -328,9 +332,11 @@ def _is_periodic(
             "topology.setPeriodicBoxVectors(...)"
         )
     if wanted is None and boxed and not surroundings and system.getNumForces() and particles:
-        raise ConfigError(
-            "the topology has a box, but the System is not periodic: say periodic=False, or "
-            "periodic=True to let the ML atoms alone see their periodic images"
+        # OpenMM-ML's other potentials run here, periodic without a word.
+        warnings.warn(
+            "mlip-md: the topology has a box, but the System is not periodic: the ML atoms alone "
+            "see their periodic images; say periodic=True if that is meant, else periodic=False",
+            stacklevel=4,
         )
     if wanted is None and particles is not None and not (boxed or system.getNumParticles()):
         raise ConfigError(
