@@ -13,6 +13,8 @@ import openmm
 from openmm import app, unit
 from openmmml import MLPotential
 
+from mlip_md.integrations.openmm import minimize
+
 PEPTIDE = Path(__file__).parent / "alanine_dipeptide.pdb"
 
 
@@ -27,7 +29,7 @@ def main(model: str, states: int, iterations: int, steps: int) -> None:
     )
     simulation = app.Simulation(pdb.topology, system, integrator)
     simulation.context.setPositions(pdb.positions)
-    simulation.minimizeEnergy(maxIterations=50)
+    minimize(simulation, maxIterations=50)
     simulation.context.setVelocitiesToTemperature(300 * unit.kelvin, 1)
 
     fractions = np.linspace(0.0, 1.0, states)

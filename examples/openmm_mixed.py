@@ -15,6 +15,8 @@ import openmm
 from openmm import app, unit
 from openmmml import MLPotential
 
+from mlip_md.integrations.openmm import minimize
+
 PEPTIDE = Path(__file__).parent / "alanine_dipeptide.pdb"
 
 
@@ -51,7 +53,7 @@ def main(model: str, part: str, size: float, steps: int) -> None:
     simulation = app.Simulation(topology, system, integrator)
     simulation.context.setPositions(positions)
     simulation.context.computeVirtualSites()
-    simulation.minimizeEnergy(maxIterations=50)
+    minimize(simulation, maxIterations=50)
     simulation.context.setVelocitiesToTemperature(300 * unit.kelvin, 1)
     simulation.reporters.append(app.DCDReporter("openmm_mixed.dcd", 10))
     simulation.step(steps)

@@ -12,6 +12,7 @@ from openmm import app, unit
 from openmmml import MLPotential
 
 from mlip_md.integrations.md.structures import make_topology, read_structure
+from mlip_md.integrations.openmm import minimize
 
 
 def main(model: str, steps: int) -> None:
@@ -25,7 +26,7 @@ def main(model: str, steps: int) -> None:
     )
     simulation = app.Simulation(topology, system, integrator)
     simulation.context.setPositions(structure.atoms.positions * unit.angstrom)
-    simulation.minimizeEnergy(maxIterations=50)
+    minimize(simulation, maxIterations=50)
     energy = simulation.context.getState(energy=True).getPotentialEnergy()
     print(f"relaxed: {energy.value_in_unit(unit.kilojoule_per_mole):.2f} kJ/mol of interaction")
 

@@ -14,6 +14,7 @@ from openmm import app, unit
 from openmmml import MLPotential
 
 from mlip_md.integrations.md.structures import make_topology, read_structure
+from mlip_md.integrations.openmm import minimize
 
 TORSION = (1, 3, 4, 5)  # C(carbonyl), N, C(aryl), C(aryl)
 ARYL = [4, 5, 6, 7, 8, 9, 10, 15, 16, 17, 18, 19]  # what turns
@@ -35,7 +36,7 @@ def main(model: str, points: int, iterations: int) -> None:
         atoms.set_dihedral(*TORSION, angle, indices=ARYL)
         simulation.context.setPositions(atoms.positions * unit.angstrom)
         simulation.context.setParameter("target", np.radians(angle))
-        simulation.minimizeEnergy(maxIterations=iterations)
+        minimize(simulation, maxIterations=iterations)
         state = simulation.context.getState(energy=True, positions=True, groups={0})
         energies.append(state.getPotentialEnergy().value_in_unit(unit.kilojoule_per_mole))
         frames.append(state.getPositions(asNumpy=True).value_in_unit(unit.nanometer))

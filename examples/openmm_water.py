@@ -12,6 +12,8 @@ import openmm
 from openmm import app, unit
 from openmmml import MLPotential
 
+from mlip_md.integrations.openmm import minimize
+
 
 def water_box(size: float) -> app.Modeller:
     """Waters at about the density of the liquid in a cube; the force field only places them."""
@@ -33,7 +35,7 @@ def main(model: str, size: float, steps: int, interval: int) -> None:
     )
     simulation = app.Simulation(topology, system, integrator)
     simulation.context.setPositions(water.positions)
-    simulation.minimizeEnergy(maxIterations=20)
+    minimize(simulation, maxIterations=20)
     simulation.context.setVelocitiesToTemperature(300 * unit.kelvin, 1)
     simulation.reporters += [
         app.XTCReporter("openmm_water.xtc", interval),

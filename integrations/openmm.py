@@ -1,6 +1,7 @@
 """OpenMM-ML potential: ``MLPotential("mlip-md", modelPath=...)``.
 
-Keywords, periodicity and embedding; the force itself is ``openmm_force.MLForce``.
+Keywords, periodicity and embedding; the force itself is ``openmm_force.MLForce``. ``minimize``
+relaxes a Simulation in bounded steps; use it instead of ``minimizeEnergy``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 import numbers
 import operator
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +29,7 @@ from mlip_md.hints import hint
 from mlip_md.integrations.charges import check_stated, stated_in_topology
 from mlip_md.integrations.models import DEFAULT_MODEL, DTYPES, lasting_name
 from mlip_md.integrations.openmm_force import MLForce, open_potential, pack
+from mlip_md.integrations.openmm_minimize import minimize as minimize
 
 logger = logging.getLogger(__name__)
 
@@ -328,7 +331,10 @@ def _is_periodic(
     particles: list[int] | None,
     wanted: bool | None,
 ) -> bool:
-    """Periodicity from the keyword, the topology and the System; contradictions are refused."""
+    """Periodicity from the keyword, the topology and the System.
+
+    Contradictions are refused where the ML atoms would come in wrong places, else told.
+    """
     boxed = topology.getPeriodicBoxVectors() is not None
     surroundings = system.usesPeriodicBoundaryConditions()
     if wanted is False and surroundings:
@@ -342,9 +348,11 @@ def _is_periodic(
             "topology.setPeriodicBoxVectors(...)"
         )
     if wanted is None and boxed and not surroundings and system.getNumForces() and particles:
-        raise ConfigError(
-            "the topology has a box, but the System is not periodic: say periodic=False, or "
-            "periodic=True to let the ML atoms alone see their periodic images"
+        # OpenMM-ML's other potentials run here, periodic without a word.
+        warnings.warn(
+            "mlip-md: the topology has a box, but the System is not periodic: the ML atoms alone "
+            "see their periodic images; say periodic=True if that is meant, else periodic=False",
+            stacklevel=4,
         )
     if wanted is None and particles is not None and not (boxed or system.getNumParticles()):
         raise ConfigError(

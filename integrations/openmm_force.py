@@ -28,11 +28,13 @@ from mlip_md.engine import Engine, Result
 from mlip_md.errors import MLIPError, ModelFileError, NonFiniteError, StructureError
 from mlip_md.formats import own
 from mlip_md.integrations.openmm_calls import Calls, enter_inside_try
+from mlip_md.integrations.openmm_wall import evaluate_walled
 from mlip_md.potential import Potential
 
 ADVICE = (
-    "The simulation has probably become unstable: minimize first, use a smaller time step, or look "
-    "at the structure of the last saved frame."
+    "A simulation in which this happens is probably unstable: relax its start with "
+    "mlip_md.integrations.openmm.minimize, use a smaller time step, or look at the structure of "
+    "the last saved frame."
 )
 """For whoever steps the force; who has better advice takes this line out of OpenMM's text."""
 
@@ -99,7 +101,7 @@ class MLForce:
 
     Attributes:
         last_result: what the engine said of the latest geometry that was computed (eV, Å), stress
-            included; None before.
+            included and walls between overlapping atoms left out; None before.
     """
 
     # XML files hold this class by its path, and these keys: a new version has to read old ones.
@@ -181,17 +183,18 @@ class MLForce:
     def _compute(self, positions: np.ndarray, box: np.ndarray | None) -> tuple[float, np.ndarray]:
         """Energy in kJ/mol and forces in kJ/mol/nm at positions and box in nm."""
         engine = self.engine
-        result = engine.evaluate(
+        result, wall = evaluate_walled(
+            engine.evaluate,
             positions * ANGSTROM_PER_NM,
             self._atomic_numbers,
             None if box is None else box * ANGSTROM_PER_NM,
-            box is not None,
         )
         self.last_result = result
         total = self._token["total_energy"]
         energy = (result.energy if total else result.interaction_energy) * KJ_PER_MOL_PER_EV
+        energy += wall.energy * KJ_PER_MOL_PER_EV
         forces = np.multiply(
-            result.forces, KJ_PER_MOL_PER_EV * ANGSTROM_PER_NM, dtype=np.float64, order="C"
+            wall.forces, KJ_PER_MOL_PER_EV * ANGSTROM_PER_NM, dtype=np.float64, order="C"
         )
         # GPU platforms turn NaN forces into huge numbers and go on.
         if not (np.isfinite(energy) and np.isfinite(forces).all()):

@@ -23,6 +23,7 @@ from openmm import app, unit
 
 from mlip_md.constants import ANGSTROM_PER_NM, KJ_PER_MOL_PER_EV
 from mlip_md.errors import ConfigError
+from mlip_md.integrations.openmm_force import ADVICE
 
 LONGEST_STEP = 0.02
 """nm that an atom may move in one step."""
@@ -188,6 +189,11 @@ def minimize(
     velocities = context.getState(velocities=True).getVelocities(asNumpy=True)
     try:
         return _descend(_Surface(context), context, tolerance, maxIterations or math.inf, longest)
+    except openmm.OpenMMException as error:
+        if ADVICE not in str(error):
+            raise
+        # That advice, to minimize, is for simulations.
+        raise openmm.OpenMMException(str(error).replace(f"\n{ADVICE}", "")) from None
     finally:
         context.setVelocities(velocities)
 

@@ -1,5 +1,7 @@
 """Errors that a user of mlip-md can meet; each says what was given, what is allowed, what to do."""
 
+from collections.abc import Sequence
+
 
 class MLIPError(Exception):
     """Base of every error that mlip-md raises on purpose."""
@@ -11,6 +13,26 @@ class UnsupportedElementError(MLIPError, ValueError):
 
 class StructureError(MLIPError, ValueError):
     """Positions, cell or atomic numbers that allow no result (NaN, overlap, volume 0)."""
+
+
+class CoincidenceError(StructureError):
+    """Atoms closer than any two atoms can be.
+
+    Attributes:
+        pairs: (i, j) of all such atoms, i < j; an atom and its own image is none.
+        vectors: (x, y, z) Å from i to the nearest image of j.
+        limit: Å, what they are closer than.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        pairs: Sequence[tuple[int, int]] = (),
+        vectors: Sequence[Sequence[float]] = (),
+        limit: float = 0.0,
+    ) -> None:
+        super().__init__(message)
+        self.pairs, self.vectors, self.limit = pairs, vectors, limit
 
 
 class ConfigError(MLIPError, ValueError):

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mlip_md.elements import symbol
-from mlip_md.errors import StructureError
+from mlip_md.errors import CoincidenceError, StructureError
 from mlip_md.neighbors import (
     LARGEST_SKIN,
     HostEdges,
@@ -108,7 +108,7 @@ def list_edges(structure: CheckedStructure, cutoff: float) -> CheckedStructure:
     """The structure with its exact list of edges within a cutoff (Å).
 
     Raises:
-        StructureError: if two atoms coincide, naming them.
+        CoincidenceError: if two atoms coincide, naming them.
         CapacityError: if there are too many edges.
     """
     edges = host_edges(structure.positions, structure.cell, structure.pbc, cutoff, closed=True)
@@ -117,13 +117,20 @@ def list_edges(structure: CheckedStructure, cutoff: float) -> CheckedStructure:
     return dataclasses.replace(structure, edges=edges)
 
 
-def _coincidence(structure: CheckedStructure, edges: HostEdges) -> StructureError:
-    """An error that names the closest pair."""
+def _coincidence(structure: CheckedStructure, edges: HostEdges) -> CoincidenceError:
+    """An error that names the closest pair, and holds all."""
+    near = np.flatnonzero((edges.lengths < COINCIDENT) & (edges.senders < edges.receivers))
+    first, second = edges.senders[near], edges.receivers[near]
+    vectors = structure.positions[second] - structure.positions[first]
+    vectors = vectors + edges.shifts[near] @ structure.cell
     edge = int(np.argmin(edges.lengths))
     i, j, shift = int(edges.senders[edge]), int(edges.receivers[edge]), edges.shifts[edge]
     image = f" (its image {shift.tolist()} by whole lattice vectors)" if shift.any() else ""
-    return StructureError(
+    return CoincidenceError(
         f"atoms {i} ({symbol(int(structure.numbers[i]))}) and {j} "
         f"({symbol(int(structure.numbers[j]))}){image} are {edges.lengths[edge]:.3g} Å apart, less "
-        f"than {COINCIDENT} Å; remove the duplicate, or check that the units are Å"
+        f"than {COINCIDENT} Å; remove the duplicate, or check that the units are Å",
+        list(zip(first.tolist(), second.tolist(), strict=True)),
+        vectors.tolist(),
+        COINCIDENT,
     )

@@ -341,7 +341,7 @@ def minimize_command(
 
     from mlip_md.integrations.ase import MLIPCalculator
     from mlip_md.integrations.md.minimize import minimize
-    from mlip_md.integrations.md.structures import read_structure
+    from mlip_md.integrations.md.structures import compare_bonds, read_structure
     from mlip_md.integrations.models import DTYPES
 
     console = Console(highlight=False)
@@ -375,6 +375,8 @@ def minimize_command(
         optimizer=optimizer,
         observer=observe,
     )
+    if text := compare_bonds(given.atoms, relaxed).describe(relaxed):
+        console.print(f"[yellow]The minimization {text} (bonds by distance)[/yellow]")
     write_bytes(path, _render(path.name, given, relaxed))
     energy = relaxed.get_potential_energy()
     ending = "Converged" if converged else f"[yellow]Not converged within {steps} steps[/yellow]"

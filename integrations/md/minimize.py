@@ -9,8 +9,9 @@ from ase import Atoms
 from ase.filters import FrechetCellFilter
 from ase.optimize import BFGS, FIRE
 
-from mlip_md.errors import ConfigError, StructureError
+from mlip_md.errors import ConfigError, SimulationError, StructureError
 from mlip_md.integrations.ase import MLIPCalculator
+from mlip_md.integrations.md.structures import describe_contact
 
 
 def minimize(
@@ -40,6 +41,7 @@ def minimize(
     Raises:
         ConfigError: on an unknown optimizer.
         StructureError: if the cell cannot be relaxed because there is none, or atoms are held.
+        SimulationError: if atoms lie on each other in the end.
     """
     optimizers = {"bfgs": BFGS, "fire": FIRE}
     if optimizer not in optimizers:
@@ -65,4 +67,18 @@ def minimize(
 
     run.attach(observe)
     converged = bool(run.run(fmax=fmax, steps=steps))
+    check_relaxed(relaxed)
     return relaxed, converged
+
+
+def check_relaxed(atoms: Atoms) -> None:
+    """Refuse what a minimization has made if atoms lie on each other.
+
+    Raises:
+        SimulationError: naming two of them.
+    """
+    if contact := describe_contact(atoms):
+        raise SimulationError(
+            f"the minimization ended in a structure that is none: {contact}. Check that the given "
+            "one has no overlapping atoms; otherwise the model was not made for such structures"
+        )

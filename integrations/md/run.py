@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ase import Atoms
 
 import mlip_md
 from mlip_md.errors import (
@@ -31,9 +32,17 @@ from mlip_md.integrations.md.backends.interface import Backend, Frame
 from mlip_md.integrations.md.files import LOG, RunFiles, check_sizes, read_log
 from mlip_md.integrations.md.held import check_held
 from mlip_md.integrations.md.masses import prepare
+from mlip_md.integrations.md.minimize import check_relaxed
 from mlip_md.integrations.md.observers import RunObserver
 from mlip_md.integrations.md.settings import MDSettings, read_settings, write_settings
-from mlip_md.integrations.md.structures import BondWatch, Structure, make_topology, read_structure
+from mlip_md.integrations.md.structures import (
+    BondWatch,
+    Structure,
+    compare_bonds,
+    describe_contact,
+    make_topology,
+    read_structure,
+)
 from mlip_md.integrations.models import lasting_name
 from mlip_md.ownership import FILE as OWNER
 from mlip_md.ownership import owning
@@ -153,14 +162,23 @@ def run_md(
             interruptions.check()
         backend.start()
         interruptions.patient = True  # from here on there is something to save
+        minimization = _compare_with_start(backend, observer) if settings.minimize else None
         if folder is None:
             folder = make_fresh_folder(structure.name)
         folder.mkdir(parents=True, exist_ok=True)
         with owning(folder):
             check_output(folder)  # again: another run may have used it meanwhile
             write_settings(folder, settings)
-            origin = structure.as_dict()
-            _Run(settings, backend, folder, observer, compile_seconds, origin).go(interruptions)
+            run = _Run(
+                settings,
+                backend,
+                folder,
+                observer,
+                compile_seconds,
+                origin=structure.as_dict(),
+                minimization=minimization,
+            )
+            run.go(interruptions)
     return folder
 
 
@@ -234,8 +252,16 @@ def _continue(
             ) from error
         interruptions.patient = True
         write_settings(folder, settings)
-        origin = values.get("input")
-        run = _Run(settings, backend, folder, observer, compile_seconds, origin, values["sizes"])
+        run = _Run(
+            settings,
+            backend,
+            folder,
+            observer,
+            compile_seconds,
+            origin=values.get("input"),
+            sizes=values["sizes"],
+            minimization=values.get("minimization"),
+        )
         run.go(interruptions)
 
 
@@ -279,6 +305,30 @@ def _minimize(backend: Backend, observer: RunObserver) -> None:
         ) from error
 
 
+def _compare_with_start(backend: Backend, observer: RunObserver) -> dict[str, Any]:
+    """Say which bonds the minimization has changed, and the same for the summary.
+
+    Raises:
+        SimulationError: if atoms lie on each other.
+    """
+    before = backend.structure.atoms
+    after = _moved(before, backend.frame())
+    check_relaxed(after)
+    changes = compare_bonds(before, after)
+    if text := changes.describe(before):
+        observer.note(f"The minimization {text} (bonds by distance)")
+    return {"bonds_broken": changes.broken.tolist(), "bonds_formed": changes.formed.tolist()}
+
+
+def _moved(atoms: Atoms, frame: Frame) -> Atoms:
+    """Atoms where a frame has them."""
+    moved = atoms.copy()
+    moved.positions = frame.positions
+    if frame.cell.any():
+        moved.cell = frame.cell
+    return moved
+
+
 class _Speed:
     """Steps per second, without those during which something was compiled."""
 
@@ -314,6 +364,7 @@ class _Run:
         compile_seconds: for the summary.
         origin: what was read from the structure's file; None is unknown (runs of version 0.1.0).
         sizes: of the growing files at the restart point, or None for a new run.
+        minimization: what it did to the bonds, for the summary; None if there was none.
     """
 
     def __init__(
@@ -323,12 +374,14 @@ class _Run:
         folder: Path,
         observer: RunObserver,
         compile_seconds: float,
+        *,
         origin: dict[str, Any] | None,
         sizes: dict[str, int] | None = None,
+        minimization: dict[str, Any] | None = None,
     ) -> None:
         self.settings, self.backend, self.folder = settings, backend, folder
         self.observer, self.new = observer, sizes is None
-        self.origin = origin
+        self.origin, self.minimization = origin, minimization
         self.watch = BondWatch(backend.structure.atoms)
         self.last = backend.frame()
         self.first_step = self.last.step
@@ -400,6 +453,8 @@ class _Run:
             raise self._unstable(f"the temperature rose to {frame.temperature:.4g} K")
         if lost := self.watch.broken(frame.positions, frame.cell):
             raise self._unstable(f"the molecules fell apart: {lost} atoms are now alone in space")
+        if contact := describe_contact(_moved(self.backend.structure.atoms, frame)):
+            raise self._unstable(f"the structure collapsed: {contact}")
         return frame
 
     def _unstable(self, what: str) -> SimulationError:
@@ -426,6 +481,7 @@ class _Run:
                 "name": structure.name,
                 "input": self.origin,
                 "sha256": self.backend.potential.sha256,
+                "minimization": self.minimization,
             },
         )
 
@@ -459,6 +515,7 @@ class _Run:
             "model_sha256": backend.potential.sha256,
             "ensemble": settings.ensemble,
             **backend.describe(),
+            "minimization": self.minimization,
             "step": self.last.step,
             "time_ps": self.last.time,
             "compile_seconds": round(self.speed.compile_seconds, 3),

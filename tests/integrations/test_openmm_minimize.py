@@ -6,6 +6,7 @@ import pytest
 from openmm import app, unit
 
 from mlip_md.errors import ConfigError
+from mlip_md.integrations.openmm_force import ADVICE
 from mlip_md.integrations.openmm_minimize import LONGEST_STEP, minimize
 
 
@@ -140,3 +141,25 @@ def test_a_minimum_stays_as_it_is():
 def test_numbers_that_are_not_allowed(name, value):
     with pytest.raises(ConfigError, match=name):
         minimize(dimer("r", 0.1), **{name: value})
+
+
+def test_it_is_what_the_integration_offers():
+    from mlip_md.integrations.openmm import minimize as public
+
+    assert public is minimize
+
+
+def test_nobody_who_minimizes_is_told_to_minimize():
+    """The force's advice is for simulations; its other words come through."""
+    context = dimer("r", 0.1)
+
+    class Fails(openmm.Context):
+        def getState(self, **what):  # noqa: N802
+            if "forces" in what:
+                raise openmm.OpenMMException(f"the reason\n{ADVICE}")
+            return super().getState(**what)
+
+    context.__class__ = Fails
+    with pytest.raises(openmm.OpenMMException) as caught:
+        minimize(context)
+    assert str(caught.value) == "the reason"

@@ -1,8 +1,9 @@
 """Molecular dynamics with OpenMM.
 
-Integrators, minimizer and the checkpoint are OpenMM's. The barostat is not (``VolumeMoves`` says
-why), nor are the reporters: all engines write the same log, trajectories and restart file, which
-can be cut back to one point in time, so that a continued run equals an uninterrupted one.
+Integrators and the checkpoint are OpenMM's. The minimizer is not (``openmm_minimize`` says why),
+nor the barostat (``VolumeMoves``), nor are the reporters: all engines write the same log,
+trajectories and restart file, which can be cut back to one point in time, so that a continued run
+equals an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from mlip_md.integrations.md.volume_moves import MOVE_INTERVAL, VolumeMoves
 from mlip_md.integrations.models import DTYPES
 from mlip_md.integrations.openmm_calls import is_interruption
 from mlip_md.integrations.openmm_force import ADVICE, MLForce, open_potential
+from mlip_md.integrations.openmm_minimize import minimize
 
 logger = logging.getLogger(__name__)
 
@@ -170,13 +172,10 @@ class OpenMMBackend:
 
     def minimize(self, force: float, steps: int) -> bool:
         """Relax the positions (L-BFGS) until forces are below ``force`` (eV/Å); False if not."""
-        last = _LastIteration()
         tolerance = force * KJ_PER_MOL_PER_EV * ANGSTROM_PER_NM
         with _as_simulation_error():
-            self._simulation.minimizeEnergy(
-                tolerance * unit.kilojoule_per_mole / unit.nanometer, steps, last
-            )
-        return last.number < steps
+            result = minimize(self._simulation, tolerance, steps)
+        return result.converged or result.iterations < steps
 
     def start(self) -> None:
         """Draw velocities, or keep the file's."""
@@ -314,17 +313,6 @@ class OpenMMBackend:
     def compilations(self) -> int:
         """How often the potential has been compiled so far."""
         return self._force.engine.num_compilations
-
-
-class _LastIteration(openmm.MinimizationReporter):
-    """Remembers how far a minimization came."""
-
-    number = 0
-
-    def report(self, iteration: int, *_: Any) -> bool:
-        """Note the iteration, counted from 0, and go on."""
-        self.number = iteration + 1
-        return False
 
 
 def _find_platform(name: str) -> openmm.Platform:

@@ -9,6 +9,8 @@ from mlip_md.integrations.md.structures.description import (
 from mlip_md.integrations.md.structures.molecules import (
     BondWatch,
     bonds,
+    compare_bonds,
+    describe_contact,
     molecules,
     whole_molecules,
 )
@@ -28,6 +30,8 @@ __all__ = [
     "Structure",
     "bonds",
     "bundled_molecules",
+    "compare_bonds",
+    "describe_contact",
     "fixed_axes",
     "make_topology",
     "molecules",

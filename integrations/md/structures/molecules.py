@@ -2,23 +2,101 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from ase import Atoms
 
 _BOND_MARGIN = 1.2
 """Atoms closer than this times the sum of their covalent radii count as bonded."""
 
+_BOND_LEFT = 1.3
+"""Bonded atoms farther apart than this times the sum count as separated; between, no word."""
+
 _APART = 2.5
 """Factor on the length of its shortest bond within which an atom is not alone."""
 
+_CONTACT = 0.5
+"""Times the sum of covalent radii, below which atoms have collapsed onto each other. The shortest
+bonds known are at 0.6 (Cr2) and 0.77 (N2), hot ones at a few thousand kelvin a tenth below; at 0.5
+(C-C 0.76 Å, O-H 0.49 Å, H-H 0.31 Å) the nuclei repel by tens of eV, unless a potential is wrong."""
 
-def bonds(atoms: Atoms) -> np.ndarray:
-    """Pairs of bonded atoms (n, 2), i < j, by covalent radii; across periodic boundaries too."""
+_MOST_NAMED = 6
+"""Bonds of which a message tells one by one."""
+
+
+class BondChanges(NamedTuple):
+    """Bonds that one structure has and another has not; each (n, 2), i < j."""
+
+    broken: np.ndarray
+    formed: np.ndarray
+
+    def describe(self, atoms: Atoms) -> str:
+        """A part of a sentence, "broke O0-H1 and formed H1-H2"; empty if nothing has changed."""
+        parts = [
+            f"{verb} {_name_bonds(atoms, pairs)}"
+            for verb, pairs in (("broke", self.broken), ("formed", self.formed))
+            if len(pairs)
+        ]
+        return " and ".join(parts)
+
+
+def _name_bonds(atoms: Atoms, pairs: np.ndarray) -> str:
+    symbols = atoms.symbols
+    names = [f"{symbols[i]}{i}-{symbols[j]}{j}" for i, j in pairs[:_MOST_NAMED].tolist()]
+    more = len(pairs) - len(names)
+    return ", ".join(names) + (f" and {more} more" if more else "")
+
+
+def compare_bonds(before: Atoms, after: Atoms) -> BondChanges:
+    """Bonds that broke and that formed between two structures of the same atoms, by distance."""
+
+    def changed(one: Atoms, other: Atoms) -> np.ndarray:
+        near = {tuple(pair) for pair in bonds(other, _BOND_LEFT).tolist()}
+        gone = [pair for pair in bonds(one).tolist() if tuple(pair) not in near]
+        return np.array(gone, int).reshape(-1, 2)
+
+    return BondChanges(changed(before, after), changed(after, before))
+
+
+def bonds(atoms: Atoms, margin: float = _BOND_MARGIN) -> np.ndarray:
+    """Pairs of bonded atoms (n, 2), i < j, by covalent radii; across periodic boundaries too.
+
+    Args:
+        atoms: the structure.
+        margin: times the sum of their covalent radii, within which atoms are bonded.
+    """
     from ase.neighborlist import natural_cutoffs, neighbor_list
 
-    i, j = neighbor_list("ij", atoms, natural_cutoffs(atoms, mult=_BOND_MARGIN))
+    i, j = neighbor_list("ij", atoms, natural_cutoffs(atoms, mult=margin))
     pairs = np.stack([i, j], axis=1)[i < j]
     return np.unique(pairs, axis=0) if len(pairs) else np.zeros((0, 2), int)
+
+
+def describe_contact(atoms: Atoms) -> str:
+    """Two atoms that are much closer than any bond, in words; empty if there are none.
+
+    Args:
+        atoms: the structure, anywhere in space; images across periodic boundaries count.
+    """
+    from ase.data import covalent_radii
+
+    from mlip_md.neighbors import neighbor_list
+
+    radii = covalent_radii[atoms.numbers]
+    cell = atoms.cell.array
+    cutoff = 2.0 * _CONTACT * float(radii.max())
+    i, j, shifts = neighbor_list(atoms.positions, cell, atoms.pbc, cutoff)
+    lengths = np.linalg.norm(atoms.positions[j] - atoms.positions[i] + shifts @ cell, axis=1)
+    shares = lengths / (radii[i] + radii[j])
+    if not len(shares) or shares.min() >= _CONTACT:
+        return ""
+    k = int(np.argmin(shares))
+    a, b = sorted((int(i[k]), int(j[k])))
+    return (
+        f"atoms {a} ({atoms.symbols[a]}) and {b} ({atoms.symbols[b]}) are {lengths[k]:.2f} Å "
+        "apart, far less than any bond"
+    )
 
 
 def molecules(n_atoms: int, pairs: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ from mlip_md.integrations.md.backends.interface import BAR
 from mlip_md.integrations.md.observers import RunObserver
 from mlip_md.integrations.md.run import restart_md, run_md
 from mlip_md.integrations.md.settings import MDSettings
+from mlip_md.integrations.md.structures import bonds, compare_bonds, describe_contact
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -197,7 +198,7 @@ def test_a_minimization_that_does_not_end_is_told(cluster, tmp_path, engine, mon
         def note(self, text):
             notes.append(text)
 
-    for steps in (300, 3):
+    for steps in (300, 1):
         notes = []
         monkeypatch.setattr(run, "MINIMIZE_STEPS", steps)
         run_md(
@@ -206,7 +207,7 @@ def test_a_minimization_that_does_not_end_is_told(cluster, tmp_path, engine, mon
             progress=Notes(),
         )
         assert [n for n in notes if "used up its iterations" in n] == notes
-        assert len(notes) == (steps == 3)
+        assert len(notes) == (steps == 1)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -269,3 +270,74 @@ def test_unknown_element_and_used_folder(cluster, tmp_path):
         run_md(settings(cluster), tmp_path)
     with pytest.raises(CheckpointError, match="settings"):
         restart_md(tmp_path)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_bonds_that_a_minimization_changes_are_told(tmp_path, engine):
+    """The pair potential draws C2 with bonds of 1.4 Å out to 2.2 Å; C and C at 2.6 Å stay apart."""
+
+    class Notes(RunObserver):
+        def note(self, text):
+            notes.append(text)
+
+    path = tmp_path / "pairs.xyz"
+    Atoms("C4", [[0, 0, 0], [1.4, 0, 0], [0, 9, 0], [2.6, 9, 0]]).write(path)
+    notes = []
+    given = settings(str(path), engine=engine, minimize=True, steps=20)
+    folder = run_md(given, tmp_path / "run", progress=Notes())
+    assert notes == ["The minimization broke C0-C1 (bonds by distance)"]
+    told = {"bonds_broken": [[0, 1]], "bonds_formed": []}
+    assert report.read_summary(folder)["minimization"] == told
+    restart_md(folder, steps=10)
+    assert report.read_summary(folder)["minimization"] == told
+
+
+def test_bonds_are_compared_with_a_margin():
+    at = [Atoms("CH", [[0, 0, 0], [length, 0, 0]]) for length in (1.1, 1.27, 1.33, 1.45)]
+    sum_of_radii = 0.76 + 0.31
+    assert [len(bonds(atoms)) for atoms in at] == [1, 1, 0, 0]
+    assert compare_bonds(at[1], at[2]).describe(at[1]) == ""  # 1.24 of the sum
+    assert compare_bonds(at[0], at[3]).describe(at[0]) == "broke C0-H1"
+    assert compare_bonds(at[3], at[0]).describe(at[0]) == "formed C0-H1"
+    assert at[2].positions[1, 0] < 1.3 * sum_of_radii < at[3].positions[1, 0]
+
+
+def test_contacts_are_far_below_bonds():
+    """Short bonds and hot ones are none; two nuclei in one electron shell are one."""
+
+    def contact(symbols, length, **more):
+        return describe_contact(Atoms(symbols, [[0, 0, 0], [length, 0, 0]], **more))
+
+    for symbols, length in (("H2", 0.55), ("N2", 0.95), ("OH", 0.8), ("CC", 1.0), ("Cr2", 1.5)):
+        assert contact(symbols, length) == "", symbols
+    assert contact("H2", 0.25).startswith("atoms 0 (H) and 1 (H) are 0.25 Å apart")
+    assert contact("CH", 0.5)
+    assert contact("C2", 0.7)
+    assert contact("C2", 9.5, cell=[10, 10, 10], pbc=True), "across the boundary"
+    assert not contact("C2", 9.5, cell=[10, 10, 10], pbc=False)
+
+
+class CollapsingEngine(PairEngine):
+    """Atoms attract each other at any distance."""
+
+    def evaluate(self, positions, *structure):
+        result = super().evaluate(positions, *structure)
+        pull = np.sign(positions - np.mean(positions, axis=0))
+        energy = -float(np.sum(pull * positions))
+        forces = np.where(np.abs(positions - np.mean(positions, axis=0)) > 0.05, -pull, 0.0)
+        return dataclasses.replace(
+            result, interaction_energy=-energy, energy=-energy, forces=forces
+        )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_collapse_stops_the_run(tmp_path, engine, monkeypatch):
+    set_engine(monkeypatch, CollapsingEngine)
+    path = tmp_path / "pair.xyz"
+    Atoms("C2", [[-0.7, 0, 0], [0.7, 0, 0]]).write(path)
+    given = settings(str(path), engine=engine, timestep=1.0, report_interval=5, ensemble="nve")
+    with pytest.raises(SimulationError, match=r"collapsed: atoms 0 \(C\) and 1 \(C\)"):
+        run_md(given, tmp_path / "run")
+    with pytest.raises(SimulationError, match=r"minimization ended .* atoms 0 \(C\) and 1"):
+        run_md(dataclasses.replace(given, minimize=True), tmp_path / "minimized")
+    assert not (tmp_path / "minimized").exists()
