@@ -1,5 +1,7 @@
 """What a file states of single atoms holds through a run, in both engines: masses, constraints."""
 
+import json
+
 import ase.io
 import numpy as np
 import openmm
