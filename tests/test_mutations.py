@@ -38,6 +38,7 @@ ONE_COEFFICIENT = """table = np.sqrt(2 * l3 + 1) * np.array(e3nn.clebsch_gordan(
 LIVE = "test_network_parity.py::test_live_features"
 ENGINE = "test_engine.py::test_energies_forces_and_stress_are_right[float64"
 STRUCTURES = "integrations/test_structures_reading.py"
+RUN_OF_ATOMS = "integrations/md/test_md_atoms.py"
 PHYSICS = "test_physics.py::test_double_precision"
 
 FAST = {
@@ -132,6 +133,28 @@ FAST = {
         "total = 0",
         ("integrations/test_structures_names.py"
          "::test_a_protein_with_charged_residues_is_warned_of",),
+    ),
+    "OpenMM moves standard masses": Mistake(
+        "integrations/md/backends/openmm.py", "self.structure.own_masses",
+        "np.zeros(len(masses), bool)",
+        (f"{RUN_OF_ATOMS}::test_masses_of_the_file_move_and_are_kept[openmm]",),
+    ),
+    "OpenMM moves fixed atoms": Mistake(
+        "integrations/md/backends/openmm.py", "self.structure.fixed.all(axis=1)", "[]",
+        (f"{RUN_OF_ATOMS}::test_fixed_atoms_stay_where_they_are[nvt-openmm]",),
+    ),
+    "constraints are forgotten": Mistake(
+        "integrations/md/held.py", "atoms.set_constraint(held)", "atoms.set_constraint()",
+        (f"{RUN_OF_ATOMS}::test_fixed_atoms_stay_where_they_are[nve-ase]",),
+    ),
+    "fixed atoms count for the temperature": Mistake(
+        "integrations/md/velocities.py", "int(fixed_axes(atoms).sum())",
+        "0 * int(fixed_axes(atoms).sum())",
+        (f"{RUN_OF_ATOMS}::test_velocities_are_drawn_for_what_moves",),
+    ),
+    "a continued run has standard masses": Mistake(
+        "integrations/md/restart.py", 'arrays.get("masses", saved.atoms.get_masses())', "None",
+        (f"{RUN_OF_ATOMS}::test_masses_of_the_file_move_and_are_kept[ase]",),
     ),
 }  # fmt: skip
 SLOW = {

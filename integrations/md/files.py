@@ -226,7 +226,8 @@ def _write_topology(path: Path, topology: Any, atoms: Atoms) -> None:
 
 
 def _format_extxyz(template: Atoms, frame: Frame) -> str:
-    """One extended-XYZ frame with momenta, energies and time."""
+    """One extended-XYZ frame with momenta, energy and forces (ASE's names) and time."""
+    from ase.calculators.singlepoint import SinglePointCalculator
     from ase.io import write
 
     atoms = template.copy()
@@ -240,6 +241,9 @@ def _format_extxyz(template: Atoms, frame: Frame) -> str:
         "potential_eV": frame.potential,
         "temperature_K": frame.temperature,
     }
+    results = {"energy": frame.potential}
+    results |= {} if frame.forces is None else {"forces": frame.forces}
+    atoms.calc = SinglePointCalculator(atoms, **results)
     text = io.StringIO()
     write(text, atoms, format="extxyz")
     return text.getvalue()

@@ -127,6 +127,7 @@ class ASEBackend:
                 kinetic, count_degrees_of_freedom(atoms, settings.ensemble)
             ),
             pressure=pressure,
+            forces=atoms.get_forces(apply_constraint=False),
         )
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -216,7 +216,9 @@ class OpenMMBackend:
         """The present state."""
         settings = self.settings
         with _as_simulation_error():
-            state = self._simulation.context.getState(positions=True, velocities=True, energy=True)
+            state = self._simulation.context.getState(
+                positions=True, velocities=True, energy=True, forces=True
+            )
         positions, velocities, cell = self._read_motion(state)
         interaction = state.getPotentialEnergy()._value / KJ_PER_MOL_PER_EV
         potential = interaction + self._reference
@@ -238,6 +240,8 @@ class OpenMMBackend:
                 kinetic, count_degrees_of_freedom(self.atoms, settings.ensemble)
             ),
             pressure=pressure,
+            forces=np.array(state.getForces(asNumpy=True)._value)
+            / (KJ_PER_MOL_PER_EV * ANGSTROM_PER_NM),
         )
 
     def _pressure(
