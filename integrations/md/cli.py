@@ -260,7 +260,9 @@ def _interruptible(run: Callable[[], Path], observer: TerminalObserver) -> Path:
     except StoppedError as error:
         observer.stop()
         if observer.folder is None:
-            raise StoppedError("a signal ended the run before its first step; start again") from None
+            raise StoppedError(
+                "a signal ended the run before its first step; start again"
+            ) from None
         raise StoppedError(
             f"{error}. Continue with: mlip-md md --restart {observer.folder}"
         ) from None
