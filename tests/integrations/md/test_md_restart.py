@@ -186,21 +186,19 @@ def test_the_restart_file_is_there_from_the_start_and_kept_fresh(
 ):
     """As if the machine died: between two frames, and before the first."""
 
-    class Dies(RunObserver):
+    class Begins(RunObserver):
         def begin(self, folder, done, total):
-            copies["start"] = (folder / restart.RESTART).read_bytes()
+            assert len(kept) == 1
 
-        def update(self, frame, steps_per_second):
-            copies[frame.step] = (tmp_path / "run" / restart.RESTART).read_bytes()
-
-    copies = {}
+    kept = []
     whole = run_md(settings(cluster, engine=engine), tmp_path / "whole")
-    monkeypatch.setattr(run, "RESTART_SECONDS", 0.0)
-    folder = run_md(settings(cluster, engine=engine), tmp_path / "run", progress=Dies())
-    assert list(copies) == ["start", *range(1, 41)]
-    for point, step in (("start", 0), (7, 7), (30, 30)):
-        (folder / restart.RESTART).write_bytes(copies[point])
-        assert restart.read_restart(folder / restart.RESTART)[1]["step"] == step
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "RESTART_SECONDS", 0.0)
+        patch.setattr(restart, "write_restart", lambda path, *state: kept.append(state))
+        folder = run_md(settings(cluster, engine=engine), tmp_path / "run", progress=Begins())
+    assert [values["step"] for _, values in kept] == [*range(41), 40]
+    for point in (0, 17):
+        restart.write_restart(folder / restart.RESTART, *kept[point])
         restart_md(folder)
         for name in (files.LOG, files.TRAJECTORY_ASE):
             assert (folder / name).read_text() == (whole / name).read_text(), point
