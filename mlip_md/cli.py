@@ -1,9 +1,7 @@
 """The command ``mlip-md``: the only module that sees all three rooms.
 
 Everything heavy is imported inside the commands, so that ``mlip-md --help`` answers at once.
-Exit codes: 0 done; 2 bad input (options, structures, configurations, model files); 3 bad data;
-4 energies, forces, a simulation or a training that diverged; 5 storage (checkpoints, files that
-cannot be written); 7 out of memory; 130 interrupted.
+Exit codes are those of ``EXIT_CODES`` and the ones of ``docs/exit-codes.md`` that no error has.
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ import typer
 import mlip_md
 from mlip_md import errors, files
 from mlip_md.integrations.md.cli import md_command, minimize_command
+from mlip_md.streams import lasting_streams
 from mlip_md.trainer.cli import check_command, evaluate_command, prepare_command, train_command
 from mlip_md.trainer.generate.command import make_dataset_command
 
@@ -67,6 +66,11 @@ app.command("make-dataset", rich_help_panel=_MAKE)(make_dataset_command)
 
 def main() -> None:
     """Run the command line; errors made on purpose become one line and an exit code."""
+    with lasting_streams():
+        _main()
+
+
+def _main() -> None:
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     try:
         app(args=arguments, prog_name="mlip-md")

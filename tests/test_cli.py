@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from model_files import make_potential
 import mlip_md
 from mlip_md import bundled, cli, errors
 from mlip_md.formats.own import load, save
+from mlip_md.trainer.cli import EXIT_KEYBOARD, EXIT_SAVED
 
 COMMANDS = [
     "md", "minimize", "train", "check", "evaluate", "prepare", "make-dataset", "show", "convert",
@@ -226,7 +228,9 @@ def test_debug_raises(monkeypatch, arguments):
         (errors.SimulationError("x"), 4),
         (errors.CheckpointError("x"), 5),
         (OSError(28, "No space left on device"), 5),
+        (errors.OwnershipError("x"), 5),
         (errors.CapacityError("x"), 7),
+        (errors.StoppedError("x"), 75),
         (KeyboardInterrupt(), 130),
     ],
 )
@@ -238,6 +242,58 @@ def test_exit_codes(run, monkeypatch, error, expected):
     code, _, err = run("show", "anything")
     assert code == expected
     assert err.count("\n") == 1
+
+
+def test_the_page_of_exit_codes_is_the_table_of_the_code():
+    page = (Path(__file__).parents[1] / "docs" / "exit-codes.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| .* \| (.*)\|$", page, re.MULTILINE)
+    listed = {name: int(code) for code, names in rows for name in re.findall(r"`(\w+)`", names)}
+    assert listed.pop("KeyboardInterrupt") == EXIT_KEYBOARD
+    assert listed == {kind.__name__: code for kind, code in cli.EXIT_CODES.items()}
+    assert {int(code) for code, _ in rows} == {0, 1, EXIT_KEYBOARD, *cli.EXIT_CODES.values()}
+    assert cli.EXIT_CODES[errors.StoppedError] == EXIT_SAVED
+
+
+STREAMS = """
+import sys
+from mlip_md.streams import lasting_streams
+with lasting_streams():
+    from rich.console import Console
+    from rich.table import Table
+    import typer
+    assert not sys.stdout.isatty()
+    table = Table("speed …")
+    table.add_row("0.1 ± 2 Å³")
+    for number in range(100):
+        Console().print(table)
+        typer.echo("→ 1.5 eV/Å³ 日")
+    typer.echo("done", err=True)
+"""
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
+def test_every_terminal_prints(encoding):
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run(
+        [sys.executable, "-c", STREAMS], capture_output=True, env=environment, check=True
+    )
+    text = done.stdout.decode("latin-1" if encoding == "latin-1" else "utf-8")
+    assert text.count("0.1 ") == 100
+    if encoding == "latin-1":
+        for plain in ("speed ...", "0.1 ± 2 Å³", "-> 1.5 eV/Å³ ?"):
+            assert plain in text
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+def test_a_reader_that_leaves_ends_the_printing_only():
+    child = subprocess.Popen(
+        [sys.executable, "-c", STREAMS], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert child.stdout is not None
+    assert child.stderr is not None
+    child.stdout.close()
+    assert child.stderr.read() == b"done\n"
+    assert child.wait(timeout=100) == 0
 
 
 def test_errors_that_are_not_ours_keep_their_traceback(monkeypatch):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
 import io
 import os
+from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from ase import Atoms, units
 
-from mlip_md.errors import CheckpointError
+from mlip_md.errors import CheckpointError, OutputError
 from mlip_md.files import replacing
 from mlip_md.integrations.md.backends.interface import BAR, Frame
 
@@ -88,6 +92,7 @@ class RunFiles:
 
     Raises:
         CheckpointError: as ``check_sizes``.
+        OutputError: if a file cannot be made.
     """
 
     def __init__(
@@ -109,24 +114,58 @@ class RunFiles:
         check_sizes(folder, sizes or {})
         for name, size in (sizes or {}).items():
             os.truncate(folder / name, size)
-        self._log = (folder / LOG).open("a" if sizes else "w", newline="", encoding="utf-8")
-        self._ase = (folder / TRAJECTORY_ASE).open("a" if sizes else "w", encoding="utf-8")
+        # Unbuffered: what a full disk refuses is not tried again when the files are closed.
+        self._log = (folder / LOG).open("ab" if sizes else "wb", buffering=0)
+        self._ase = (folder / TRAJECTORY_ASE).open("ab" if sizes else "wb", buffering=0)
         make = _XTC if trajectory_format == "xtc" else _DCD
-        self._binary: _DCD | _XTC = make(
-            folder / trajectory, topology, timestep, interval, sizes is not None
-        )
+        with self._naming(trajectory):
+            self._binary: _DCD | _XTC = make(
+                folder / trajectory, topology, timestep, interval, sizes is not None
+            )
         if not sizes:
-            csv.DictWriter(self._log, COLUMNS).writeheader()
+            with self._naming(LOG):
+                _append(self._log, _row(dict(zip(COLUMNS, COLUMNS, strict=True))))
             _write_topology(folder / TOPOLOGY, topology, atoms)
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is no frame yet."""
+        return os.path.getsize(self.folder / TRAJECTORY_ASE) == 0
+
+    @contextlib.contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        """Say which file could not be written, and how the run goes on."""
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                f"{self.folder / name} could not be written ({error.strerror or error}). The "
+                "frames before it are whole; make room, and continue with: mlip-md md --restart "
+                f"{self.folder}"
+            ) from error
+
     def write(self, frame: Frame) -> None:
-        """Append one frame to the log and to both trajectories."""
+        """Append one frame to the log and to both trajectories.
+
+        Raises:
+            OutputError: if it has no room; no file holds a part of it then, and all are closed.
+        """
         cells = {name: _cell(value) for name, value in make_row(frame, self._mass).items()}
-        csv.DictWriter(self._log, COLUMNS).writerow(cells)
-        self._binary.write(frame)
-        self._ase.write(_format_extxyz(self._atoms, frame))
-        for file in (self._log, self._ase):
-            file.flush()
+        log, trajectory, ase = self._names
+        sizes = self.sizes()
+        try:
+            with self._naming(trajectory):
+                self._binary.write(frame)
+            with self._naming(ase):
+                _append(self._ase, _format_extxyz(self._atoms, frame))
+            with self._naming(log):
+                _append(self._log, _row(cells))
+        except OutputError:
+            self.close()
+            for name, size in sizes.items():
+                os.truncate(self.folder / name, size)
+            self._binary.repair()
+            raise
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each growing file as they are now."""
@@ -135,13 +174,28 @@ class RunFiles:
     def close(self) -> None:
         """Close all files."""
         for file in (self._log, self._ase, self._binary):
-            file.close()
+            with contextlib.suppress(OSError):  # of a full disk, which has been told
+                file.close()
 
 
 def _cell(value: float | int | None) -> str | int:
     if value is None:
         return ""
     return value if isinstance(value, int) else f"{value:.10g}"
+
+
+def _row(cells: Mapping[str, Any]) -> str:
+    """One line of the log."""
+    text = io.StringIO()
+    csv.DictWriter(text, COLUMNS).writerow(cells)
+    return text.getvalue()
+
+
+def _append(file: FileIO, text: str) -> None:
+    """Write a text whole, or raise OSError."""
+    content = text.encode()
+    while content:
+        content = content[file.write(content) :]
 
 
 def _for_openmm(frame: Frame) -> tuple[Any, Any]:
@@ -160,15 +214,21 @@ class _DCD:
     ) -> None:
         from openmm.app import DCDFile
 
-        self._file = path.open("r+b" if append else "w+b")
+        self._path = path
         if append:
-            frames = _count_dcd_frames(self._file)
-            self._file.seek(8)
-            self._file.write(frames.to_bytes(4, "little"))
-            self._file.flush()
+            self.repair()
+        self._file = path.open("r+b" if append else "w+b")
         self._writer = DCDFile(
             self._file, topology, timestep * 1e-3, interval, interval, append=append
         )
+        self._file.flush()
+
+    def repair(self) -> None:
+        """Let the header count the frames that are there."""
+        with self._path.open("r+b") as file:
+            frames = _count_dcd_frames(file)
+            file.seek(8)
+            file.write(frames.to_bytes(4, "little"))
 
     def write(self, frame: Frame) -> None:
         positions, box = _for_openmm(frame)
@@ -185,11 +245,12 @@ class _XTC:
     def __init__(
         self, path: Path, topology: Any, timestep: float, interval: int, append: bool
     ) -> None:
+        self._path = path
         self._arguments = (str(path), topology, timestep * 1e-3)
         self._interval = interval
         if not append:
             path.write_bytes(b"")
-        self._writer = self._open(0, append)
+        self._writer = self._open(0, append and path.stat().st_size > 0)
 
     def _open(self, first: int, append: bool) -> Any:
         from openmm.app import XTCFile
@@ -201,10 +262,16 @@ class _XTC:
         rest = frame.step % self._interval
         # The writer counts steps in intervals; one that starts elsewhere gives another step.
         writer = self._open(rest - self._interval, append=True) if rest else self._writer
+        before = self._path.stat().st_size
         writer.writeModel(positions, periodicBoxVectors=box)
+        if self._path.stat().st_size == before:  # the writer does not look
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
         pass
+
+    def repair(self) -> None:
+        """Nothing in the file counts its frames."""
 
 
 def _count_dcd_frames(file: BinaryIO) -> int:

@@ -29,7 +29,7 @@ class RunObserver:
         """Something the user should know."""
 
     def stopping(self) -> None:
-        """Ctrl-C, SIGTERM or SIGHUP came and the run stops after this step; called inside a signal handler."""
+        """A signal came and the run stops after this step; called inside its handler."""
 
     def begin(self, folder: Path, done: int, total: int) -> None:
         """Stepping begins in a folder, with some of all steps done before."""

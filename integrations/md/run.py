@@ -7,6 +7,7 @@ point in time.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import platform as python_platform
 import re
@@ -23,6 +24,7 @@ from mlip_md.errors import (
     CheckpointError,
     ConfigError,
     NonFiniteError,
+    OutputError,
     SimulationError,
     StructureError,
 )
@@ -385,6 +387,7 @@ class _Run:
         self.watch = BondWatch(backend.structure.atoms)
         self.last = backend.frame()
         self.first_step = self.last.step
+        self._saved = time.perf_counter()
         self.speed = _Speed(backend, compile_seconds)
         self._good: tuple[dict[str, np.ndarray], dict[str, Any]] | None = None
         self.files = RunFiles(
@@ -399,44 +402,56 @@ class _Run:
 
     def go(self, interruptions: Interruptions) -> None:
         """Step to the end; whatever happens, the folder stays usable."""
-        status = "failed"
         try:
-            if self.new:
+            if self.new:  # from its first moment on it can be continued
+                self._keep(write=False)
+                self._save_restart()
+            if self.files.empty:
                 self._keep(write=True)
             self._step_to_the_end(interruptions)
-            status = "finished"
+        except OutputError:  # nothing more can be written, or not everything
+            with contextlib.suppress(OSError):
+                self._end("failed", last_frame=False)
+            raise
         except KeyboardInterrupt:
             reason = interruptions.reason
-            status = reason if reason in ("terminated", "hangup") else "interrupted"
+            self._end(reason if reason in ("terminated", "hangup") else "interrupted")
             raise
-        finally:
+        except BaseException:
+            self._end("failed")
+            raise
+        self._end("finished")
+
+    def _end(self, status: str, *, last_frame: bool = True) -> None:
+        """Write what a folder needs at the end."""
+        try:
             self._save_restart()
             # The last frame is always there. The restart file does not count one between two
             # reports: a continued run drops it, and is the same as an uninterrupted one.
-            if self.last.step % self.settings.interval:
+            if last_frame and self.last.step % self.settings.interval:
                 self.files.write(self.last)
+        finally:
             self.files.close()
-            self._conclude(status)
+        self._conclude(status)
 
     def _step_to_the_end(self, interruptions: Interruptions) -> None:
         total, interval = self.settings.steps, self.settings.interval
         self.observer.begin(self.folder, self.last.step, total)
-        saved = time.perf_counter()
         while self.last.step < total:
             interruptions.check()
             step, begin = self.last.step, time.perf_counter()
             steps = min(interval - step % interval, total - step)
-            self.last = self._advance(steps, lambda: interruptions.reason is not None)
+            self.last = self._advance(
+                steps, lambda: interruptions.reason is not None or self._restart_is_old()
+            )
             self._keep(write=self.last.step % interval == 0)
-            now = time.perf_counter()
-            if now - saved > RESTART_SECONDS:
+            if self._restart_is_old():
                 self._save_restart()
-                saved = now
             self.speed.count(self.last.step - step, time.perf_counter() - begin)
             self.observer.update(self.last, self.speed.rate)
 
     def _advance(self, steps: int, ends: Callable[[], bool]) -> Frame:
-        """Advance, at most to the end of the step in which Ctrl-C is pressed, and look at it."""
+        """Advance, at most to the end of the step in which it ``ends``, and look at it."""
         try:
             for _ in range(steps):
                 self.backend.advance(1)
@@ -488,6 +503,10 @@ class _Run:
     def _save_restart(self) -> None:
         if self._good is not None:
             restart.write_restart(self.folder / restart.RESTART, *self._good)
+        self._saved = time.perf_counter()
+
+    def _restart_is_old(self) -> bool:
+        return time.perf_counter() - self._saved > RESTART_SECONDS
 
     def _conclude(self, status: str) -> None:
         """Plot and summary, of the whole run so far."""

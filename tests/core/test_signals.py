@@ -24,14 +24,17 @@ def test_a_signal_is_left_alone_where_it_is_ignored(number):
 @pytest.mark.parametrize("patient", [True, False])
 def test_a_signal_of_the_system_is_noted_and_told(name, reason, patient):
     number = signal.Signals[name]
-    with (
-        pytest.raises(StoppedError, match=f"{name} .* saved"),
-        Interruptions(*ENDINGS, patient=patient) as interruptions,
-    ):
-        signal.raise_signal(number)
-        assert patient, "it should have been raised at once"
-        signal.raise_signal(number)
-        assert interruptions.reason == reason
-        interruptions.check()
+    interruptions, reasons = Interruptions(*ENDINGS, patient=patient), []
+
+    def work():
+        with interruptions:
+            signal.raise_signal(number)
+            signal.raise_signal(number)
+            reasons.append(interruptions.reason)
+            interruptions.check()
+
+    with pytest.raises(StoppedError, match=f"{name} .* saved"):
+        work()
     assert interruptions.reason == reason
+    assert reasons == [reason] * patient
     assert signal.getsignal(number) is signal.SIG_DFL

@@ -1,6 +1,8 @@
 """Continuing a run: exactly, elsewhere, or not at all, and then it says why."""
 
 import json
+import resource
+import sys
 
 import ase.io
 import mdtraj
@@ -10,8 +12,8 @@ from md_cases import ENGINES, settings
 from typer.testing import CliRunner
 
 from mlip_md.cli import app
-from mlip_md.errors import CheckpointError, ConfigError, OwnershipError
-from mlip_md.integrations.md import files, report, restart
+from mlip_md.errors import CheckpointError, ConfigError, OutputError, OwnershipError
+from mlip_md.integrations.md import files, report, restart, run
 from mlip_md.integrations.md.observers import RunObserver
 from mlip_md.integrations.md.run import restart_md, run_md
 from mlip_md.integrations.md.settings import SETTINGS, read_settings
@@ -176,3 +178,62 @@ def test_two_new_runs_do_not_write_into_one_folder(cluster, tmp_path):
     with pytest.raises(ConfigError, match="not empty"):
         run_md(settings(cluster), tmp_path / "run", progress=Other())
     assert len(files.read_log(tmp_path / "run" / files.LOG)["step"]) == 5
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_restart_file_is_there_from_the_start_and_kept_fresh(
+    cluster, tmp_path, engine, monkeypatch
+):
+    """As if the machine died: between two frames, and before the first."""
+
+    class Begins(RunObserver):
+        def begin(self, folder, done, total):
+            assert len(kept) == 1
+
+    kept = []
+    whole = run_md(settings(cluster, engine=engine), tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "RESTART_SECONDS", 0.0)
+        patch.setattr(restart, "write_restart", lambda path, *state: kept.append(state))
+        folder = run_md(settings(cluster, engine=engine), tmp_path / "run", progress=Begins())
+    assert [values["step"] for _, values in kept] == [*range(41), 40]
+    for point in (0, 17):
+        restart.write_restart(folder / restart.RESTART, *kept[point])
+        restart_md(folder)
+        for name in (files.LOG, files.TRAJECTORY_ASE):
+            assert (folder / name).read_text() == (whole / name).read_text(), point
+        first, second = (
+            mdtraj.load(f / files.TRAJECTORIES["dcd"], top=f / files.TOPOLOGY)
+            for f in (whole, folder)
+        )
+        np.testing.assert_array_equal(first.xyz, second.xyz)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")
+@pytest.mark.parametrize("trajectory_format", ["dcd", "xtc"])
+def test_a_full_disk_is_told_and_tears_no_frame(cluster, tmp_path, trajectory_format):
+    """A limit on the size of a file stands for the end of the disk."""
+    common = {"trajectory_format": trajectory_format}
+    whole = run_md(settings(cluster, **common), tmp_path / "whole")
+    folder, before = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    room = (whole / files.TRAJECTORY_ASE).stat().st_size - 100
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        with pytest.raises(OutputError) as caught:
+            run_md(settings(cluster, **common), folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(folder / files.TRAJECTORY_ASE) in str(caught.value)
+    assert f"mlip-md md --restart {folder}" in str(caught.value)
+    file = files.TRAJECTORIES[trajectory_format]
+
+    def count():
+        frames = ase.io.read(folder / files.TRAJECTORY_ASE, ":")
+        trajectory = mdtraj.load(folder / file, top=folder / files.TOPOLOGY)
+        return len(frames), trajectory.n_frames, len(files.read_log(folder / files.LOG)["step"])
+
+    assert count() == (4, 4, 4)
+    restart_md(folder)
+    assert count() == (5, 5, 5)
+    for name in (files.LOG, files.TRAJECTORY_ASE):
+        assert (folder / name).read_text() == (whole / name).read_text()
