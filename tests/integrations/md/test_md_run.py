@@ -323,7 +323,7 @@ class CollapsingEngine(PairEngine):
 
     def evaluate(self, positions, *structure):
         result = super().evaluate(positions, *structure)
-        pull = np.sign(positions - np.mean(positions, axis=0))
+        pull = 0.25 * np.sign(positions - np.mean(positions, axis=0))
         energy = -float(np.sum(pull * positions))
         forces = np.where(np.abs(positions - np.mean(positions, axis=0)) > 0.05, -pull, 0.0)
         return dataclasses.replace(
@@ -336,7 +336,8 @@ def test_a_collapse_stops_the_run(tmp_path, engine, monkeypatch):
     set_engine(monkeypatch, CollapsingEngine)
     path = tmp_path / "pair.xyz"
     Atoms("C2", [[-0.7, 0, 0], [0.7, 0, 0]]).write(path)
-    given = settings(str(path), engine=engine, timestep=1.0, report_interval=5, ensemble="nve")
+    changes = {"timestep": 1.0, "steps": 150, "report_interval": 5, "ensemble": "nve"}
+    given = settings(str(path), engine=engine, **changes)
     with pytest.raises(SimulationError, match=r"collapsed: atoms 0 \(C\) and 1 \(C\)"):
         run_md(given, tmp_path / "run")
     with pytest.raises(SimulationError, match=r"minimization ended .* atoms 0 \(C\) and 1"):
