@@ -18,6 +18,7 @@ from ase import Atoms, units
 from mlip_md.errors import CheckpointError, OutputError
 from mlip_md.files import replacing
 from mlip_md.integrations.md.backends.interface import BAR, Frame
+from mlip_md.integrations.md.structures import reduce_lattice
 
 LOG = "log.csv"
 TOPOLOGY = "topology.pdb"
@@ -77,13 +78,16 @@ def check_sizes(folder: Path, sizes: dict[str, int]) -> None:
 class RunFiles:
     """The growing files of a run: log and trajectories, for mdtraj (with the PDB) and for ASE.
 
+    The log and the trajectory for ASE are in the frame of the run; the PDB and the trajectory for
+    mdtraj, whose formats have no room for other cells, are turned into that of the reduced cell.
+
     DCD files know the time of their first frame and a constant interval; a last frame between two
     reports has its own time in the log, in the trajectory for ASE and in XTC files only.
 
     Args:
         folder: the run's folder.
         atoms: the structure, for elements and periodicity.
-        topology: its OpenMM topology.
+        topology: its OpenMM topology, in the frame of its reduced cell.
         timestep: fs.
         interval: steps between frames.
         trajectory_format: of the trajectory for mdtraj, "dcd" or "xtc".
@@ -125,7 +129,10 @@ class RunFiles:
         if not sizes:
             with self._naming(LOG):
                 _append(self._log, _row(dict(zip(COLUMNS, COLUMNS, strict=True))))
-            _write_topology(folder / TOPOLOGY, topology, atoms)
+            positions = atoms.positions
+            if topology.getPeriodicBoxVectors() is not None:
+                positions = positions @ reduce_lattice(atoms.cell.array)[1].T
+            _write_topology(folder / TOPOLOGY, topology, positions)
 
     @property
     def empty(self) -> bool:
@@ -199,11 +206,14 @@ def _append(file: FileIO, text: str) -> None:
 
 
 def _for_openmm(frame: Frame) -> tuple[Any, Any]:
-    """Positions and box vectors (or None) with OpenMM's units."""
+    """Positions and box vectors (or None) with OpenMM's units, turned together into its frame."""
     from openmm import Vec3, unit
 
-    box = [Vec3(*v) for v in frame.cell] * unit.angstrom if frame.cell.any() else None
-    return frame.positions * unit.angstrom, box
+    if not frame.cell.any():
+        return frame.positions * unit.angstrom, None
+    reduced, rotation = reduce_lattice(frame.cell)
+    box = [Vec3(*v) for v in reduced] * unit.angstrom
+    return frame.positions @ rotation.T * unit.angstrom, box
 
 
 class _DCD:
@@ -218,9 +228,7 @@ class _DCD:
         if append:
             self.repair()
         self._file = path.open("r+b" if append else "w+b")
-        self._writer = DCDFile(
-            self._file, topology, timestep * 1e-3, interval, interval, append=append
-        )
+        self._writer = DCDFile(self._file, topology, timestep * 1e-3, 0, interval, append=append)
         self._file.flush()
 
     def repair(self) -> None:
@@ -284,12 +292,12 @@ def _count_dcd_frames(file: BinaryIO) -> int:
     return (file.seek(0, os.SEEK_END) - 276) // frame
 
 
-def _write_topology(path: Path, topology: Any, atoms: Atoms) -> None:
+def _write_topology(path: Path, topology: Any, positions: np.ndarray) -> None:
     from openmm import unit
     from openmm.app import PDBFile
 
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        PDBFile.writeFile(topology, atoms.get_positions() * unit.angstrom, file, keepIds=True)
+        PDBFile.writeFile(topology, positions * unit.angstrom, file, keepIds=True)
 
 
 def _format_extxyz(template: Atoms, frame: Frame) -> str:

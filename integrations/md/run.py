@@ -44,6 +44,7 @@ from mlip_md.integrations.md.structures import (
     describe_contact,
     make_topology,
     read_structure,
+    reduce_structure,
 )
 from mlip_md.integrations.models import lasting_name
 from mlip_md.ownership import FILE as OWNER
@@ -393,7 +394,7 @@ class _Run:
         self.files = RunFiles(
             folder,
             backend.structure.atoms,
-            make_topology(backend.structure),
+            make_topology(reduce_structure(backend.structure)),
             timestep=settings.timestep,
             interval=settings.interval,
             trajectory_format=settings.trajectory_format,

@@ -24,7 +24,12 @@ from mlip_md.constants import ANGSTROM_PER_NM, KJ_PER_MOL_PER_EV
 from mlip_md.errors import ConfigError, SimulationError, StructureError
 from mlip_md.integrations.md.backends.interface import Frame
 from mlip_md.integrations.md.settings import MDSettings, explain_choices
-from mlip_md.integrations.md.structures import Structure, make_topology, whole_molecules
+from mlip_md.integrations.md.structures import (
+    Structure,
+    make_topology,
+    reduce_structure,
+    whole_molecules,
+)
 from mlip_md.integrations.md.velocities import (
     compute_temperature,
     count_degrees_of_freedom,
@@ -57,17 +62,7 @@ def reduce_cell(structure: Structure) -> Structure:
             f"OpenMM is periodic in all three directions or in none, this structure has pbc = "
             f"{atoms.pbc.tolist()}; use the ASE engine"
         )
-    if atoms.cell.handedness < 0:
-        atoms.cell = -atoms.cell.array  # the same lattice, and no mirror image of the molecules
-    cell, rotation = atoms.cell.standard_form()
-    reduced = cell.array.copy()
-    for row, column in ((2, 1), (2, 0), (1, 0)):
-        reduced[row] -= reduced[column] * np.round(reduced[row, column] / reduced[column, column])
-    atoms.positions = atoms.positions @ rotation.T
-    if "momenta" in atoms.arrays:
-        atoms.arrays["momenta"] = atoms.arrays["momenta"] @ rotation.T
-    atoms.cell = reduced
-    return dataclasses.replace(structure, atoms=atoms)
+    return reduce_structure(structure)
 
 
 class OpenMMBackend:

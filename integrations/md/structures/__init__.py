@@ -14,6 +14,7 @@ from mlip_md.integrations.md.structures.molecules import (
     molecules,
     whole_molecules,
 )
+from mlip_md.integrations.md.structures.orientation import reduce_lattice, reduce_structure
 from mlip_md.integrations.md.structures.reading import (
     DEFAULT_MOLECULE,
     bundled_molecules,
@@ -36,6 +37,8 @@ __all__ = [
     "make_topology",
     "molecules",
     "read_structure",
+    "reduce_lattice",
+    "reduce_structure",
     "whole_molecules",
     "write_structure",
 ]

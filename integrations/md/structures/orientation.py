@@ -43,5 +43,7 @@ def reduce_structure(structure: Structure) -> Structure:
     atoms = structure.atoms.copy()
     reduced, rotation = reduce_lattice(atoms.cell.array)
     atoms.positions = atoms.positions @ rotation.T
+    if "momenta" in atoms.arrays:
+        atoms.arrays["momenta"] = atoms.arrays["momenta"] @ rotation.T
     atoms.cell = reduced
     return dataclasses.replace(structure, atoms=atoms)

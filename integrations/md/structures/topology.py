@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
+from mlip_md.errors import StructureError
 from mlip_md.integrations.md.structures.description import (
     AtomLabel,
     Structure,
     is_deuterium,
 )
 from mlip_md.integrations.md.structures.molecules import bonds, molecules
+from mlip_md.integrations.md.structures.orientation import reduce_lattice
 
 _FARTHEST = 1.5
 """Times the sum of covalent radii; a bond of a table that is longer is none."""
@@ -150,6 +152,9 @@ def make_topology(structure: Structure) -> Any:
 
     Returns:
         ``openmm.app.Topology`` with the box of ``structure.atoms`` when they are periodic.
+
+    Raises:
+        StructureError: if OpenMM has no such box; ``reduce_structure`` turns it into one it has.
     """
     atoms = structure.atoms
     topology = structure.topology
@@ -160,16 +165,12 @@ def make_topology(structure: Structure) -> Any:
     if atoms.pbc.all() and atoms.cell.rank == 3:
         from openmm import Vec3, unit
 
-        box = [Vec3(*row) for row in _reduced(atoms.cell.array)] * unit.angstrom
+        cell = atoms.cell.array
+        if not np.allclose(np.triu(cell, 1), 0) or not (np.diag(cell) > 0).all():
+            raise StructureError(
+                "OpenMM wants a cell with its first vector along x and its second in the xy plane; "
+                "turn cell and positions with reduce_structure"
+            )
+        box = [Vec3(*row) for row in reduce_lattice(cell)[0]] * unit.angstrom
     topology.setPeriodicBoxVectors(box)
     return topology
-
-
-def _reduced(cell: np.ndarray) -> np.ndarray:
-    """The same lattice in OpenMM's reduced form, if the cell is lower triangular, else the cell."""
-    reduced = cell.copy()
-    if not np.allclose(np.triu(cell, 1), 0) or not (np.diag(cell) > 0).all():
-        return reduced
-    for row, column in ((2, 1), (2, 0), (1, 0)):
-        reduced[row] -= reduced[column] * np.round(reduced[row, column] / reduced[column, column])
-    return reduced

@@ -8,6 +8,7 @@ import mdtraj
 import numpy as np
 import pytest
 from ase import Atoms
+from ase.cell import Cell
 from md_cases import ENGINES, set_engine, settings
 from pair_engine import PairEngine
 
@@ -322,7 +323,7 @@ class CollapsingEngine(PairEngine):
 
     def evaluate(self, positions, *structure):
         result = super().evaluate(positions, *structure)
-        pull = np.sign(positions - np.mean(positions, axis=0))
+        pull = 0.25 * np.sign(positions - np.mean(positions, axis=0))
         energy = -float(np.sum(pull * positions))
         forces = np.where(np.abs(positions - np.mean(positions, axis=0)) > 0.05, -pull, 0.0)
         return dataclasses.replace(
@@ -335,9 +336,68 @@ def test_a_collapse_stops_the_run(tmp_path, engine, monkeypatch):
     set_engine(monkeypatch, CollapsingEngine)
     path = tmp_path / "pair.xyz"
     Atoms("C2", [[-0.7, 0, 0], [0.7, 0, 0]]).write(path)
-    given = settings(str(path), engine=engine, timestep=1.0, report_interval=5, ensemble="nve")
+    changes = {"timestep": 1.0, "steps": 150, "report_interval": 5, "ensemble": "nve"}
+    given = settings(str(path), engine=engine, **changes)
     with pytest.raises(SimulationError, match=r"collapsed: atoms 0 \(C\) and 1 \(C\)"):
         run_md(given, tmp_path / "run")
     with pytest.raises(SimulationError, match=r"minimization ended .* atoms 0 \(C\) and 1"):
         run_md(dataclasses.replace(given, minimize=True), tmp_path / "minimized")
     assert not (tmp_path / "minimized").exists()
+
+
+FCC = 1.5 * np.array([[0, 3.6, 3.6], [3.6, 0, 3.6], [3.6, 3.6, 0]])
+CELLS = {
+    "fcc": FCC,
+    "monoclinic": Cell.fromcellpar([7, 8, 14, 90, 122.9, 90]).array,
+    "turned": np.array([[0, 0, 8.0], [7.0, 0, 0], [0, 9.0, 1.5]]),
+    "left-handed": np.array([[0, 8.0, 0], [7.0, 0, 0], [0, 0, 9.0]]),
+}
+
+
+def image_distances(positions, cell):
+    """The shortest distances between all atoms and all images, sorted."""
+    images = np.stack(np.meshgrid(*[np.arange(-3, 4)] * 3), axis=-1).reshape(-1, 3) @ cell
+    vectors = positions[None, :, None] - positions[:, None, None] + images
+    lengths = np.sort(np.linalg.norm(vectors, axis=-1).ravel())
+    return lengths[lengths > 1e-3][:60]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("kind", ["dcd", "xtc"])
+def test_any_cell_in_any_engine(tmp_path, engine, cell, kind):
+    path = tmp_path / "cell.extxyz"
+    places = [[0.3, 0.2, 0.1], [2.4, 0.4, 0.2], [0.8, 2.3, 0.3], [-9.0, 14.0, 5.0]]
+    given = Atoms("C4", places, cell=CELLS[cell], pbc=True)
+    given.write(path)
+    changes = {"engine": engine, "steps": 10, "report_interval": 5, "trajectory_format": kind}
+    folder = run_md(settings(str(path), **changes), tmp_path / "run")
+    restart_md(folder, steps=5)
+    frames = ase.io.read(folder / files.TRAJECTORY_ASE, ":")
+    top = mdtraj.load_pdb(str(folder / files.TOPOLOGY), standard_names=False)
+    trajectory = mdtraj.load(folder / files.TRAJECTORIES[kind], top=top.topology)
+    assert trajectory.n_frames == len(frames) == 4
+    for place, box, frame in zip(trajectory.xyz, trajectory.unitcell_vectors, frames, strict=True):
+        here = image_distances(frame.positions, frame.cell.array)
+        np.testing.assert_allclose(
+            10 * np.linalg.norm(place[1:] - place[:-1], axis=1),
+            np.linalg.norm(np.diff(frame.positions, axis=0), axis=1),
+            atol=0.02,
+        )
+        np.testing.assert_allclose(image_distances(10 * place, 10 * box), here, atol=0.02)
+    start = image_distances(given.positions, given.cell.array)
+    np.testing.assert_allclose(
+        image_distances(10 * top.xyz[0], 10 * top.unitcell_vectors[0]), start, atol=0.02
+    )
+    np.testing.assert_allclose(
+        image_distances(frames[0].positions, frames[0].cell.array), start, atol=1e-5
+    )
+    if engine == "ase":
+        np.testing.assert_allclose(frames[0].cell.array, CELLS[cell], atol=1e-6)
+
+
+def test_dcd_starts_when_the_log_does(cluster, tmp_path):
+    folder = run_md(settings(cluster), tmp_path / "run")
+    header = (folder / files.TRAJECTORIES["dcd"]).read_bytes()[8:20]
+    frames, first, interval = np.frombuffer(header, "<i4")
+    assert [frames, first, interval] == [5, 0, 10]
