@@ -28,11 +28,11 @@ class Interruptions:
     """While entered, notes signals instead of dying of them, so that no library can swallow one.
 
     Python raises KeyboardInterrupt wherever it happens to be; in a destructor or in a callback of C
-    code it is printed and lost, and the work goes on. A second Ctrl-C acts as usual; the system's
-    signals come several times by themselves (shell and kernel both tell that a terminal closes),
-    and one says it all. The KeyboardInterrupt of one of these leaves as StoppedError. Signal
-    handlers belong to the main thread; elsewhere, and where a signal is ignored or somebody
-    else's, nothing changes and only the time limit is kept.
+    code it is printed and lost, and the work goes on. A second Ctrl-C acts as usual; other signals
+    come several times by themselves (shell and system both tell that a terminal closes), and one
+    says it all. After one of these a KeyboardInterrupt leaves as StoppedError. Signal handlers
+    belong to the main thread; elsewhere, and where a signal is ignored or somebody else's, nothing
+    changes and only the time limit is kept.
 
     Attributes:
         patient: signals are only noted; otherwise they also raise KeyboardInterrupt at once.

@@ -92,6 +92,14 @@ class MDSettings:
             if value not in get_args(choices):
                 told = explain_choices(str(value), get_args(choices))
                 raise ConfigError(f"{name} = {value!r} is not allowed; {told}")
+        if self.velocities == "file" and self.minimize:
+            raise ConfigError(
+                "velocities of the file belong to its positions, which minimizing would change; "
+                "give --no-minimize (in Python minimize=False), or draw velocities"
+            )
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
         for name in ("temperature", "friction"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(
@@ -108,11 +116,6 @@ class MDSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} = {value} is not allowed; it must be at least 1")
-        if self.velocities == "file" and self.minimize:
-            raise ConfigError(
-                "velocities of the file belong to its positions, which minimizing would change; "
-                "give --no-minimize (in Python minimize=False), or draw velocities"
-            )
         if self.hydrogen_mass is not None and not 1 <= self.hydrogen_mass < math.inf:
             raise ConfigError(
                 f"hydrogen_mass = {self.hydrogen_mass} u is not allowed; it must be at least 1 and "
