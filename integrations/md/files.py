@@ -316,7 +316,7 @@ def _format_extxyz(template: Atoms, frame: Frame) -> str:
         "potential_eV": frame.potential,
         "temperature_K": frame.temperature,
     }
-    results = {"energy": frame.potential}
+    results: dict[str, Any] = {"energy": frame.potential}
     results |= {} if frame.forces is None else {"forces": frame.forces}
     atoms.calc = SinglePointCalculator(atoms, **results)
     text = io.StringIO()
