@@ -335,7 +335,7 @@ def grow_search(search: Search, needs: Needs) -> Search:
     new = search._replace(
         reach=(int(reach[0]), int(reach[1]), int(reach[2])),
         slots=_whole_words(ladder(slots)) if slots > search.slots else search.slots,
-        candidates=max(search.candidates, ladder(candidates) if search.skin else 0),
+        candidates=ladder(candidates) if candidates > search.candidates else search.candidates,
     )
     needed_by = {"reach": needed.tolist(), "slots": slots, "candidates": candidates}
     for what, need in needed_by.items():
