@@ -24,10 +24,13 @@ def reference_data() -> Path:
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Ctrl-C works here and in child processes, also where a shell started the tests without it.
+    """Signals work here and in child processes, also where a shell started the tests without them.
 
-    Shells let background jobs ignore SIGINT, and children inherit that.
+    Shells let background jobs ignore SIGINT, nohup SIGHUP, and children inherit that.
     """
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        before[number] = signal.signal(number, signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -72,12 +72,8 @@ def read_restart(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 def describe_atoms(atoms: Atoms) -> dict[str, np.ndarray]:
     """What a run must know of its atoms beside their motion, as arrays of the restart file."""
-    return {
-        "numbers": atoms.numbers,
-        "pbc": atoms.pbc,
-        "masses": atoms.get_masses(),
-        "fixed": fixed_axes(atoms),
-    }
+    own = {"masses": atoms.arrays["masses"]} if "masses" in atoms.arrays else {}
+    return {"numbers": atoms.numbers, "pbc": atoms.pbc, "fixed": fixed_axes(atoms), **own}
 
 
 def read_saved_structure(folder: Path, arrays: dict[str, np.ndarray], name: str) -> Structure:
@@ -85,7 +81,8 @@ def read_saved_structure(folder: Path, arrays: dict[str, np.ndarray], name: str)
 
     Args:
         folder: the run's, with its topology.
-        arrays: of the restart file; those of version 0.1.0 have no masses and held nothing.
+        arrays: of the restart file; without masses they are the elements', or those of the
+            topology's isotopes. Those of version 0.1.0 held nothing.
         name: the structure's.
 
     Raises:
@@ -104,7 +101,7 @@ def read_saved_structure(folder: Path, arrays: dict[str, np.ndarray], name: str)
         arrays["positions"],
         cell=arrays["cell"],
         pbc=arrays["pbc"],
-        masses=arrays.get("masses", saved.atoms.get_masses()),
+        masses=arrays.get("masses", saved.atoms.arrays.get("masses")),
     )
     hold(atoms, arrays.get("fixed", np.zeros((len(atoms), 3), bool)))
     return Structure(name, atoms, topology)

@@ -22,7 +22,7 @@ def test_a_signal_is_left_alone_where_it_is_ignored(number):
 
 @pytest.mark.parametrize(("name", "reason"), [("SIGTERM", "terminated"), ("SIGHUP", "hangup")])
 @pytest.mark.parametrize("patient", [True, False])
-def test_a_signal_of_the_system_is_noted_and_told(name, reason, patient):
+def test_a_signal_of_the_system_is_noted_and_told(name, reason, patient, interruptible):
     number = signal.Signals[name]
     interruptions, reasons = Interruptions(*ENDINGS, patient=patient), []
 

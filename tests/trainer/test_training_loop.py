@@ -467,7 +467,7 @@ def test_a_folder_has_one_training_at_a_time(recipe, data, tmp_path):
     assert len(rows(tmp_path)) == 2
 
 
-def test_a_hangup_saves_and_a_second_one_changes_nothing(recipe, data, tmp_path):
+def test_a_hangup_saves_and_a_second_one_changes_nothing(recipe, data, tmp_path, interruptible):
     def hang_up():
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGHUP)

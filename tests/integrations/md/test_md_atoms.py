@@ -67,10 +67,13 @@ def test_fixed_atoms_stay_where_they_are(edited, tmp_path, engine, ensemble):
     moved = np.abs([frame.positions - start.positions for frame in frames]).max(axis=(0, 2))
     assert moved[[0, 4, 9]].max() < 1e-6
     assert np.delete(moved, [0, 4, 9]).min() > 1e-3
+    # 81 degrees of freedom instead of 72 would be 12 % off. A leapfrog's velocities are those of
+    # half a step later than its kinetic energy.
+    tolerance = 3e-2 if (engine, ensemble) == ("openmm", "nve") else 1e-2
     for frame, temperature in zip(frames, log["temperature_K"], strict=True):
         assert frame.constraints[0].get_indices().tolist() == [0, 4, 9]
         kinetic = frame.get_kinetic_energy()
-        assert 2 * kinetic / (72 * ase.units.kB) == pytest.approx(temperature, rel=1e-2)
+        assert 2 * kinetic / (72 * ase.units.kB) == pytest.approx(temperature, rel=tolerance)
 
 
 def test_one_axis_of_an_atom_is_held_by_ase_and_refused_by_openmm(edited, tmp_path):

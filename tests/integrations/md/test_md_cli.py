@@ -168,7 +168,7 @@ def test_ctrl_c_ends_the_step(
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", "terminated"), ("SIGHUP", "hangup")])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_signals_of_the_system_save_the_run(
-    cluster, tmp_path, engine, name, status, monkeypatch, capfd
+    cluster, tmp_path, engine, name, status, monkeypatch, capfd, interruptible
 ):
     class Ended(PairEngine):
         def evaluate(self, *structure):
