@@ -85,7 +85,12 @@ def library_network(architecture, hyperparameters, statistics):
 
 def applied(network, **options):
     """Node energies ``apply(params, graph)`` of a network of the library; options are flax's."""
-    return lambda params, graph: network.apply(params, *inputs(graph), **options)
+
+    def apply(params, graph):
+        with jax.numpy_rank_promotion("allow"):  # it multiplies vectors with matrices
+            return network.apply(params, *inputs(graph), **options)
+
+    return apply
 
 
 def inputs(graph):

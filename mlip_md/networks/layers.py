@@ -108,22 +108,6 @@ def radial_basis(
     return scale * basis * _ENVELOPES[envelope](lengths, cutoff)[:, None]
 
 
-@functools.lru_cache
-def radial_scale(
-    avg_r_min: float | None, cutoff: float, number: int, envelope: str, double: bool
-) -> float:
-    """Factor that gives the radial basis a mean square of 1 between avg_r_min and the cutoff.
-
-    Published weights were trained with its value in float32, rounding included. The reference
-    library has another last digit where float64 is enabled: ``double`` gives that one.
-    """
-    if avg_r_min is None:
-        return 1.0
-    with jax.ensure_compile_time_eval(), jax.enable_x64(double), _on_cpu():
-        samples = jnp.linspace(avg_r_min, cutoff, 1000, dtype=jnp.float32)
-        return float(jnp.mean(radial_basis(samples, cutoff, number, envelope) ** 2)) ** -0.5
-
-
 def spherical_harmonics(vectors: jax.Array, degrees: range) -> dict[int, jax.Array]:
     """Real spherical harmonics of directions, component normalised: |Y_l|² = 2l+1.
 

@@ -20,6 +20,7 @@ from mlip_md.graph import Graph, edge_vectors
 from mlip_md.networks import layers
 from mlip_md.networks.config import MACEConfig
 from mlip_md.networks.product_basis import SymmetricContraction
+from mlip_md.networks.radial_scale import radial_scale
 
 RADIAL_WIDTHS = (64, 64, 64)
 """Hidden widths of the radial network; no card or file has others."""
@@ -468,7 +469,7 @@ class MACE(nn.Module):
         config, vectors = self.config, edge_vectors(graph)
         lengths = jnp.sqrt(jnp.sum(vectors**2, axis=-1))
         basis = self.cutoff, config.num_bessel, config.radial_envelope
-        scale = layers.radial_scale(self.avg_r_min, *basis, vectors.dtype == jnp.float64)
+        scale = radial_scale(self.avg_r_min, *basis, vectors.dtype == jnp.float64)
         senders, species = jnp.asarray(graph.senders), jnp.asarray(graph.species)
         return Edges(
             senders,

@@ -14,7 +14,13 @@ from reference_library import jit
 from mlip_md.errors import ConfigError
 from mlip_md.graph import Graph
 from mlip_md.networks import NequIPConfig, layers
-from mlip_md.networks.nequip import NequIP, contract, plan_layers
+from mlip_md.networks.nequip import (
+    NequIP,
+    contract,
+    existing_blocks,
+    message_paths,
+    read_irreps,
+)
 from mlip_md.potential import predict
 
 CUTOFF = 4.0
@@ -64,8 +70,8 @@ def random_params(network, graph, seed=0):
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def network_of(config, **options):
-    return NequIP(config, 3, CUTOFF, 7.0, **options)
+def network_of(config):
+    return NequIP(config, 3, CUTOFF, 7.0)
 
 
 @pytest.fixture(scope="module")
@@ -115,26 +121,55 @@ def test_initial_weights_have_the_published_spread():
 
 
 def test_blocks_come_to_life_layer_by_layer():
-    plans = plan_layers(NequIPConfig())
-    live = [{str(b.ir) for b, on in zip(p.inputs, p.live, strict=True) if on} for p in plans]
-    assert live[0] == {"0e"}
-    assert live[1] == {"0e", "1o", "2e"}
-    assert live[2] == {"0e", "1e", "1o", "2e", "2o"}
-    assert live[3] == live[4] == {"0e", "0o", "1e", "1o", "2e", "2o"}
-    # Columns of paths from dead blocks exist all the same; only needed ones are evaluated.
-    assert [p.num_columns for p in plans] == [816] * 5
-    computed = [sum(path.channels for path in p.computed_paths) for p in plans]
+    config = NequIPConfig()
+    existing = [{str(ir) for _, ir in existing_blocks(config, i)} for i in range(6)]
+    assert existing[0] == {"0e"}
+    assert existing[1] == {"0e", "1o", "2e"}
+    assert existing[2] == {"0e", "1e", "1o", "2e", "2o"}
+    assert existing[3] == existing[4] == existing[5] == {"0e", "0o", "1e", "1o", "2e", "2o"}
+
+
+def test_only_what_the_energy_reads_is_computed():
+    config = NequIPConfig()
+    paths, read = message_paths(config, 1), [read_irreps(config, i) for i in range(6)]
+    assert [{str(ir) for ir in irreps} for irreps in read] == [
+        {"0e"},
+        {"0e", "1o", "2e"},
+        {"0e", "1e", "1o", "2e", "2o"},
+        {"0e", "1e", "1o", "2e", "2o"},
+        {"0e", "1o", "2e"},
+        {"0e"},
+    ]
+    # Weights of all paths exist in every layer; only needed ones are evaluated.
+    assert sum(path.width for path in paths) == paths[-1].columns.stop == 816
+    computed = [
+        sum(p.width for p in paths if p.source in read[i] and p.irrep in read[i + 1])
+        for i in range(5)
+    ]
     assert computed == [192, 408, 588, 408, 100]
 
 
+def features(network, params, graph):
+    """Features after each layer, as flax captures them."""
+    apply = jit(lambda params: network.apply(params, graph, capture_intermediates=True))
+    block = apply(params)[1]["intermediates"]
+    return [block[f"NequipLayer_{i}"]["__call__"][0] for i in range(network.config.num_layers)]
+
+
 def test_what_is_left_out_does_not_reach_the_energy(small):
-    _, params, graph, _, expected = small
-    network = network_of(SMALL, all_features=True)
+    """More layers on top read more of the features below, and leave the others as they are."""
+    network, _, graph, _, _ = small
+    deep = network_of(dataclasses.replace(SMALL, num_layers=6))
+    params = random_params(deep, graph)
     with jax.enable_x64(True):
-        result = jit(functools.partial(predict, network.apply))(params, graph)
-    np.testing.assert_allclose(result.node_energies, expected.node_energies, rtol=1e-12)
-    scale = np.abs(expected.forces).max()
-    np.testing.assert_allclose(result.forces, expected.forces, atol=1e-12 * scale)
+        ours, all_of_them = features(network, params, graph), features(deep, params, graph)
+    counts = []
+    for some, more in zip(ours, all_of_them, strict=False):
+        counts.append((len(some), len(more)))
+        for ir, feature in some.items():
+            scale = np.abs(feature).max()
+            np.testing.assert_allclose(feature, more[ir], rtol=0, atol=1e-12 * scale)
+    assert counts == [(2, 2), (2, 3), (1, 4)]
 
 
 def test_chunks_of_edges_sum_to_the_whole(small, monkeypatch):

@@ -4,7 +4,7 @@ Everything here runs in float64 on raw node energies: in float32, or next to the
 of the atoms, an error of one percent in a spherical harmonic would not be seen.
 """
 
-import functools
+import dataclasses
 
 import e3nn_jax as e3nn
 import jax
@@ -14,7 +14,7 @@ from reference_library import applied, graph_of, jit, joined, library_network, s
 
 from mlip_md.formats.instadeep import load_zip
 from mlip_md.graph import edge_vectors
-from mlip_md.networks import MACEConfig, NequIPConfig, build_network, layers, nequip
+from mlip_md.networks import MACEConfig, NequIPConfig, build_network, layers
 from mlip_md.networks.nequip import NequIP
 from mlip_md.potential import predict
 
@@ -129,27 +129,37 @@ def by_irrep(array, irreps):
         yield ir, np.swapaxes(block, 1, 2)
 
 
+DEEP = 8
+
+
+def deepened(config):
+    """NequIP with layers on top of the five that read all their features, odd scalars too."""
+    return dataclasses.replace(config, num_layers=DEEP)
+
+
 def test_nequip_features_are_the_published_ones(reference_data):
     """Odd features know the sign of the edge vectors and the nonlinearity of 0o; energies don't."""
     golden = reference_data / "golden"
     potential = load_zip(golden / FILES["nequip"][0])
     params = float64(potential.params)
-    for layer, modules in params["params"].items():
-        if layer.startswith("NequipLayer"):
-            # The features were written with these kernels before they were made 30 times stronger.
-            modules["MLP_0"]["Dense_2"]["kernel"] /= 30
-    network = NequIP(potential.config, 15, 5.0, potential.avg_num_neighbors, all_features=True)
+    block = params["params"]
+    for i in range(5):
+        # The features were written with these kernels before they were made 30 times stronger.
+        block[f"NequipLayer_{i}"]["MLP_0"]["Dense_2"]["kernel"] /= 30
+    for i in range(5, DEEP):
+        block[f"NequipLayer_{i}"] = block["NequipLayer_4"]
+    network = NequIP(deepened(potential.config), 15, 5.0, potential.avg_num_neighbors)
     numbers, captured = aspirin_features(golden, "nequip", network, params)
     irreps, seen = "64x0e + 64x0o + 32x1e + 32x1o + 4x2e + 4x2o", set()
     for i in range(5):
         [blocks] = captured[f"NequipLayer_{i}"]["__call__"]
         expected = numbers[f"NequipBlock_0/NequipLayer_{i}/__call__"]
-        for block, (ir, array) in zip(blocks, by_irrep(expected, irreps), strict=True):
-            if block is None:
+        for ir, array in by_irrep(expected, irreps):
+            if ir not in blocks:
                 assert not array.any()
                 continue
             seen.add(str(ir))
-            np.testing.assert_allclose(block, array, rtol=0, atol=1e-6 * np.abs(array).max())
+            np.testing.assert_allclose(blocks[ir], array, rtol=0, atol=1e-6 * np.abs(array).max())
     assert seen == {"0e", "0o", "1e", "1o", "2e", "2o"}
 
 
@@ -244,18 +254,13 @@ def deviations(result, expected):
 PATHS = {"mace": ((1, 1, 0), (1, 2, 1), (2, 3, 3)), "nequip": ((1, 1, 0), (1, 2, 1), (2, 2, 1))}
 
 
-def only(coupling, chosen, *path):
-    """The coupling of one path, zero for the others."""
-    return coupling(*path) * (path == chosen)
-
-
 @pytest.fixture(scope="module", params=NETWORKS)
 def live(request):
     """Our network with adjustable harmonics and paths, and the reference library's numbers."""
     name, config, graph = request.param, SLIM[request.param], random_periodic()
     network = our_network(config)
     params = random_weights(network, graph)
-    harmonics, coupling, matrix = layers.spherical_harmonics, layers.coupling, nequip._coupling
+    harmonics, coupling = layers.spherical_harmonics, layers.coupling
 
     def adjustable(params, degree_factors, path_factors):
         factors = dict(zip(PATHS[name], path_factors, strict=True))
@@ -266,20 +271,9 @@ def live(request):
         def scaled_coupling(*path):
             return factors.get(path, 1.0) * coupling(*path)
 
-        def scaled_matrix(plan, bundle):
-            total = matrix(plan, bundle)
-            for chosen, factor in factors.items():
-                with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(layers, "coupling", functools.partial(only, coupling, chosen))
-                    total += (factor - 1) * matrix(plan, bundle)
-            return total
-
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(layers, "spherical_harmonics", scaled_harmonics)
-            if name == "mace":
-                patch.setattr(layers, "coupling", scaled_coupling)
-            else:
-                patch.setattr(nequip, "_coupling", scaled_matrix)
+            patch.setattr(layers, "coupling", scaled_coupling)
             return predict(network.apply, params, graph)
 
     library = reference(config)
@@ -315,10 +309,8 @@ def layer_features(name, captured):
 def test_live_features(name):
     """Features after every layer: unlike energies, odd ones know the sign of the edge vectors."""
     config, graph = SLIM[name], random_periodic()
-    network = our_network(config)
-    if name == "nequip":
-        network = NequIP(config, NUM_SPECIES, CUTOFF, AVG_NUM_NEIGHBORS, all_features=True)
-    params = random_weights(our_network(config), graph)
+    network = our_network(deepened(config) if name == "nequip" else config)
+    params = random_weights(network, graph)
     library = reference(config, capture_intermediates=True)
     with jax.enable_x64(True):
         _, theirs = jit(lambda params: library(params, graph))(params)
@@ -331,18 +323,13 @@ def test_live_features(name):
     )
     seen = set()
     for features, expected in pairs:
-        blocks = by_irrep(np.asarray(expected.array), expected.irreps)
-        if name == "mace":
-            blocks = [(ir, features[ir], array) for ir, array in blocks]
-        else:
-            blocks = [(ir, f, array) for f, (ir, array) in zip(features, blocks, strict=True)]
-        for ir, block, array in blocks:
-            if block is None:
+        for ir, array in by_irrep(np.asarray(expected.array), expected.irreps):
+            if ir not in features:
                 assert not array.any()
                 continue
             seen.add(str(ir))
             tolerance = ENERGY_TOLERANCE * np.abs(array).max()
-            np.testing.assert_allclose(block, array, rtol=0, atol=tolerance)
+            np.testing.assert_allclose(features[ir], array, rtol=0, atol=tolerance)
     odd = {"mace": {"0e", "1o", "2e", "3o"}, "nequip": {"0e", "0o", "1e", "1o", "2e", "2o"}}
     assert seen == odd[name]
 
