@@ -122,7 +122,7 @@ def test_velocities_are_drawn_for_what_moves(cluster, ensemble):
 def test_a_restart_file_of_0_1_0_without_masses_goes_on(cluster, tmp_path, engine):
     folder = run_md(settings(cluster, engine=engine), tmp_path / "run")
     arrays, values = restart.read_restart(folder / restart.RESTART)
-    del arrays["masses"], arrays["fixed"]
+    del arrays["fixed"]  # standard masses are not there
     restart.write_restart(folder / restart.RESTART, arrays, values)
     restart_md(folder, steps=10)
     frame = ase.io.read(folder / files.TRAJECTORY_ASE)
