@@ -25,10 +25,11 @@ from openmmml.mlpotential import MLPotentialImpl
 from mlip_md.constants import ANGSTROM_PER_NM
 from mlip_md.devices import device_name, find_device
 from mlip_md.errors import ConfigError, StructureError
+from mlip_md.formats import own
 from mlip_md.hints import hint
 from mlip_md.integrations.charges import check_stated, stated_in_topology
 from mlip_md.integrations.models import DEFAULT_MODEL, DTYPES, lasting_name
-from mlip_md.integrations.openmm_force import MLForce, open_potential, pack
+from mlip_md.integrations.openmm_force import MLForce, open_potential
 from mlip_md.integrations.openmm_minimize import minimize as minimize
 
 logger = logging.getLogger(__name__)
@@ -210,7 +211,7 @@ class MLIPPotentialImpl(MLPotentialImpl):
             periodic,
             options.returnEnergyType == "energy",
             options.engine(),
-            pack(self.potential) if options.embedModel else None,
+            own.to_bytes(self.potential) if options.embedModel else None,
         )
         _ = function.engine  # what it refuses is refused here, not at the first step
         force = openmm.PythonForce(function)

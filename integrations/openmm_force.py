@@ -9,7 +9,6 @@ never frees what an exception holds, and lets several Contexts and threads share
 from __future__ import annotations
 
 import collections
-import tempfile
 import threading
 import traceback
 import weakref
@@ -58,7 +57,7 @@ def open_potential(
     with _potentials_lock:
         if sha256 is not None and sha256 in _potentials:
             return _potentials[sha256]
-        potential = mlip_md.load(model) if content is None else _unpack(content)
+        potential = mlip_md.load(model) if content is None else own.from_bytes(content)
         if sha256 is not None and potential.sha256 != sha256:
             raise ModelFileError(
                 f"{model} holds another model (sha256 {potential.sha256[:12]}…) than this System "
@@ -66,21 +65,6 @@ def open_potential(
                 "anew"
             )
         return _potentials.setdefault(potential.sha256, potential)
-
-
-def pack(potential: Potential) -> bytes:
-    """The model file of a potential."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
-        own.save(potential, path)
-        return path.read_bytes()
-
-
-def _unpack(content: bytes) -> Potential:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
-        path.write_bytes(content)
-        return own.load(path)
 
 
 class MLForce:
