@@ -43,7 +43,7 @@ def jit(function: Callable[..., Any], **options: Any) -> Any:
 def _sums(vectors: jax.Array, matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sums as lengths, projections and gradients of ours have them."""
     products = jax.vmap(lambda vector: jnp.sum((matrix @ vector) ** 2))(vectors)
-    projected = jnp.sum(vectors[:, None, :] * matrix, axis=-1)
+    projected = jnp.sum(vectors[:, None, :] * matrix[None], axis=-1)
     return jnp.sum(vectors**2, axis=1), products, projected
 
 

@@ -10,6 +10,8 @@ import pytest
 # Test processes, also those that tests start, share compiled programs; set before JAX is imported.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
+# Ranks are never promoted silently: that is how a broadcast goes wrong unseen.
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 
 
 @pytest.fixture(scope="session")
