@@ -3,10 +3,12 @@
 ``data/version_0_1_0`` was written by that version and is never written again.
 """
 
+import functools
 import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import openmm
 import pytest
@@ -14,7 +16,9 @@ from ase.io import read
 
 import mlip_md
 from mlip_md.engine import Engine
+from mlip_md.graph import Graph
 from mlip_md.integrations.md import restart_md
+from mlip_md.networks import MACEConfig, NequIPConfig, build_network, draw_weights
 from mlip_md.trainer.data import load_data
 from mlip_md.trainer.recipe import load_recipe
 from mlip_md.trainer.train import Trainer
@@ -87,3 +91,37 @@ def test_a_serialized_system():
     context.setPositions(read(OLD / "water.xyz").positions / 10)
     energy = context.getState(energy=True).getPotentialEnergy()._value
     assert energy == pytest.approx(EXPECTED["system"]["energy"], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("config", "weighted_sum"),
+    [
+        (MACEConfig(num_channels=4, l_max=2, node_symmetry=2), -73674.22563371553),
+        (NequIPConfig(node_irreps="4x0e+4x0o+2x1e+2x1o", l_max=1, num_layers=3), 66769.26544645999),
+    ],
+)
+def test_a_seed_draws_the_same_weights(config, weighted_sum):
+    index = np.zeros(1, np.int32)
+    graph = Graph(
+        positions=np.zeros((1, 3), np.float32),
+        species=index,
+        cell=np.zeros((1, 3, 3), np.float32),
+        senders=index,
+        receivers=index,
+        shifts=np.zeros((1, 3), np.int32),
+        node_graph=index,
+        node_mask=np.ones(1, bool),
+        edge_mask=np.ones(1, bool),
+        graph_mask=np.ones(1, bool),
+    )
+    network = build_network(
+        config, num_species=3, cutoff=5.0, avg_num_neighbors=10.0, avg_r_min=1.0
+    )
+    draw = functools.partial(draw_weights, network, config)
+    weights = jax.tree_util.tree_leaves(jax.jit(draw)(jax.random.key(42), graph))
+    # Of each weight, times its place in its array.
+    places = [np.arange(w.size).reshape(w.shape) for w in weights]
+    found = sum(
+        float((np.asarray(w, float) * k).sum()) for w, k in zip(weights, places, strict=True)
+    )
+    assert found == pytest.approx(weighted_sum, rel=1e-5)

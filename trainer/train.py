@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -29,7 +30,7 @@ from mlip_md.compiler import jit
 from mlip_md.errors import CheckpointError, NonFiniteError
 from mlip_md.files import write_text
 from mlip_md.formats import own
-from mlip_md.networks import build_network
+from mlip_md.networks import build_network, draw_weights
 from mlip_md.ownership import owning
 from mlip_md.potential import Params, Potential
 from mlip_md.signals import ENDINGS, Interruptions
@@ -115,7 +116,8 @@ class Trainer:
         self.eval_step = make_eval_step(network.apply)
         example = data.example()
         # jit leaves the forward pass out and compiles the rest once instead of piece by piece
-        params = jit(network.init)(jax.random.key(recipe.seed), example.graph)
+        draw = functools.partial(draw_weights, network, recipe.network)
+        params = jit(draw)(jax.random.key(recipe.seed), example.graph)
         self.state = init_state(recipe, params)
         self.progress = TrainingProgress()
         self.checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint.keep_latest)

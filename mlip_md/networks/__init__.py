@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from mlip_md.errors import ConfigError
+from mlip_md.graph import Graph
 from mlip_md.networks.config import MACEConfig as MACEConfig
 from mlip_md.networks.config import NequIPConfig as NequIPConfig
 from mlip_md.networks.config import NetworkConfig as NetworkConfig
@@ -49,3 +55,36 @@ def build_network(
     from mlip_md.networks.nequip import NequIP
 
     return NequIP(config, num_species, cutoff, neighbors)
+
+
+class _Published(nn.Module):
+    """A network below the name that its published module has."""
+
+    network: nn.Module
+    block: str
+
+    @nn.compact
+    def __call__(self, graph: Graph) -> jax.Array:
+        """Raw node energies (n_nodes,) of a graph."""
+        return jnp.asarray(self.network.clone(name=self.block, parent=self)(graph))
+
+
+def draw_weights(
+    network: nn.Module, config: NetworkConfig, key: jax.Array, graph: Graph
+) -> Mapping[str, Any]:
+    """Initial weights of a network; works under ``jit``.
+
+    flax mixes the names of modules into the random numbers. They are drawn as below the published
+    block, so that a seed means the same weights in every version.
+
+    Args:
+        network: from ``build_network``.
+        config: its hyperparameters.
+        key: random key.
+        graph: any graph, for shapes and types.
+
+    Returns:
+        What ``network.init`` returns, with those values.
+    """
+    drawn = _Published(network, config.published_block).init(key, graph)
+    return {name: tree[config.published_block] for name, tree in drawn.items()}
