@@ -36,3 +36,12 @@ def interruptible() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def loose_ranks() -> Iterator[None]:
+    """Ranks may be promoted, as the library that we compare with does."""
+    import jax
+
+    with jax.numpy_rank_promotion("allow"):
+        yield

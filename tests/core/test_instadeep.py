@@ -327,7 +327,7 @@ LIBRARY_NETWORKS = {"mace": "Mace", "nequip": "Nequip"}
 
 
 @pytest.fixture
-def library(monkeypatch):
+def library(monkeypatch, loose_ranks):
     """The library that the format is from; its loader then only needs the shapes of weights."""
     models = pytest.importorskip("mlip.models_v1")
     predictor = models.ForceFieldPredictorV1

@@ -38,7 +38,7 @@ RANDOM_CASES = int(os.environ.get("MLIP_MD_SWEEP_CASES", "60"))
 
 
 @pytest.fixture
-def library(monkeypatch):
+def library(monkeypatch, loose_ranks):
     """The library, whose pseudotensors are mended: one module expects irreps that never come."""
     pytest.importorskip("mlip.models_v1")
     from mlip.models_v1.mace import models
