@@ -55,6 +55,7 @@ OPTIONS = {
             "3x0e + 2x0e + 2x1e + 1x1e + 1x2o",
             "4x0e + 2x0o + 2x1o + 1x3o",
             "4x0e + 2x3e + 1x4e",
+            "2x0e + 2x0o + 3x0e + 2x1o + 1x1e + 1x1o",  # repeated, others between them
         ),
         "l_max": (0, 1, 2, 3, 4),
         "num_bessel": (1, 5, 8, 11),
@@ -313,5 +314,6 @@ SHORT = {
     "adjacent blocks": _nequip(5, num_layers=3, l_max=2, radial_net_nonlinearity="sigmoid"),
     "a block out of reach": _nequip(6, num_layers=2, l_max=1, radial_net_nonlinearity="relu"),
     "high degrees": _nequip(7, num_layers=2, l_max=3),
+    "separated blocks": _nequip(8, num_layers=3, l_max=1),
 }
 """Few small cases by name that take every value of every option at least once."""
