@@ -153,7 +153,8 @@ FAST = {
         (f"{RUN_OF_ATOMS}::test_velocities_are_drawn_for_what_moves",),
     ),
     "a continued run has standard masses": Mistake(
-        "integrations/md/restart.py", 'arrays.get("masses", saved.atoms.get_masses())', "None",
+        "integrations/md/restart.py", 'arrays.get("masses", saved.atoms.arrays.get("masses"))',
+        "None",
         (f"{RUN_OF_ATOMS}::test_masses_of_the_file_move_and_are_kept[ase]",),
     ),
 }  # fmt: skip
