@@ -1,6 +1,7 @@
 """`mlip-md make-dataset`: seeded, resumable, split by molecule, labels that are what they say."""
 
 import ast
+import dataclasses
 import functools
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,17 @@ import h5py
 import numpy as np
 import pytest
 
-from mlip_md.constants import SPLITS
+from mlip_md.constants import BOHR, HARTREE, SPLITS
 from mlip_md.errors import ConfigError, DataError
-from mlip_md.trainer.generate import labels, molecules, sampling, spice_file
-from mlip_md.trainer.generate.plan import SUBSETS, assign_split, make_generator, plan_tasks
+from mlip_md.trainer.generate import dissociation, labels, molecules, sampling, spice_file
+from mlip_md.trainer.generate.command import parse_shares
+from mlip_md.trainer.generate.plan import (
+    DISSOCIATION,
+    SUBSETS,
+    assign_split,
+    make_generator,
+    plan_tasks,
+)
 
 pytest.importorskip("rdkit")
 pytest.importorskip("tblite")
@@ -88,7 +97,7 @@ def content(path: Path) -> dict[str, bytes]:
 
 
 def test_molecules_are_valid_closed_shell_and_of_our_elements():
-    neutral = [*molecules.small_organics(), *molecules.drug_like()]
+    neutral = [*molecules.small_organics(), *molecules.drug_like(), *molecules.unusual()]
     neutral += [molecules.capped_peptide(letter) for letter in molecules.RESIDUES]
     assert all(is_supported(s) for s in [*neutral, *molecules.ions(), *molecules.salt_bridges()])
     assert len({canonicalize(s) for s in molecules.small_organics()}) > 400
@@ -156,6 +165,20 @@ def test_split_ignores_stereochemistry_and_order_but_not_the_seed():
     assert {assign_split([s], 0) for s in ("O", "C", "[H][H]", "CO", "N#N")} == {"train"}
 
 
+def test_shares_change_single_subsets_only():
+    def count(shares):
+        return Counter(task.subset for task in plan_tasks(0, shares=shares))
+
+    whole = count({})
+    assert whole["Atom pairs"] == 45
+    assert whole["Isolated atoms"] == 9
+    assert whole["Dissociation"] > 800
+    parts = count({"Dissociation": 0.5, "Atom pairs": 0.0})
+    assert parts.pop("Dissociation") == whole.pop("Dissociation") / 2
+    assert whole.pop("Atom pairs")
+    assert parts == whole
+
+
 def test_a_subset_named_twice_is_planned_once():
     assert plan_tasks(0, subsets=["Ions", "Ions"]) == plan_tasks(0, subsets=["Ions"])
 
@@ -207,7 +230,7 @@ def test_labels_are_those_of_the_stored_geometry(tiny):
     with h5py.File(tiny) as file:
         for group in file.values():
             numbers, charge = group["atomic_numbers"][()].astype(int), group.attrs["total_charge"]
-            energy, gradient = label(numbers, group["conformations"][-1], charge, 0)
+            energy, gradient, _ = label(numbers, group["conformations"][-1], charge, 0)
             assert energy == pytest.approx(group["dft_total_energy"][-1], abs=1e-9)
             np.testing.assert_allclose(group["dft_total_gradient"][-1], gradient, atol=1e-6)
 
@@ -224,7 +247,7 @@ def test_gradient_is_the_derivative_of_the_energy_in_the_stored_units(tiny):
         moved = [positions.copy(), positions.copy()]
         moved[0][atom, axis] += step
         moved[1][atom, axis] -= step
-        high, low = (label(numbers, x, charge, 0)[0] for x in moved)
+        high, low = (label(numbers, x, charge, 0).energy for x in moved)
         assert stored[atom, axis] == pytest.approx((high - low) / (2 * step), abs=2e-6)
 
 
@@ -234,19 +257,19 @@ def test_wb97m_d3bj_is_that_of_the_published_data():
     label = labels.find_method("wb97m-d3bj").label
     # hartree, published with SPICE 2 (another program, without density fitting)
     for number, unpaired, published in [(1, 1, -0.49876051), (8, 2, -75.11317840)]:
-        energy, gradient = label(np.array([number]), np.zeros((1, 3)), 0, unpaired)
+        energy, gradient, _ = label(np.array([number]), np.zeros((1, 3)), 0, unpaired)
         assert energy == pytest.approx(published, abs=2e-4)
         assert np.abs(gradient).max() < 1e-6
     numbers = np.array([8, 1, 1])
     water = np.array([[0.0, 0.0, 0.0], [0.0, 1.5, 1.1], [0.0, -1.45, 1.15]])
-    energy, gradient = label(numbers, water, 0, 0)
+    energy, gradient, _ = label(numbers, water, 0, 0)
     assert energy == pytest.approx(-76.478750, abs=1e-5)
     step = 1e-3
     for atom, axis in [(0, 2), (1, 1)]:
         moved = [water.copy(), water.copy()]
         moved[0][atom, axis] += step
         moved[1][atom, axis] -= step
-        high, low = (label(numbers, x, 0, 0)[0] for x in moved)
+        high, low = (label(numbers, x, 0, 0).energy for x in moved)
         # the gradient leaves out how the grid moves with the atoms
         assert gradient[atom, axis] == pytest.approx((high - low) / (2 * step), abs=1e-5)
 
@@ -339,7 +362,7 @@ def test_a_finished_file_is_kept_and_another_one_is_refused(tiny):
 def test_an_unfinished_run_with_other_options_is_refused(tmp_path):
     parts = tmp_path / "a.h5.parts"
     parts.mkdir()
-    settings = module._settings(5, "gfn2", 1.0, None, None)
+    settings = module._settings(5, "gfn2", 1.0, SUBSETS, None, None)
     (parts / "settings.json").write_text(json.dumps(settings))
     with pytest.raises(DataError, match="seed"):
         make_dataset(tmp_path / "a.h5", seed=6)
@@ -369,10 +392,12 @@ def test_bad_options_are_refused(tmp_path):
         ({"scale": np.nan}, "scale must be .* received nan"),
         ({"scale": np.inf}, "scale must be .* received inf"),
         ({"subsets": ["Water"]}, "unknown subsets.*Water clusters"),
+        ({"shares": {"Ions": -1.0}}, "share of 'Ions' must be .* not -1.0"),
+        ({"shares": {"Water": 1.0}}, "unknown subsets.*Water clusters"),
         ({"max_atoms": 0}, "max_atoms must be .* received 0"),
         ({"seed": -1}, "seed must be .* received -1"),
         ({"seed": 2**63}, "seed must be"),
-        ({"scale": 1e-9, "max_atoms": 1}, "nothing to make: .*at most 1 atoms"),
+        ({"subsets": ["Dimers"], "max_atoms": 1}, "nothing to make: .*at most 1 atoms"),
     ],
 )
 def test_bad_options_touch_no_file(tmp_path, monkeypatch, options, message):
@@ -382,6 +407,27 @@ def test_bad_options_touch_no_file(tmp_path, monkeypatch, options, message):
     with pytest.raises((ConfigError, DataError), match=message):
         make_dataset(output, resume=False, **options)
     assert list(tmp_path.iterdir()) == [output]
+
+
+def test_a_share_on_the_command_line_is_a_subset_and_a_number():
+    shares = {"Dissociation": 0.5, "Atom pairs": 0.0}
+    assert parse_shares(["Dissociation=0.5", "Atom pairs=0"]) == shares
+    with pytest.raises(ConfigError, match=r"--share 'Ions' is not a subset and a number"):
+        parse_shares(["Ions"])
+
+
+def test_a_method_that_breaks_no_bonds_is_not_asked_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(labels, "_installed", lambda name: True)
+    monkeypatch.setattr(module._Run, "execute", lambda *_: pytest.fail("it was started"))
+    with pytest.raises(ConfigError, match="leave out Dissociation, or use the method gfn2"):
+        make_dataset(tmp_path / "a.h5", method="wb97m-d3bj", subsets=["Ions", "Dissociation"])
+    planned = []
+    monkeypatch.setattr(module, "plan_tasks", lambda *options: planned.append(options[2]) or 1 / 0)
+    for method in ("gfn2", "wb97m-d3bj"):
+        with pytest.raises(ZeroDivisionError):
+            make_dataset(tmp_path / "a.h5", method=method)
+    assert set(planned[0]) - set(planned[1]) == set(DISSOCIATION)
+    assert set(planned[0]) == set(SUBSETS)
 
 
 def test_importing_the_command_loads_no_chemistry():
@@ -432,12 +478,27 @@ def test_hard_and_non_finite_structures_are_dropped_and_counted(monkeypatch):
     def label(numbers, positions, charge, unpaired_electrons):
         answer = next(answers)
         if answer is None:
-            raise labels.LabelError("not converged")
-        return answer
+            raise labels.LabelError("the iterations did not converge")
+        return labels.Labels(*answer)
 
     group = module.label_task(task, 0, label)
     assert len(group.conformations) == 1
     assert group.dropped == {"force too large": 1, "not finite": 1, "not converged": 1}
+
+
+@pytest.mark.parametrize("smiles", ["CCO", "BrBr"])  # with parameters of MMFF94, of UFF only
+def test_a_molecule_without_a_conformer_is_counted(monkeypatch, smiles):
+    from rdkit.Chem import rdDistGeom
+
+    seen = []
+    monkeypatch.setattr(
+        rdDistGeom, "EmbedMultipleConfs", lambda *_, **options: seen.append(options) or []
+    )
+    task = dataclasses.replace(full_plan(0)[0], kind="molecule", smiles=(smiles,))
+    group = module.label_task(task, 0, labels.METHODS["gfn2"].label)
+    assert group.dropped == {"not embedded": 1}
+    assert not group.conformations
+    assert [options["useRandomCoords"] for options in seen] == [False, True]
 
 
 # geometries
@@ -520,3 +581,111 @@ def test_water_clusters_hold_together_and_stay_molecules():
         oxygens = frame.positions[::3]
         gap = np.linalg.norm(oxygens[:, None] - oxygens[None], axis=-1) + 9 * np.eye(5)
         assert 2.2 < gap.min(1).min() < gap.min(1).max() < 4.5
+
+
+# bonds that break
+
+
+def test_separate_fragments_are_labeled_one_by_one():
+    numbers = np.array([1, 6, 1, 1])
+    line = np.array([0.0, 6.1, 1.0, 12.0])[:, None] * np.array([1.0, 0.0, 0.0]) / BOHR
+    seen = []
+
+    def label(numbers, positions, charge, unpaired_electrons):
+        seen.append((numbers.tolist(), unpaired_electrons))
+        return labels.Labels(1.0, positions, np.zeros(len(numbers)))
+
+    found = dissociation.label_fragments(label, numbers, line, 0)
+    assert seen == [([1, 1], 0), ([6], 2), ([1], 1)]
+    assert found.energy == 3.0
+    np.testing.assert_array_equal(found.gradient, line)
+
+
+@pytest.mark.parametrize(("distance", "usable"), [(2.7, True), (2.9, False), (5.1, True)])
+def test_charge_between_fragments_that_are_apart_is_refused(distance, usable):
+    def label(numbers, positions, charge, unpaired_electrons):
+        charges = np.array([0.2, -0.2]) if len(numbers) == 2 else np.zeros(1)
+        return labels.Labels(0.0, 0.0 * positions, charges)
+
+    positions = np.array([[0.0, 0.0, 0.0], [0.0, 0.0, distance / BOHR]])
+    if usable:
+        dissociation.label_fragments(label, np.array([6, 9]), positions, 0)
+    else:
+        with pytest.raises(labels.LabelError) as caught:
+            dissociation.label_fragments(label, np.array([6, 9]), positions, 0)
+        assert caught.value.reason == "charge transfer"
+
+
+def test_molecules_are_bound_about_as_strongly_as_measured():
+    """Against sums of measured bond energies, kcal/mol; the atoms of GFN2-xTB know no spin."""
+    measured = {
+        "[H][H]": 103.3, "C": 392.5, "N": 276.7, "O": 219.3, "F": 135.2, "Cl": 102.2,
+        "N#N": 225.1, "FF": 36.9, "ClCl": 57.2, "P": 227.4, "S": 173.2, "CCl": 371.0,
+    }  # fmt: skip
+    label = labels.METHODS["gfn2"].label
+    atoms = labels.compute_atomic_energies(label)
+    for smiles, energy in measured.items():
+        molecule = build_molecule(smiles, 1, np.random.default_rng(0))
+        bound = -label(molecule.atomic_numbers, molecule.conformers[0] / BOHR, 0, 0).energy
+        bound += sum(atoms[int(z)] for z in molecule.atomic_numbers)
+        assert 0.9 < bound * HARTREE * 23.0605 / energy < 1.6, smiles
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory) -> Path:
+    return make_dataset(
+        tmp_path_factory.mktemp("data") / "apart.h5",
+        workers=2,
+        scale=0.003,
+        max_atoms=7,
+        subsets=list(DISSOCIATION),
+        shares={"Dissociation": 10.0, "Atom pairs": 20.0},
+    )
+
+
+def test_atoms_are_data_and_separated_atoms_are_their_sum(apart):
+    found: Counter[str] = Counter()
+    with h5py.File(apart) as file:
+        for group in file.values():
+            subset = group["subset"].asstr()[0]
+            found[subset] += 1
+            energies, positions = group["formation_energy"][()], group["conformations"][()]
+            if subset == "Isolated atoms":
+                assert positions.shape == (1, 1, 3)
+                assert energies[0] == 0.0
+                continue
+            gaps = np.linalg.norm(positions[:, :, None] - positions[:, None], axis=-1) * BOHR
+            gaps += 99.0 * np.eye(gaps.shape[1])
+            exploded = gaps.min((1, 2)) > 5.0
+            np.testing.assert_allclose(energies[exploded], 0.0, atol=1e-9)
+            np.testing.assert_array_equal(group["dft_total_gradient"][exploded], 0.0)
+            if subset == "Dissociation":
+                assert exploded.sum() >= 1
+                names = list(group["origin"].attrs["names"])
+                (relaxed,) = energies[group["origin"][()] == names.index("quench")]
+                assert relaxed < -0.05
+                assert relaxed < energies.min() + 0.01  # nothing far away lies lower
+    assert found["Isolated atoms"] == len(ELEMENTS)
+    assert set(found) == set(DISSOCIATION)
+
+
+def test_labels_of_broken_bonds_are_small_enough_and_derivatives_of_their_energy(apart):
+    label = labels.METHODS["gfn2"].label
+    checked = 0
+    with h5py.File(apart) as file:
+        for group in file.values():
+            numbers = group["atomic_numbers"][()].astype(int)
+            for one in range(0, len(group["conformations"]), 4):
+                positions = group["conformations"][one].astype(float)
+                stored = group["dft_total_gradient"][one]
+                assert np.linalg.norm(stored, axis=-1).max() * labels.FORCE_UNIT < 60.0
+                moved = [positions.copy(), positions.copy()]
+                moved[0][-1, 0] += 1e-3
+                moved[1][-1, 0] -= 1e-3
+                high, low = (
+                    dissociation.label_fragments(label, numbers, x, 0).energy for x in moved
+                )
+                slope = (high - low) / 2e-3
+                assert stored[-1, 0] == pytest.approx(slope, abs=2e-5, rel=2e-4)
+                checked += 1
+    assert checked > 20

@@ -15,23 +15,27 @@ if TYPE_CHECKING:
 
 
 class ElementFacts(NamedTuple):
-    """Radii in Å, mass in u, and the unpaired electrons of the neutral atom's ground state."""
+    """Radii in Å, mass in u, and the unpaired electrons of the neutral atom's ground state.
 
+    Covalent radii: Cordero et al., Dalton Trans. 2008, 2832; van der Waals: Bondi (1964).
+    """
+
+    covalent_radius: float
     van_der_waals_radius: float
     mass: float
     unpaired_electrons: int
 
 
 ELEMENTS = {
-    1: ElementFacts(1.20, 1.008, 1),
-    6: ElementFacts(1.70, 12.011, 2),
-    7: ElementFacts(1.55, 14.007, 3),
-    8: ElementFacts(1.52, 15.999, 2),
-    9: ElementFacts(1.47, 18.998, 1),
-    15: ElementFacts(1.80, 30.974, 3),
-    16: ElementFacts(1.80, 32.06, 2),
-    17: ElementFacts(1.75, 35.45, 1),
-    35: ElementFacts(1.85, 79.904, 1),
+    1: ElementFacts(0.31, 1.20, 1.008, 1),
+    6: ElementFacts(0.76, 1.70, 12.011, 2),
+    7: ElementFacts(0.71, 1.55, 14.007, 3),
+    8: ElementFacts(0.66, 1.52, 15.999, 2),
+    9: ElementFacts(0.57, 1.47, 18.998, 1),
+    15: ElementFacts(1.07, 1.80, 30.974, 3),
+    16: ElementFacts(1.05, 1.80, 32.06, 2),
+    17: ElementFacts(1.02, 1.75, 35.45, 1),
+    35: ElementFacts(1.20, 1.85, 79.904, 1),
 }
 """What the data set is made of, by atomic number."""
 
@@ -45,6 +49,10 @@ ORIGINS = (
     "contact",
     "hydrogen bond",
     "water model",
+    "expansion",
+    "trial step",
+    "clash",
+    "separation",
 )
 """Ways in which a conformation is made; files keep the index."""
 
@@ -88,6 +96,11 @@ class Molecule:
         return np.array([ELEMENTS[int(z)].van_der_waals_radius for z in self.atomic_numbers])
 
     @property
+    def covalent_radii(self) -> np.ndarray:
+        """(N,) in Å."""
+        return np.array([ELEMENTS[int(z)].covalent_radius for z in self.atomic_numbers])
+
+    @property
     def bonded(self) -> list[list[int]]:
         """Indices of the atoms that are bonded to each atom."""
         partners: list[list[int]] = [[] for _ in self.atomic_numbers]
@@ -95,6 +108,10 @@ class Molecule:
             partners[first].append(second)
             partners[second].append(first)
         return partners
+
+
+Sample = tuple[Molecule, list[Conformation]]
+"""What a task gives: a molecule and its conformations."""
 
 
 def canonicalize(smiles: str, *, stereo: bool = True) -> str:
@@ -170,11 +187,24 @@ def _embed(mol: Mol, count: int, seed: int) -> tuple[np.ndarray, ...]:
         )
         if len(ids):
             break
+    else:
+        return ()
     if rdForceFieldHelpers.MMFFHasAllMoleculeParams(mol):
         rdForceFieldHelpers.MMFFOptimizeMoleculeConfs(mol)
     elif rdForceFieldHelpers.UFFHasAllMoleculeParams(mol):
         rdForceFieldHelpers.UFFOptimizeMoleculeConfs(mol)
     return tuple(np.array(conformer.GetPositions()) for conformer in mol.GetConformers())
+
+
+def count_unpaired(atomic_numbers: np.ndarray, charge: int = 0) -> int:
+    """Unpaired electrons of a structure: of an atom its ground state's, else as few as can be.
+
+    GFN2-xTB has no term for the spin: its energy does not tell multiplicities apart, but for how
+    many orbitals they fill. The fewest unpaired electrons fill the lowest ones.
+    """
+    if len(atomic_numbers) == 1 and charge == 0:
+        return ELEMENTS[int(atomic_numbers[0])].unpaired_electrons
+    return int(atomic_numbers.sum() - charge) % 2
 
 
 def join_molecules(molecules: list[Molecule]) -> Molecule:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mlip_md.constants import BOHR, HARTREE
-from mlip_md.trainer.generate.chemistry import Molecule
+from mlip_md.trainer.generate.chemistry import Molecule, count_unpaired
 from mlip_md.trainer.generate.labels import FORCE_UNIT, LabelError, gfn2_calculator
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class XTBSurface:
                     self._molecule.atomic_numbers,
                     positions / BOHR,
                     self._molecule.charge,
+                    count_unpaired(self._molecule.atomic_numbers, self._molecule.charge),
                     accuracy=100.0,
                 )
             else:

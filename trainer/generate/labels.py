@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata, util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -22,13 +22,32 @@ if TYPE_CHECKING:
 FORCE_UNIT = HARTREE / BOHR
 """1 hartree/bohr in eV/Å."""
 
-Label = Callable[[np.ndarray, np.ndarray, int, int], tuple[float, np.ndarray]]
+
+class Labels(NamedTuple):
+    """What a method says of one structure.
+
+    Attributes:
+        energy: in hartree.
+        gradient: (N, 3) in hartree/bohr.
+        charges: (N,) in e, of the atoms; None where the method gives none.
+    """
+
+    energy: float
+    gradient: np.ndarray
+    charges: np.ndarray | None = None
+
+
+Label = Callable[[np.ndarray, np.ndarray, int, int], Labels]
 """(atomic numbers (N,), positions (N, 3) in bohr, charge in e, number of unpaired electrons)
--> (energy in hartree, gradient (N, 3) in hartree/bohr); raises LabelError."""
+-> labels; raises LabelError."""
 
 
 class LabelError(DataError):
-    """A method did not converge or gave a non-finite result; the structure is dropped."""
+    """A structure has no usable label and is dropped; `reason` is what it is counted under."""
+
+    def __init__(self, message: str, reason: str = "not converged") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -40,6 +59,7 @@ class Method:
         programs: distributions that compute the labels.
         modules: what must be importable to make a data set with it.
         extra: extra of this package that brings them.
+        dissociates: whether its energies hold for bonds that break.
         label: the function that labels one structure.
     """
 
@@ -48,6 +68,7 @@ class Method:
     programs: tuple[str, ...]
     modules: tuple[str, ...]
     extra: str
+    dissociates: bool
     label: Label
 
 
@@ -85,7 +106,7 @@ def compute_atomic_energies(label: Label) -> dict[int, float]:
     """Energies in hartree of isolated neutral atoms in their ground states, by atomic number."""
     nowhere = np.zeros((1, 3))
     return {
-        z: label(np.array([z]), nowhere, 0, element.unpaired_electrons)[0]
+        z: label(np.array([z]), nowhere, 0, element.unpaired_electrons).energy
         for z, element in ELEMENTS.items()
     }
 
@@ -97,6 +118,7 @@ def gfn2_calculator(
     unpaired_electrons: int = 0,
     *,
     accuracy: float,
+    max_iterations: int = 250,
 ) -> Calculator:
     """A quiet tblite calculator of GFN2-xTB.
 
@@ -106,6 +128,7 @@ def gfn2_calculator(
         charge: total charge in e.
         unpaired_electrons: number of them.
         accuracy: factor of tblite on all thresholds; smaller is tighter.
+        max_iterations: after how many self-consistent iterations it gives up.
     """
     from tblite.interface import Calculator
 
@@ -114,27 +137,34 @@ def gfn2_calculator(
     )
     calculator.set("verbosity", 0)
     calculator.set("accuracy", accuracy)
+    calculator.set("max-iter", max_iterations)
     return calculator
 
 
 def _label_gfn2(
     atomic_numbers: np.ndarray, positions: np.ndarray, charge: int, unpaired_electrons: int
-) -> tuple[float, np.ndarray]:
+) -> Labels:
     from tblite.exceptions import TBLiteRuntimeError
 
     positions = np.asarray(positions, dtype=float)
     try:
+        # each iteration costs more than the one before, and what takes long never ends
         result = gfn2_calculator(
-            atomic_numbers, positions, charge, unpaired_electrons, accuracy=0.1
+            atomic_numbers,
+            positions,
+            charge,
+            unpaired_electrons,
+            accuracy=0.1,
+            max_iterations=100,
         ).singlepoint()
     except TBLiteRuntimeError as error:
         raise LabelError(f"GFN2-xTB failed: {error}") from error
-    return float(result["energy"]), np.array(result["gradient"])
+    return Labels(float(result["energy"]), np.array(result["gradient"]), result["charges"])
 
 
 def _label_wb97m_d3bj(
     atomic_numbers: np.ndarray, positions: np.ndarray, charge: int, unpaired_electrons: int
-) -> tuple[float, np.ndarray]:
+) -> Labels:
     from pyscf import dft, gto
 
     atoms: Any = [(int(z), x.tolist()) for z, x in zip(atomic_numbers, positions, strict=True)]
@@ -153,7 +183,7 @@ def _label_wb97m_d3bj(
     energy = field.kernel()
     if not field.converged:
         raise LabelError("the Kohn-Sham iterations of pyscf did not converge")
-    return float(energy), np.array(field.nuc_grad_method().kernel())
+    return Labels(float(energy), np.array(field.nuc_grad_method().kernel()))
 
 
 def _installed(module: str) -> bool:
@@ -166,10 +196,11 @@ def _installed(module: str) -> bool:
 METHODS = {
     "gfn2": Method(
         level_of_theory="GFN2-xTB",
-        settings="closed shell, electronic temperature 300 K, accuracy 0.1",
+        settings="fewest unpaired electrons, electronic temperature 300 K, accuracy 0.1",
         programs=("tblite",),
         modules=("rdkit", "tblite"),
         extra="data",
+        dissociates=True,
         label=_label_gfn2,
     ),
     "wb97m-d3bj": Method(
@@ -178,6 +209,7 @@ METHODS = {
         programs=("pyscf", "pyscf-dispersion"),
         modules=("rdkit", "tblite", "pyscf", "pyscf.dispersion"),
         extra="data,wb97m",
+        dissociates=False,
         label=_label_wb97m_d3bj,
     ),
 }

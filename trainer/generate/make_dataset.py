@@ -23,12 +23,21 @@ import numpy as np
 from mlip_md.constants import BOHR
 from mlip_md.errors import ConfigError, DataError
 from mlip_md.files import check_new_folder, write_text
-from mlip_md.trainer.generate import labels, sampling, spice_file
-from mlip_md.trainer.generate.plan import Task, make_generator, plan_tasks
+from mlip_md.trainer.generate import dissociation, labels, sampling, spice_file
+from mlip_md.trainer.generate.chemistry import ELEMENTS, Molecule, Sample
+from mlip_md.trainer.generate.plan import (
+    DISSOCIATION,
+    SUBSETS,
+    Task,
+    make_generator,
+    plan_tasks,
+)
 
-RECIPE_VERSION = "1"
+RECIPE_VERSION = "2"
 MAX_FORCE = 30.0
 """eV/Å on one atom; harder structures are dropped."""
+MAX_FORCE_APART = 60.0
+"""The same in the subsets that are there for what should not happen."""
 SNAPSHOT_SECONDS = 300.0
 
 logger = logging.getLogger(__name__)
@@ -43,6 +52,7 @@ def make_dataset(
     scale: float = 1.0,
     subsets: Sequence[str] | None = None,
     max_atoms: int | None = None,
+    shares: Mapping[str, float] | None = None,
     resume: bool = True,
     progress: bool = True,
 ) -> Path:
@@ -61,6 +71,7 @@ def make_dataset(
         scale: factor on the size of the data set.
         subsets: which parts to make, names of `plan.SUBSETS`; all when None.
         max_atoms: leave out larger structures.
+        shares: a further factor for single subsets, by name; 0 leaves one out.
         resume: continue an interrupted run; False starts afresh and replaces the file.
         progress: show progress.
 
@@ -74,11 +85,15 @@ def make_dataset(
         OutputError: the file system refuses.
     """
     level = labels.find_method(method)
+    from rdkit.rdBase import BlockLogs  # there now
+
     if workers is not None and workers < 1:
         raise ConfigError(f"workers must be at least 1, received {workers}")
-    tasks = _plan_quietly(seed, scale, subsets, max_atoms)  # bad options must not touch any file
-    output = Path(output)
-    settings = _settings(seed, method, scale, subsets, max_atoms)
+    subsets = _subsets_of(level, subsets)
+    with BlockLogs():  # random decorations that make no molecule are no news
+        tasks = plan_tasks(seed, scale, subsets, max_atoms, shares)
+    output = Path(output)  # bad options touch no file
+    settings = _settings(seed, method, scale, subsets, max_atoms, shares)
     if not resume:
         output.unlink(missing_ok=True)
     elif _is_finished(output, settings):
@@ -92,7 +107,7 @@ def make_dataset(
     return output
 
 
-def sample_task(task: Task, seed: int) -> sampling.Sample:
+def sample_task(task: Task, seed: int) -> Sample:
     """The conformations of one task.
 
     Raises:
@@ -105,7 +120,13 @@ def sample_task(task: Task, seed: int) -> sampling.Sample:
         return sampling.sample_complex(task.smiles, rng)
     if task.kind == "water":
         return sampling.sample_water(task.num_waters, task.num_starts, rng)
-    return sampling.sample_solvated(task.smiles[0], task.num_waters, rng)
+    if task.kind == "solvated":
+        return sampling.sample_solvated(task.smiles[0], task.num_waters, rng)
+    if task.kind == "atoms":
+        return dissociation.sample_atoms(task.smiles, rng)
+    if task.kind == "dissociation":
+        return dissociation.sample_dissociation(task.smiles[0], rng)
+    return dissociation.sample_separation(task.smiles, rng)
 
 
 def label_task(task: Task, seed: int, label: labels.Label) -> spice_file.LabeledGroup:
@@ -123,23 +144,30 @@ def label_task(task: Task, seed: int, label: labels.Label) -> spice_file.Labeled
     for one in conformations:
         positions = (one.positions / BOHR).astype(np.float32)
         try:
-            energy, gradient = label(molecule.atomic_numbers, positions, molecule.charge, 0)
-        except labels.LabelError:
-            dropped["not converged"] += 1
-            continue
-        if reason := _why_unusable(energy, gradient):
-            dropped[reason] += 1
+            energy, gradient = _label_usably(task, label, molecule, positions)
+        except labels.LabelError as error:
+            dropped[error.reason] += 1
         else:
             kept.append(spice_file.LabeledConformation(positions, energy, gradient, one.origin))
     return spice_file.LabeledGroup(*group, molecule, kept, dropped)
 
 
-def _why_unusable(energy: float, gradient: np.ndarray) -> str | None:
-    if not (np.isfinite(energy) and np.all(np.isfinite(gradient))):
-        return "not finite"
-    if np.linalg.norm(gradient, axis=-1).max() * labels.FORCE_UNIT > MAX_FORCE:
-        return "force too large"
-    return None
+def _label_usably(
+    task: Task, label: labels.Label, molecule: Molecule, positions: np.ndarray
+) -> tuple[float, np.ndarray]:
+    apart = task.subset in DISSOCIATION
+    if apart:
+        found = dissociation.label_fragments(
+            label, molecule.atomic_numbers, positions, molecule.charge
+        )
+    else:
+        found = label(molecule.atomic_numbers, positions, molecule.charge, 0)
+    if not (np.isfinite(found.energy) and np.all(np.isfinite(found.gradient))):
+        raise labels.LabelError("a label is not finite", "not finite")
+    largest = np.linalg.norm(found.gradient, axis=-1).max() * labels.FORCE_UNIT
+    if largest > (MAX_FORCE_APART if apart else MAX_FORCE):
+        raise labels.LabelError("a force is too large", "force too large")
+    return found.energy, found.gradient
 
 
 @dataclass
@@ -231,13 +259,20 @@ def _work(task: Task, path: Path, seed: int, method: str, energies: dict[int, fl
     spice_file.write_shard(path, group, energies)
 
 
-def _plan_quietly(
-    seed: int, scale: float, subsets: Sequence[str] | None, max_atoms: int | None
-) -> list[Task]:
-    from rdkit.rdBase import BlockLogs
+def _subsets_of(level: labels.Method, subsets: Sequence[str] | None) -> Sequence[str]:
+    """The subsets asked for, or those that the method can label.
 
-    with BlockLogs():  # random decorations that make no molecule are no news
-        return plan_tasks(seed, scale, subsets, max_atoms)
+    Raises:
+        ConfigError: one is asked for that it cannot label.
+    """
+    if level.dissociates:
+        return subsets or SUBSETS
+    if wrong := [name for name in subsets or () if name in DISSOCIATION]:
+        raise ConfigError(
+            f"{level.level_of_theory} closed-shell labels are wrong where bonds break: "
+            f"leave out {', '.join(wrong)}, or use the method gfn2"
+        )
+    return subsets or [name for name in SUBSETS if name not in DISSOCIATION]
 
 
 def _usable_cores() -> int:
@@ -247,7 +282,12 @@ def _usable_cores() -> int:
 
 
 def _settings(
-    seed: int, method: str, scale: float, subsets: Sequence[str] | None, max_atoms: int | None
+    seed: int,
+    method: str,
+    scale: float,
+    subsets: Sequence[str],
+    max_atoms: int | None,
+    shares: Mapping[str, float] | None,
 ) -> dict[str, object]:
     """What must agree between an unfinished run and the one that continues it."""
     return {
@@ -255,8 +295,9 @@ def _settings(
         "seed": seed,
         "method": method,
         "scale": float(scale),
-        "subsets": json.dumps(list(subsets) if subsets else "all"),
+        "subsets": json.dumps("all" if set(subsets) == set(SUBSETS) else list(subsets)),
         "max_atoms": -1 if max_atoms is None else max_atoms,
+        "shares": json.dumps(dict(shares or {}), sort_keys=True),
         "sampling": (
             f"GFN2-xTB (tblite {metadata.version('tblite')}), RDKit {metadata.version('rdkit')}"
         ),
@@ -269,6 +310,15 @@ def _notes() -> dict[str, object]:
         "atomic_energies_note": (
             "formation_energy = dft_total_energy - sum of atomic_energies_hartree (isolated "
             "neutral ground-state atoms by the same method), for ions too"
+        ),
+        "atomic_unpaired_electrons": json.dumps(
+            {z: element.unpaired_electrons for z, element in ELEMENTS.items()}
+        ),
+        "dissociation_note": (
+            f"subsets {', '.join(DISSOCIATION)}: neutral groups of atoms farther apart than "
+            f"{dissociation.SEPARATE} A are labeled one by one and summed; structures are left out "
+            f"where a group farther than {dissociation.APART} A from the others has a charge above "
+            f"{dissociation.LARGEST_TRANSFER} e"
         ),
         "gradient_note": "dft_total_gradient is the gradient; force = -gradient",
         "split_note": (

@@ -1,6 +1,6 @@
 """The molecules of the generated data set: SMILES written for this project, by functional group.
 
-All are closed-shell and made of H C N O F P S Cl Br. `ANCHORS` and every molecule of at most two
+All are made of H C N O F P S Cl Br, and but for the radicals closed-shell. Molecules of at most two
 heavy atoms are building blocks of all others and always stay in the training split.
 """
 
@@ -135,6 +135,16 @@ N#CCO N#CCOC N#CCS N#CCN(C)C OC(=O)C=O COC(=O)C=O COC(=O)CO CC(C)OC(C)=O CC(=O)O
 CCOC(=O)CC(=O)OCC O=C(OCC)C#N COC(=O)CN COC(=O)C#C CCCC(=O)O CC(C)C(=O)O CC(C)(C)C(=O)O
 """
 
+UNUSUAL = """
+P#P [C-]#[S+] C1C2CC12 CCCCl [O-][O+]=O FC(F)(F)C#N FS(F)(F)(F)(F)F N=O C#P C=P FN=NF
+"""
+
+RADICALS = """
+[CH3] [CH2] [CH] [NH2] [NH] [OH] [SH] [PH2] [PH] C[CH2] C[O] C[S] C[NH] [C]#N [CH]=O C=[CH] C#[C]
+[N]=O [O]N=O [O]Cl [O]O O=O S=S O=S O[CH2] C[CH]C C[C](C)C C[C]=O F[CH2] Cl[CH2] Br[CH2] F[C](F)F
+Cl[C](Cl)Cl F[C]F Cl[C]Cl F[P]F [O]Br [O]F [S]Cl N[NH] C[PH] O[PH] O=[P] [c]1ccccc1 [CH2]C=C
+"""
+
 DRUG_LIKE = """
 CC(=O)Oc1ccccc1C(=O)O CC(=O)Nc1ccc(O)cc1 CC(C)Cc1ccc(cc1)C(C)C(=O)O Cn1cnc2c1c(=O)n(C)c(=O)n2C
 CN1CCCC1c1cccnc1 CNCC(O)c1ccc(O)c(O)c1 NCCc1c[nH]c2ccc(O)cc12 NCCc1ccc(O)c(O)c1 CC(N)Cc1ccccc1
@@ -236,6 +246,16 @@ def small_organics() -> list[str]:
         MORE_FUNCTIONS,
     )
     return list(dict.fromkeys(itertools.chain.from_iterable(text.split() for text in lists)))
+
+
+def unusual() -> list[str]:
+    """SMILES of small molecules that no functional group of `small_organics` stands for."""
+    return UNUSUAL.split()
+
+
+def radicals() -> list[str]:
+    """SMILES of what is left of small molecules when bonds break; some have no singlet state."""
+    return RADICALS.split()
 
 
 def drug_like() -> list[str]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from mlip_md.constants import SPLITS
+from mlip_md.elements import symbol
 from mlip_md.errors import ConfigError, DataError
 from mlip_md.trainer.generate import molecules
-from mlip_md.trainer.generate.chemistry import canonicalize, count_atoms, is_supported
+from mlip_md.trainer.generate.chemistry import ELEMENTS, canonicalize, count_atoms, is_supported
 
 SUBSETS = (
     "Small organics",
@@ -25,7 +27,13 @@ SUBSETS = (
     "Solvated amino acids",
     "Ions",
     "Salt bridges",
+    "Isolated atoms",
+    "Atom pairs",
+    "Dissociation",
+    "Separated pairs",
 )
+DISSOCIATION = SUBSETS[-4:]
+"""Those that tell a potential what lies between molecules and atoms; see `dissociation`."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,8 @@ class Task:
     Attributes:
         name: name of the group.
         subset: one of `SUBSETS`.
-        kind: how it is sampled: "molecule", "complex", "water" or "solvated".
+        kind: how it is sampled: "molecule", "complex", "water", "solvated", "atoms",
+            "dissociation" or "separation".
         smiles: canonical SMILES of the molecules (without waters that solvate).
         split: one of `SPLITS`.
         num_waters: number of waters of a "water" or "solvated" task.
@@ -92,6 +101,7 @@ def plan_tasks(
     scale: float = 1.0,
     subsets: Sequence[str] | None = None,
     max_atoms: int | None = None,
+    shares: Mapping[str, float] | None = None,
 ) -> list[Task]:
     """All groups of the data set, in a seeded order in which any first part is representative.
 
@@ -100,20 +110,25 @@ def plan_tasks(
         scale: factor on the number of groups of each subset (for water: on the starts).
         subsets: names out of `SUBSETS`; all when None.
         max_atoms: leave out structures with more atoms.
+        shares: a further factor for single subsets, by name; 0 leaves one out.
 
     Raises:
         ConfigError: one of them is not allowed.
         DataError: no group is left.
     """
-    _check_options(seed, scale, subsets, max_atoms)
+    shares = shares or {}
+    _check_options(seed, scale, subsets, max_atoms, shares)
     by_subset: dict[str, list[Task]] = {name: [] for name in SUBSETS}
-    for task in _Planner(seed, scale).all_tasks():
+    for task in _Planner(seed, scale, shares).all_tasks():
         if max_atoms is None or task.num_atoms <= max_atoms:
             by_subset[task.subset].append(task)
     chosen: list[Task] = []
     for name in dict.fromkeys(subsets or SUBSETS):
         tasks = by_subset[name]
-        keep = len(tasks) if name == "Water clusters" else max(1, round(scale * len(tasks)))
+        factor = scale * shares.get(name, 1.0)
+        keep = max(factor > 0, round(factor * len(tasks)))
+        if factor and name in ("Isolated atoms", "Water clusters"):
+            keep = len(tasks)  # of waters the starts are fewer
         chosen += _shuffle(tasks, make_generator(seed, "order", name))[:keep]
     if not chosen:
         raise DataError(
@@ -128,7 +143,11 @@ def _shuffle(tasks: list[Task], rng: np.random.Generator) -> list[Task]:
 
 
 def _check_options(
-    seed: int, scale: float, subsets: Sequence[str] | None, max_atoms: int | None
+    seed: int,
+    scale: float,
+    subsets: Sequence[str] | None,
+    max_atoms: int | None,
+    shares: Mapping[str, float],
 ) -> None:
     if not 0 < scale < math.inf:
         raise ConfigError(f"scale must be a finite number larger than 0, received {scale}")
@@ -137,7 +156,10 @@ def _check_options(
         raise ConfigError(f"seed must be a whole number from 0 to 2^63 - 1, received {seed}")
     if max_atoms is not None and not (isinstance(max_atoms, int) and 1 <= max_atoms < 2**63):
         raise ConfigError(f"max_atoms must be a whole number of at least 1, received {max_atoms}")
-    unknown = sorted(set(subsets or ()) - set(SUBSETS))
+    for name, share in shares.items():
+        if not 0 <= share < math.inf:
+            raise ConfigError(f"the share of {name!r} must be a number of at least 0, not {share}")
+    unknown = sorted({*(subsets or ()), *shares} - set(SUBSETS))
     if unknown:
         raise ConfigError(f"unknown subsets {unknown}; choose from {', '.join(SUBSETS)}")
 
@@ -148,6 +170,7 @@ class _Planner:
 
     seed: int
     scale: float
+    shares: Mapping[str, float]
     names: set[str] = field(default_factory=set)
     molecules: set[str] = field(default_factory=set)
 
@@ -167,6 +190,10 @@ class _Planner:
             *self.water_clusters(),
             *self.solvated(small, capped),
             *self.charged(),
+            *self.singles("Small organics", molecules.unusual()),
+            *self.atoms(),
+            *self.dissociations(small),
+            *self.separations(small),
         ]
 
     def at_least(self, count: int) -> int:
@@ -182,26 +209,19 @@ class _Planner:
         self.names.add(unique)
         return unique
 
+    def task(
+        self, name: str, subset: str, kind: str, smiles: tuple[str, ...], num_waters: int = 0
+    ) -> Task:
+        split = assign_split(smiles, self.seed)
+        return Task(self.new_name(name), subset, kind, smiles, split, num_waters)
+
     def singles(self, subset: str, smiles: Iterable[str]) -> list[Task]:
-        tasks = []
-        for one in map(canonicalize, smiles):
-            if one not in self.molecules:
-                self.molecules.add(one)
-                split = assign_split([one], self.seed)
-                tasks.append(Task(self.new_name(one), subset, "molecule", (one,), split))
-        return tasks
+        new = [s for s in dict.fromkeys(map(canonicalize, smiles)) if s not in self.molecules]
+        self.molecules.update(new)
+        return [self.task(one, subset, "molecule", (one,)) for one in new]
 
     def complexes(self, subset: str, pairs: Iterable[tuple[str, ...]]) -> list[Task]:
-        return [
-            Task(
-                self.new_name(".".join(pair)),
-                subset,
-                "complex",
-                pair,
-                assign_split(pair, self.seed),
-            )
-            for pair in pairs
-        ]
+        return [self.task(".".join(pair), subset, "complex", pair) for pair in pairs]
 
     def dipeptides(self) -> list[str]:
         letters = list(molecules.RESIDUES)
@@ -209,28 +229,40 @@ class _Planner:
         order = make_generator(self.seed, "dipeptides").permutation(len(pairs))
         return [molecules.capped_peptide(pairs[i]) for i in order[: self.at_least(50)]]
 
-    def dimers(self, small: list[Task]) -> list[Task]:
-        """Water with every small molecule, and random pairs that never mix two held-out splits."""
-        rng = make_generator(self.seed, "dimers")
-        monomers = [t for t in small if t.num_atoms <= 15]
+    def draw_pairs(
+        self,
+        monomers: list[Task],
+        count: int,
+        max_atoms: int,
+        rng: np.random.Generator,
+        pairs: dict[tuple[str, ...], None],
+    ) -> dict[tuple[str, ...], None]:
+        """Add random pairs that never mix validation with test."""
         sizes = [t.num_atoms for t in monomers]
-        waters = [(t.smiles[0], molecules.WATER) for t in monomers if t.num_atoms <= 13]
-        pairs = dict.fromkeys(waters)
-        target = len(pairs) + self.at_least(500)
+        target = len(pairs) + count
         for _ in range(100 * target):
             if len(pairs) >= target:
                 break
             first, second = rng.integers(len(monomers), size=2)
             held_out = {monomers[first].split, monomers[second].split} - {"train"}
-            if len(held_out) < 2 and sizes[first] + sizes[second] <= 26:
+            if len(held_out) < 2 and sizes[first] + sizes[second] <= max_atoms:
                 pairs[(monomers[first].smiles[0], monomers[second].smiles[0])] = None
+        return pairs
+
+    def dimers(self, small: list[Task]) -> list[Task]:
+        """Water with every small molecule, and random pairs."""
+        monomers = [t for t in small if t.num_atoms <= 15]
+        waters = [(t.smiles[0], molecules.WATER) for t in monomers if t.num_atoms <= 13]
+        rng = make_generator(self.seed, "dimers")
+        pairs = self.draw_pairs(monomers, self.at_least(500), 26, rng, dict.fromkeys(waters))
         return self.complexes("Dimers", pairs)
 
     def water_clusters(self) -> list[Task]:
         tasks = []
+        scale = self.scale * self.shares.get("Water clusters", 1.0)
         for count in range(2, 31):
             starts = 12 if count <= 6 else 4 if count < 20 else 6
-            starts = max(1, round(starts * self.scale))
+            starts = max(1, round(starts * scale))
             split = _hash_split(f"{count} waters", self.seed)
             name = self.new_name(f"{count} waters")
             tasks.append(Task(name, "Water clusters", "water", (), split, count, starts))
@@ -243,14 +275,7 @@ class _Planner:
         drawn = [("Solvated molecules", s, int(rng.integers(2, 9))) for s in chosen]
         drawn += [("Solvated amino acids", canonicalize(s), 20) for s in peptides]
         return [
-            Task(
-                self.new_name(f"{smiles} in {count} waters"),
-                subset,
-                "solvated",
-                (smiles,),
-                assign_split([smiles], self.seed),
-                count,
-            )
+            self.task(f"{smiles} in {count} waters", subset, "solvated", (smiles,), count)
             for subset, smiles, count in drawn
         ]
 
@@ -262,4 +287,30 @@ class _Planner:
             *self.singles("Ions", [s for s in molecules.ions() if "." not in s]),
             *self.complexes("Ions", parts(molecules.ions())),
             *self.complexes("Salt bridges", parts(molecules.salt_bridges())),
+        ]
+
+    def atoms(self) -> list[Task]:
+        """Each element alone and with each other one; building blocks, so all for training."""
+        names = [f"[{symbol(z)}]" for z in ELEMENTS]
+        pairs = itertools.combinations_with_replacement(names, 2)
+        return [
+            *[self.task(one, "Isolated atoms", "atoms", (one,)) for one in names],
+            *[self.task(".".join(pair), "Atom pairs", "atoms", pair) for pair in pairs],
+        ]
+
+    def dissociations(self, small: list[Task]) -> list[Task]:
+        others = map(canonicalize, [*molecules.unusual(), *molecules.radicals()])
+        return [
+            self.task(f"{smiles} apart", "Dissociation", "dissociation", (smiles,))
+            for smiles in dict.fromkeys([*(t.smiles[0] for t in small), *others])
+            if 2 < count_atoms(smiles)[0] <= 20
+        ]
+
+    def separations(self, small: list[Task]) -> list[Task]:
+        monomers = [t for t in small if t.num_atoms <= 10]
+        rng = make_generator(self.seed, "separations")
+        pairs = self.draw_pairs(monomers, self.at_least(300), 18, rng, {})
+        return [
+            self.task(f"{'.'.join(pair)} apart", "Separated pairs", "separation", pair)
+            for pair in pairs
         ]

@@ -13,6 +13,7 @@ import numpy as np
 from mlip_md.trainer.generate.chemistry import (
     Conformation,
     Molecule,
+    Sample,
     build_molecule,
     join_molecules,
 )
@@ -24,8 +25,6 @@ from mlip_md.trainer.generate.placement import (
     place_in_hydrogen_bond,
     surround,
 )
-
-Sample = tuple[Molecule, list[Conformation]]
 
 
 def sample_molecule(smiles: str, rng: np.random.Generator) -> Sample:
