@@ -296,34 +296,31 @@ def _tangent_transpose(cotangents: Sequence[Any], *operands: Any, **params: Any)
     return [None] * (len(operands) - len(linear)) + linear
 
 
-def _batch(
+def batch_in_turn(
     primitive: Primitive, operands: Sequence[Any], dims: Sequence[Any], **params: Any
 ) -> tuple[list[Any], list[int]]:
-    """One after the other: a batch is as slow as its members, and no larger in memory."""
-    mapped = [
-        jnp.moveaxis(a, d, 0) for a, d in zip(operands, dims, strict=True) if d is not None
-    ]
+    """Batching rule: one after the other, in the memory of one."""
+    mapped = [jnp.moveaxis(a, d, 0) for a, d in zip(operands, dims, strict=True) if d is not None]
 
     def one(members: list[Any]) -> list[Any]:
         left = iter(members)
-        arrays = [
-            a if d is None else next(left) for a, d in zip(operands, dims, strict=True)
-        ]
+        arrays = [a if d is None else next(left) for a, d in zip(operands, dims, strict=True)]
         return primitive.bind(*arrays, **params)
 
     found = jax.lax.map(one, mapped)
     return found, [0] * len(found)
 
 
-def _compiled(primitive: Primitive, *operands: Any, **params: Any) -> list[Any]:
+def run_compiled(primitive: Primitive, *operands: Any, **params: Any) -> list[Any]:
+    """A primitive outside of ``jit``."""
     return jax.jit(functools.partial(primitive.bind, **params))(*operands)
 
 
 for _primitive in (gradient_p, tangent_p):
     _primitive.multiple_results = True
     _primitive.def_abstract_eval(_abstract)
-    _primitive.def_impl(functools.partial(_compiled, _primitive))
-    batching.primitive_batchers[_primitive] = functools.partial(_batch, _primitive)
+    _primitive.def_impl(functools.partial(run_compiled, _primitive))
+    batching.primitive_batchers[_primitive] = functools.partial(batch_in_turn, _primitive)
 ad.primitive_jvps[gradient_p] = _gradient_jvp
 ad.primitive_jvps[tangent_p] = _tangent_jvp
 ad.primitive_transposes[tangent_p] = _tangent_transpose

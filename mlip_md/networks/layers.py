@@ -130,9 +130,7 @@ def coupling(l1: int, l2: int, l3: int) -> np.ndarray:
     return np.sqrt(2 * l3 + 1) * np.asarray(e3nn.clebsch_gordan(l1, l2, l3), np.float64)
 
 
-def couplings_side_by_side(
-    l1: int, degrees: Sequence[int], l3: int, harmonics: int
-) -> np.ndarray:
+def couplings_side_by_side(l1: int, degrees: Sequence[int], l3: int, harmonics: int) -> np.ndarray:
     """Couplings of l1 with several harmonics to l3, on all components of the harmonics.
 
     Args:

@@ -13,43 +13,26 @@ from mlip_md.networks.convolution import Block, Pairs, Path, Plan, convolve
 N_NODES, N_EDGES = 5, 17
 
 
-def plans() -> dict[str, Plan]:
-    """Paths as MACE has them (all of one width), and as NequIP (of several, two blocks alike)."""
-    copies = Plan(
-        (Block(0, 4), Block(1, 4)),
-        (Block(0, 8), Block(1, 12), Block(2, 8)),
-        (
-            Path(0, 0, 0, 0, 0, 0, 4),
-            Path(1, 0, 1, 0, 4, 4, 4),
-            Path(1, 0, 0, 1, 0, 8, 4),
-            Path(0, 0, 1, 1, 4, 12, 4),
-            Path(1, 0, 2, 1, 8, 16, 4),
-            Path(0, 0, 2, 2, 0, 20, 4),
-            Path(1, 0, 1, 2, 4, 24, 4),
-        ),
-        9,
-        28,
-    )
-    several = Plan(
-        (Block(0, 5), Block(1, 3), Block(2, 2)),
-        (Block(1, 7), Block(0, 6), Block(1, 3)),
-        (
-            Path(0, 0, 1, 0, 0, 3, 3),  # columns 0-2 and channel 4 are read by nobody
-            Path(0, 3, 0, 1, 0, 6, 1),
-            Path(1, 0, 1, 1, 1, 7, 3),
-            Path(2, 0, 2, 1, 4, 10, 2),
-            Path(1, 1, 0, 0, 3, 12, 2),
-            Path(2, 0, 1, 0, 5, 14, 2),
-            Path(1, 0, 1, 2, 0, 16, 3),  # an axial vector
-        ),
-        16,
-        19,
-    )
-    return {"copies": copies, "several": several}
+PLAN = Plan(
+    (Block(0, 5), Block(1, 3), Block(2, 2)),
+    (Block(1, 7), Block(0, 6), Block(1, 3)),
+    (
+        Path(0, 0, 1, 0, 0, 3, 3),  # columns 0-2, l = 3 and channel 4 are read by nobody
+        Path(1, 0, 0, 0, 3, 20, 3),
+        Path(2, 1, 1, 0, 6, 19, 1),
+        Path(0, 3, 0, 1, 0, 6, 1),
+        Path(1, 0, 1, 1, 1, 7, 3),
+        Path(2, 0, 2, 1, 4, 10, 2),
+        Path(1, 0, 1, 2, 0, 16, 3),  # an axial vector
+    ),
+    16,
+    23,
+)
+"""Several widths, blocks of one degree twice, parts of blocks, things that nobody reads."""
 
 
-def inputs(plan: Plan, seed: int = 0, dtype=np.float64):
-    rng = np.random.default_rng(seed)
+def inputs(dtype=np.float64):
+    plan, rng = PLAN, np.random.default_rng(0)
     receivers = np.sort(rng.integers(0, N_NODES - 1, N_EDGES))  # the last node has no edge
     senders = rng.integers(0, N_NODES, N_EDGES)
     inside = rng.random(N_EDGES) < 0.8
@@ -62,7 +45,7 @@ def inputs(plan: Plan, seed: int = 0, dtype=np.float64):
 
 def by_formula(plan: Plan, pairs: Pairs, x, y, r, rows: int) -> list[np.ndarray]:
     sums = [np.zeros((rows, 2 * b.degree + 1, b.channels)) for b in plan.targets]
-    for s, i, p in itertools.product(range(N_EDGES), [0], plan.paths):
+    for s, p in itertools.product(range(N_EDGES), plan.paths):
         if not pairs.inside[s]:
             continue
         couplings = layers.coupling(
@@ -70,14 +53,11 @@ def by_formula(plan: Plan, pairs: Pairs, x, y, r, rows: int) -> list[np.ndarray]
         )
         feature = x[p.source][pairs.senders[s]][:, p.channel : p.channel + p.width]
         harmonic = y[s, p.degree**2 : (p.degree + 1) ** 2]
-        message = np.einsum("abm,ac,b,c->mc", couplings, feature, harmonic, r[s, p.column :][: p.width])
+        message = np.einsum(
+            "abm,ac,b,c->mc", couplings, feature, harmonic, r[s, p.column :][: p.width]
+        )
         sums[p.target][pairs.receivers[s], :, p.position : p.position + p.width] += message
     return sums
-
-
-@pytest.fixture(params=["copies", "several"])
-def plan(request) -> Plan:
-    return plans()[request.param]
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +68,7 @@ def double():
 
 def energy(plan: Plan, pairs: Pairs, x, y, r):
     """A scalar that is not linear in the sums."""
-    sums = convolve(plan, pairs, x, y, r, N_NODES)
+    sums = convolve(PLAN, pairs, x, y, r, N_NODES)
     return sum(jnp.sum(jnp.sin(s) * (1 + k)) for k, s in enumerate(sums))
 
 
@@ -116,26 +96,26 @@ def close(found, expected):
         np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
 
 
-def test_sums_are_those_of_the_formula(plan):
-    pairs, x, y, r = inputs(plan)
+def test_sums_are_those_of_the_formula():
+    pairs, x, y, r = inputs()
     for rows in (N_NODES, N_NODES + 2):
-        close(convolve(plan, pairs, x, y, r, rows), by_formula(plan, pairs, x, y, r, rows))
+        close(convolve(PLAN, pairs, x, y, r, rows), by_formula(PLAN, pairs, x, y, r, rows))
 
 
-def test_gradients_are_those_of_plain_jax(plan):
-    pairs, *factors = inputs(plan)
+def test_gradients_are_those_of_plain_jax():
+    pairs, *factors = inputs()
     derived = [jax.grad(f, argnums=(2, 3, 4)) for f in (energy, plain_energy)]
-    close(*(jax.jit(f, static_argnums=0)(plan, pairs, *factors) for f in derived))
+    close(*(jax.jit(f, static_argnums=0)(PLAN, pairs, *factors) for f in derived))
 
 
-@pytest.mark.parametrize("argnums", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 1, 2)])
-def test_second_derivatives_are_those_of_plain_jax(plan, argnums):
+@pytest.mark.parametrize("argnums", [(0,), (1, 2), (0, 1, 2)])
+def test_second_derivatives_are_those_of_plain_jax(argnums):
     """As training on forces has them: the gradient of a function of a gradient."""
-    pairs, *factors = inputs(plan)
+    pairs, *factors = inputs()
 
     def found(function):
         def loss(*factors):
-            gradient = jax.grad(lambda *f: function(plan, pairs, *f), argnums=argnums)(*factors)
+            gradient = jax.grad(lambda *f: function(PLAN, pairs, *f), argnums=argnums)(*factors)
             return sum(jnp.sum(jnp.cos(g)) for g in jax.tree.leaves(gradient))
 
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*factors)
@@ -147,63 +127,63 @@ def test_second_derivatives_are_those_of_plain_jax(plan, argnums):
     "derive",
     [
         lambda f: jax.jacfwd(jax.grad(f)),
-        lambda f: jax.jacrev(jax.grad(f)),
         lambda f: jax.jacfwd(jax.jacfwd(f)),
         lambda f: jax.jacrev(jax.jacfwd(f)),
     ],
-    ids=["forward over reverse", "reverse twice", "forward twice", "reverse over forward"],
+    ids=["forward over reverse", "forward twice", "reverse over forward"],
 )
-def test_hessians_in_every_mode(plan, derive):
-    pairs, x, y, r = inputs(plan)
+def test_hessians_in_every_mode(derive):
+    pairs, x, y, r = inputs()
     point = jnp.linspace(0.5, 1.5, 3)
 
     def found(function):
         def along(t):
-            return function(plan, pairs, [a * t[0] for a in x], jnp.sin(y * t[1]), r * t[2])
+            return function(PLAN, pairs, [a * t[0] for a in x], jnp.sin(y * t[1]), r * t[2])
 
-        return derive(along)(point)
+        return jax.jit(derive(along))(point)
 
     close(found(energy), found(plain_energy))
 
 
-def test_third_derivatives(plan):
-    pairs, x, y, r = inputs(plan)
+def test_third_derivatives():
+    pairs, x, y, r = inputs()
 
     def found(function):
         def along(t):
-            return function(plan, pairs, [jnp.cos(a * t) for a in x], jnp.sin(y * t), r * t**2)
+            return function(PLAN, pairs, [jnp.cos(a * t) for a in x], jnp.sin(y * t), r * t**2)
 
         first = jax.grad(along)
         return [
-            derived(jnp.array(0.7))
+            jax.jit(derived)(jnp.array(0.7))
             for derived in (
                 jax.grad(jax.grad(first)),
                 jax.jacfwd(jax.jacfwd(first)),
-                jax.grad(jax.jacfwd(first)),
             )
         ]
 
     close(found(energy), found(plain_energy))
 
 
-def test_a_batch_is_its_members(plan):
-    pairs, x, y, r = inputs(plan)
+def test_a_batch_is_its_members():
+    pairs, x, y, r = inputs()
     factors = jnp.array([0.3, 1.0, 2.0])
-    together = jax.vmap(lambda f: convolve(plan, pairs, [a * f for a in x], y, r, N_NODES))(factors)
+    together = jax.vmap(lambda f: convolve(PLAN, pairs, [a * f for a in x], y, r, N_NODES))(factors)
     for k, factor in enumerate(factors):
-        close([s[k] for s in together], convolve(plan, pairs, [a * factor for a in x], y, r, N_NODES))
+        close(
+            [s[k] for s in together], convolve(PLAN, pairs, [a * factor for a in x], y, r, N_NODES)
+        )
 
 
-def test_edges_outside_carry_nothing_back(plan):
-    pairs, x, y, r = inputs(plan)
-    _, gy, gr = jax.grad(energy, argnums=(2, 3, 4))(plan, pairs, x, y, r)
+def test_edges_outside_carry_nothing_back():
+    pairs, x, y, r = inputs()
+    _, gy, gr = jax.grad(energy, argnums=(2, 3, 4))(PLAN, pairs, x, y, r)
     assert np.all(np.asarray(gy)[~pairs.inside] == 0)
     assert np.all(np.asarray(gr)[~pairs.inside] == 0)
     assert np.all(np.any(np.asarray(gr)[pairs.inside] != 0, axis=1))
 
 
-def test_no_edges_give_zeros(plan):
-    _, x, y, r = inputs(plan)
+def test_no_edges_give_zeros():
+    _, x, y, r = inputs()
     none = Pairs(*(jnp.zeros(0, t) for t in (jnp.int32, jnp.int32, bool)))
-    sums = convolve(plan, none, x, y[:0], r[:0], N_NODES)
+    sums = convolve(PLAN, none, x, y[:0], r[:0], N_NODES)
     assert all(s.shape[0] == N_NODES and not np.any(s) for s in sums)
