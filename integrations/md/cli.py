@@ -5,6 +5,7 @@ Everything heavy is imported inside the commands, so that help and errors come a
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 import tempfile
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlip_md.errors import ConfigError, DeviceError, MLIPError, StoppedError
+from mlip_md.errors import ConfigError, DeviceError, StoppedError
 from mlip_md.files import check_new_file, write_bytes
 from mlip_md.integrations.md.observers import TerminalObserver
 from mlip_md.integrations.md.settings import (
@@ -150,6 +151,7 @@ def md_command(
 
     Ctrl-C, SIGTERM and SIGHUP end a run after the present step, with everything saved.
     """
+    options = locals()
     given = {
         name
         for name in context.params
@@ -163,34 +165,14 @@ def md_command(
         return
     _refuse_useless(given, engine, ensemble)
     _check_device(device)
-    wanted = _count_steps(steps, length, timestep)
-    settings = MDSettings(
-        structure=structure,
-        model=model,
-        engine=engine,  # type: ignore[arg-type]  # the parser let nothing else through
-        ensemble=ensemble,  # type: ignore[arg-type]
-        temperature=temperature,
-        pressure=pressure,
-        timestep=timestep,
-        steps=DEFAULT_STEPS if wanted is None else wanted,
-        friction=friction,
-        minimize=minimize,
-        seed=seed,
-        precision=precision,  # type: ignore[arg-type]
-        device=device,
-        platform=platform,
-        report_interval=report_interval,
-        trajectory_format=trajectory_format,  # type: ignore[arg-type]
-        frame=frame,
-        drop_virtual_sites=drop_virtual_sites,
-        velocities=velocities,  # type: ignore[arg-type]
-        hydrogen_mass=hydrogen_mass,
-    )
+    # The settings have the names of the options.
+    told = {field.name: options[field.name] for field in dataclasses.fields(MDSettings)}
+    told["steps"] = _count_steps(steps, length, timestep) or DEFAULT_STEPS
+    settings = MDSettings(**told)
     from mlip_md.integrations.md.run import run_md
 
-    with TerminalObserver(settings, structure or "paracetamol") as observer:
-        folder = _interruptible(lambda: run_md(settings, output, progress=observer), observer)
-    _conclude(folder)
+    observer = TerminalObserver(settings, structure or "paracetamol")
+    _show(lambda: run_md(settings, output, progress=observer), observer)
 
 
 def _count_steps(steps: int | None, length: float | None, timestep: float) -> int | None:
@@ -256,43 +238,34 @@ def _restart(
     more = _count_steps(steps, length, settings.timestep)
     from mlip_md.integrations.md.run import restart_md
 
-    with TerminalObserver(settings, f"continuing {folder}") as observer:
-        if (platform, device) != (None, None):
-            observer.later(
-                "On another platform or device the run goes on from its last positions and "
-                "velocities, but not exactly as it would have"
-            )
-        _interruptible(
-            lambda: restart_md(
-                folder, steps=more, platform=platform, device=device, progress=observer
-            ),
-            observer,
+    observer = TerminalObserver(settings, f"continuing {folder}")
+    if (platform, device) != (None, None):
+        observer.later(
+            "On another platform or device the run goes on from its last positions and "
+            "velocities, but not exactly as it would have"
         )
-    _conclude(folder)
+    _show(
+        lambda: restart_md(folder, steps=more, platform=platform, device=device, progress=observer),
+        observer,
+    )
 
 
-def _interruptible(run: Callable[[], Path], observer: TerminalObserver) -> Path:
-    """Run; after a signal say how to go on."""
+def _show(run: Callable[[], Path], observer: TerminalObserver) -> None:
+    """Run; say in the end what the folder holds, or after a signal how to go on."""
     try:
-        return run()
+        with observer:
+            folder = run()
     except KeyboardInterrupt:
-        observer.stop()
         if observer.folder is None:
             raise  # nothing to go on with
         typer.echo(f"Interrupted. Continue with: mlip-md md --restart {observer.folder}", err=True)
         raise typer.Exit(130) from None
     except StoppedError as error:
-        observer.stop()
+        told = f"{error}. Continue with: mlip-md md --restart {observer.folder}"
         if observer.folder is None:
-            raise StoppedError(
-                "a signal ended the run before its first step; start again"
-            ) from None
-        raise StoppedError(
-            f"{error}. Continue with: mlip-md md --restart {observer.folder}"
-        ) from None
-    except MLIPError:
-        observer.stop()
-        raise
+            told = "a signal ended the run before its first step; start again"
+        raise StoppedError(told) from None
+    _conclude(folder)
 
 
 def _conclude(folder: Path) -> None:
