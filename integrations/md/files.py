@@ -43,8 +43,7 @@ COLUMNS = (
 
 def make_row(frame: Frame, mass: float) -> dict[str, float | int | None]:
     """One row of the log, by column; ``mass`` of all atoms in amu, for the density."""
-    row: dict[str, float | int | None] = dict.fromkeys(COLUMNS)
-    row |= {
+    row: dict[str, float | int | None] = dict.fromkeys(COLUMNS) | {
         "step": frame.step,
         "time_ps": frame.time,
         "potential_eV": frame.potential,
@@ -157,7 +156,8 @@ class RunFiles:
         Raises:
             OutputError: if it has no room; no file holds a part of it then, and all are closed.
         """
-        cells = {name: _cell(value) for name, value in make_row(frame, self._mass).items()}
+        row = make_row(frame, self._mass)
+        cells = {k: f"{v:.10g}" if isinstance(v, float) else v for k, v in row.items()}
         log, trajectory, ase = self._names
         sizes = self.sizes()
         try:
@@ -183,12 +183,6 @@ class RunFiles:
         for file in (self._log, self._ase, self._binary):
             with contextlib.suppress(OSError):  # of a full disk, which has been told
                 file.close()
-
-
-def _cell(value: float | int | None) -> str | int:
-    if value is None:
-        return ""
-    return value if isinstance(value, int) else f"{value:.10g}"
 
 
 def _row(cells: Mapping[str, Any]) -> str:
@@ -305,10 +299,7 @@ def _format_extxyz(template: Atoms, frame: Frame) -> str:
     from ase.calculators.singlepoint import SinglePointCalculator
     from ase.io import write
 
-    atoms = template.copy()
-    atoms.positions = frame.positions
-    if frame.cell.any():
-        atoms.cell = frame.cell
+    atoms = frame.place(template)
     atoms.set_velocities(frame.velocities / units.fs)
     atoms.info = {
         "step": frame.step,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from ase import units
+from ase import Atoms, units
 
 from mlip_md.integrations.md.structures import Structure
 from mlip_md.potential import Potential
@@ -42,6 +42,14 @@ class Frame(NamedTuple):
     temperature: float
     pressure: float | None
     forces: np.ndarray | None = None
+
+    def place(self, atoms: Atoms) -> Atoms:
+        """A copy of atoms, at the positions and in the cell of this frame."""
+        placed = atoms.copy()
+        placed.positions = self.positions
+        if self.cell.any():
+            placed.cell = self.cell
+        return placed
 
 
 class Backend(Protocol):

@@ -33,7 +33,7 @@ from mlip_md.integrations.md.structures import (
 from mlip_md.integrations.md.velocities import (
     compute_temperature,
     count_degrees_of_freedom,
-    draw_velocities,
+    start_velocities,
 )
 from mlip_md.integrations.md.volume_moves import MOVE_INTERVAL, VolumeMoves
 from mlip_md.integrations.models import DTYPES
@@ -83,7 +83,7 @@ class OpenMMBackend:
         self.settings = settings
         self.structure = reduce_cell(structure)
         self.potential = open_potential(settings.model)
-        self.atoms = self.structure.atoms.copy()
+        self.atoms = self.structure.atoms
         self._periodic = bool(self.atoms.pbc.any())
         species = self.potential.species(self.atoms.numbers)
         self._reference = float(self.potential.reference_energies(species).sum())
@@ -98,19 +98,15 @@ class OpenMMBackend:
             {"dtype": DTYPES[settings.precision], "device": settings.device},
         )
         _ = self._force.engine  # what it refuses is refused here, not at the first step
-        self._moves: VolumeMoves | None = None
-        labels = np.zeros(0)
+        labels = None
         if settings.ensemble == "npt":
-            self.structure.atoms.positions, labels = whole_molecules(self.structure.atoms)
-            self.atoms.positions = self.structure.atoms.positions
+            self.atoms.positions, labels = whole_molecules(self.atoms)
         self._simulation = self._make_simulation()
-        if settings.ensemble == "npt":
+        self._moves: VolumeMoves | None = None
+        if labels is not None:
+            context = self._simulation.context
             self._moves = VolumeMoves(
-                self._simulation.context,
-                labels,
-                settings.pressure,
-                settings.temperature,
-                settings.seed,
+                context, labels, settings.pressure, settings.temperature, settings.seed
             )
 
     def _make_simulation(self) -> openmm.app.Simulation:
@@ -130,7 +126,7 @@ class OpenMMBackend:
         platform = None if settings.platform is None else _find_platform(settings.platform)
         with _as_simulation_error():
             simulation = openmm.app.Simulation(topology, system, integrator, platform)
-        self._set_positions(simulation, self.atoms.positions, self.atoms.cell.array)
+        self._set_positions(simulation.context, self.atoms.positions, self.atoms.cell.array)
         return simulation
 
     def _masses(self, topology: openmm.app.Topology) -> np.ndarray:
@@ -153,12 +149,11 @@ class OpenMMBackend:
         return integrator
 
     def _set_positions(
-        self, simulation: openmm.app.Simulation, positions: np.ndarray, cell: np.ndarray
+        self, context: openmm.Context, positions: np.ndarray, cell: np.ndarray
     ) -> None:
         if self._periodic:
-            vectors = [openmm.Vec3(*row) for row in cell / ANGSTROM_PER_NM]
-            simulation.context.setPeriodicBoxVectors(*vectors)
-        simulation.context.setPositions(positions / ANGSTROM_PER_NM)
+            context.setPeriodicBoxVectors(*(cell / ANGSTROM_PER_NM))
+        context.setPositions(positions / ANGSTROM_PER_NM)
 
     def warm_up(self) -> None:
         """Evaluate once, so that everything is compiled."""
@@ -174,17 +169,12 @@ class OpenMMBackend:
 
     def start(self) -> None:
         """Draw velocities, or keep the file's."""
-        settings = self.settings
-        state = self._simulation.context.getState(positions=True)
+        context = self._simulation.context
+        positions = context.getState(positions=True).getPositions(asNumpy=True)._value
         atoms = self.atoms.copy()
-        atoms.positions = state.getPositions(asNumpy=True)._value * ANGSTROM_PER_NM
-        rng = np.random.default_rng(settings.seed)
-        if settings.velocities == "draw":
-            draw_velocities(atoms, settings.ensemble, settings.temperature, rng)
-        else:  # without those of held coordinates
-            atoms.set_momenta(atoms.get_momenta())
-        velocities = atoms.get_velocities() * units.fs / NM_PER_PS
-        self._simulation.context.setVelocities(velocities)
+        atoms.positions = positions * ANGSTROM_PER_NM
+        start_velocities(atoms, self.settings, np.random.default_rng(self.settings.seed))
+        context.setVelocities(atoms.get_velocities() * units.fs / NM_PER_PS)
 
     def advance(self, steps: int) -> None:
         """Integrate a number of steps; for npt with a move of the volume every so often."""
@@ -295,7 +285,7 @@ class OpenMMBackend:
         if isinstance(integrator, openmm.LangevinMiddleIntegrator):
             integrator.setRandomNumberSeed((self.settings.seed + step) % (2**31 - 1) + 1)
             context.reinitialize()
-        self._set_positions(self._simulation, arrays["positions"], arrays["cell"])
+        self._set_positions(context, arrays["positions"], arrays["cell"])
         context.setVelocities(arrays["velocities"] / NM_PER_PS)
 
     def describe(self) -> dict[str, Any]:
