@@ -12,7 +12,6 @@ import dataclasses
 import platform as python_platform
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -397,21 +396,19 @@ class _Run:
             interruptions.check()
             step, begin = self.last.step, time.perf_counter()
             steps = min(interval - step % interval, total - step)
-            self.last = self._advance(
-                steps, lambda: interruptions.reason is not None or self._restart_is_old()
-            )
+            self.last = self._advance(steps, interruptions)
             self._keep(write=self.last.step % interval == 0)
             if self._restart_is_old():
                 self._save_restart()
             self.speed.count(self.last.step - step, time.perf_counter() - begin)
             self.observer.update(self.last, self.speed.rate)
 
-    def _advance(self, steps: int, ends: Callable[[], bool]) -> Frame:
-        """Advance, at most to the end of the step in which it ``ends``, and look at it."""
+    def _advance(self, steps: int, interruptions: Interruptions) -> Frame:
+        """Advance, but no further when something is to be saved, and look at the frame."""
         try:
             for _ in range(steps):
-                self.backend.advance(1)
-                if ends():
+                self.backend.advance()
+                if interruptions.reason is not None or self._restart_is_old():
                     break
             frame = self.backend.frame()
         except _UNSTABLE as error:

@@ -14,7 +14,7 @@ from ase.md.verlet import VelocityVerlet
 from ase.optimize import FIRE
 
 from mlip_md.integrations.ase import MLIPCalculator
-from mlip_md.integrations.md.backends.interface import BAR, Frame
+from mlip_md.integrations.md.backends.interface import BAR, Backend, Frame
 from mlip_md.integrations.md.settings import MDSettings
 from mlip_md.integrations.md.structures import Structure
 from mlip_md.integrations.md.velocities import (
@@ -25,7 +25,7 @@ from mlip_md.integrations.md.velocities import (
 from mlip_md.integrations.models import DTYPES
 
 
-class ASEBackend:
+class ASEBackend(Backend):
     """Velocity Verlet, Langevin or isotropic MTK dynamics of ASE.
 
     Args:
@@ -57,7 +57,6 @@ class ASEBackend:
         self._steps_before = 0
 
     def warm_up(self) -> None:
-        """Evaluate once, so that everything is compiled."""
         self.atoms.get_potential_energy()
 
     def minimize(self, force: float, steps: int) -> bool:
@@ -65,7 +64,6 @@ class ASEBackend:
         return bool(FIRE(self.atoms, logfile=None).run(fmax=force, steps=steps))
 
     def start(self) -> None:
-        """Draw velocities, or keep the file's, and set up the integrator."""
         start_velocities(self.atoms, self.settings, self.rng)
         self.dynamics = self._integrator()
 
@@ -91,12 +89,10 @@ class ASEBackend:
             pdamp=1000 * timestep,
         )
 
-    def advance(self, steps: int) -> None:
-        """Integrate a number of steps."""
-        self.dynamics.run(steps)
+    def advance(self) -> None:
+        self.dynamics.run(1)
 
     def frame(self) -> Frame:
-        """The present state."""
         atoms, settings = self.atoms, self.settings
         potential, kinetic = atoms.get_potential_energy(), atoms.get_kinetic_energy()
         step = self._steps_before + self.dynamics.nsteps
@@ -150,7 +146,6 @@ class ASEBackend:
         }
 
     def restore(self, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> None:
-        """Set up the integrator in a saved state."""
         self.atoms.set_cell(arrays["cell"])
         self.atoms.set_positions(arrays["positions"])
         self.atoms.set_momenta(arrays["momenta"])
@@ -161,7 +156,6 @@ class ASEBackend:
             setattr(*place, arrays[name] if arrays[name].ndim else float(arrays[name]))
 
     def describe(self) -> dict[str, Any]:
-        """Engine, integrator, precision."""
         return {
             "engine": f"ASE {ase.__version__}",
             "integrator": type(self.dynamics).__name__,
@@ -169,5 +163,4 @@ class ASEBackend:
         }
 
     def compilations(self) -> int:
-        """How often the potential has been compiled so far."""
         return self.calculator.engine.num_compilations

@@ -53,7 +53,7 @@ class Frame(NamedTuple):
 
 
 class Backend(Protocol):
-    """An engine that integrates the equations of motion of one structure.
+    """An engine that integrates the equations of motion of one structure; engines derive from it.
 
     Every method may raise NonFiniteError, StructureError or SimulationError where the potential
     has no number or the engine stops, and KeyboardInterrupt.
@@ -71,8 +71,8 @@ class Backend(Protocol):
     def start(self) -> None:
         """Draw velocities, or keep the file's, and set up the integrator."""
 
-    def advance(self, steps: int) -> None:
-        """Integrate a number of steps."""
+    def advance(self) -> None:
+        """Integrate one step."""
 
     def frame(self) -> Frame:
         """The present state."""

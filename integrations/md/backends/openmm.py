@@ -22,7 +22,7 @@ from openmm import unit
 
 from mlip_md.constants import ANGSTROM_PER_NM, KJ_PER_MOL_PER_EV
 from mlip_md.errors import ConfigError, SimulationError, StructureError
-from mlip_md.integrations.md.backends.interface import Frame
+from mlip_md.integrations.md.backends.interface import Backend, Frame
 from mlip_md.integrations.md.settings import MDSettings, explain_choices
 from mlip_md.integrations.md.structures import (
     Structure,
@@ -65,7 +65,7 @@ def reduce_cell(structure: Structure) -> Structure:
     return reduce_structure(structure)
 
 
-class OpenMMBackend:
+class OpenMMBackend(Backend):
     """Verlet or Langevin dynamics of OpenMM, with Monte Carlo moves of the volume for npt.
 
     Args:
@@ -156,7 +156,6 @@ class OpenMMBackend:
         context.setPositions(positions / ANGSTROM_PER_NM)
 
     def warm_up(self) -> None:
-        """Evaluate once, so that everything is compiled."""
         with _as_simulation_error():
             self._simulation.context.getState(energy=True, forces=True)
 
@@ -168,7 +167,6 @@ class OpenMMBackend:
         return result.converged or result.iterations < steps
 
     def start(self) -> None:
-        """Draw velocities, or keep the file's."""
         context = self._simulation.context
         positions = context.getState(positions=True).getPositions(asNumpy=True)._value
         atoms = self.atoms.copy()
@@ -176,18 +174,12 @@ class OpenMMBackend:
         start_velocities(atoms, self.settings, np.random.default_rng(self.settings.seed))
         context.setVelocities(atoms.get_velocities() * units.fs / NM_PER_PS)
 
-    def advance(self, steps: int) -> None:
-        """Integrate a number of steps; for npt with a move of the volume every so often."""
+    def advance(self) -> None:
+        """Integrate one step; for npt with a move of the volume every so often."""
         with _as_simulation_error():
-            if self._moves is None:
-                self._simulation.step(steps)
-                return
-            end = self._simulation.currentStep + steps
-            while self._simulation.currentStep < end:
-                step = self._simulation.currentStep
-                self._simulation.step(min(MOVE_INTERVAL - step % MOVE_INTERVAL, end - step))
-                if self._simulation.currentStep % MOVE_INTERVAL == 0:
-                    self._moves.attempt()
+            self._simulation.step(1)
+            if self._moves is not None and self._simulation.currentStep % MOVE_INTERVAL == 0:
+                self._moves.attempt()
 
     def _read_motion(self, state: openmm.State) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Positions (n, 3) Å, velocities (n, 3) Å/fs, and cell (3, 3) Å, zeros without one."""
@@ -198,7 +190,6 @@ class OpenMMBackend:
         return positions, np.array(state.getVelocities(asNumpy=True)._value) * NM_PER_PS, cell
 
     def frame(self) -> Frame:
-        """The present state."""
         settings = self.settings
         with _as_simulation_error():
             state = self._simulation.context.getState(
@@ -289,7 +280,6 @@ class OpenMMBackend:
         context.setVelocities(arrays["velocities"] / NM_PER_PS)
 
     def describe(self) -> dict[str, Any]:
-        """Engine, integrator, platform."""
         context = self._simulation.context
         return {
             "engine": f"OpenMM {openmm.version.short_version}",
@@ -300,7 +290,6 @@ class OpenMMBackend:
         }
 
     def compilations(self) -> int:
-        """How often the potential has been compiled so far."""
         return self._force.engine.num_compilations
 
 
