@@ -18,7 +18,13 @@ from ase import Atoms, units
 from mlip_md.errors import CheckpointError, OutputError
 from mlip_md.files import replacing
 from mlip_md.integrations.md.backends.interface import BAR, Frame
-from mlip_md.integrations.md.structures import reduce_lattice
+from mlip_md.integrations.md.settings import MDSettings
+from mlip_md.integrations.md.structures import (
+    Structure,
+    make_topology,
+    reduce_lattice,
+    reduce_structure,
+)
 
 LOG = "log.csv"
 TOPOLOGY = "topology.pdb"
@@ -85,11 +91,8 @@ class RunFiles:
 
     Args:
         folder: the run's folder.
-        atoms: the structure, for elements and periodicity.
-        topology: its OpenMM topology, in the frame of its reduced cell.
-        timestep: fs.
-        interval: steps between frames.
-        trajectory_format: of the trajectory for mdtraj, "dcd" or "xtc".
+        structure: for elements, periodicity and topology, and positions of the PDB.
+        settings: of the run: time step, interval, format of the trajectory for mdtraj.
         sizes: None for a new run; else bytes of each file at the restart point, to which the files
             are cut, so that frames written after it do not appear twice.
 
@@ -101,37 +104,32 @@ class RunFiles:
     def __init__(
         self,
         folder: Path,
-        atoms: Atoms,
-        topology: Any,
-        *,
-        timestep: float,
-        interval: int,
-        trajectory_format: str = "dcd",
-        sizes: dict[str, int] | None = None,
+        structure: Structure,
+        settings: MDSettings,
+        sizes: dict[str, int] | None,
     ) -> None:
         self.folder = folder
-        trajectory = TRAJECTORIES[trajectory_format]
+        reduced = reduce_structure(structure)
+        topology = make_topology(reduced)
+        trajectory = TRAJECTORIES[settings.trajectory_format]
         self._names = (LOG, trajectory, TRAJECTORY_ASE)
-        self._atoms = atoms.copy()
-        self._mass = float(atoms.get_masses().sum())
+        self._atoms = structure.atoms.copy()
+        self._mass = float(structure.atoms.get_masses().sum())
         check_sizes(folder, sizes or {})
         for name, size in (sizes or {}).items():
             os.truncate(folder / name, size)
         # Unbuffered: what a full disk refuses is not tried again when the files are closed.
         self._log = (folder / LOG).open("ab" if sizes else "wb", buffering=0)
         self._ase = (folder / TRAJECTORY_ASE).open("ab" if sizes else "wb", buffering=0)
-        make = _XTC if trajectory_format == "xtc" else _DCD
+        make = _XTC if settings.trajectory_format == "xtc" else _DCD
         with self._naming(trajectory):
             self._binary: _DCD | _XTC = make(
-                folder / trajectory, topology, timestep, interval, sizes is not None
+                folder / trajectory, topology, settings, append=sizes is not None
             )
         if not sizes:
             with self._naming(LOG):
                 _append(self._log, _row(dict(zip(COLUMNS, COLUMNS, strict=True))))
-            positions = atoms.positions
-            if topology.getPeriodicBoxVectors() is not None:
-                positions = positions @ reduce_lattice(atoms.cell.array)[1].T
-            _write_topology(folder / TOPOLOGY, topology, positions)
+            _write_topology(folder / TOPOLOGY, topology, reduced.atoms.positions)
 
     @property
     def empty(self) -> bool:
@@ -213,16 +211,15 @@ def _for_openmm(frame: Frame) -> tuple[Any, Any]:
 class _DCD:
     """A growing DCD file; after a cut the frame count in its header is put right."""
 
-    def __init__(
-        self, path: Path, topology: Any, timestep: float, interval: int, append: bool
-    ) -> None:
+    def __init__(self, path: Path, topology: Any, settings: MDSettings, *, append: bool) -> None:
         from openmm.app import DCDFile
 
         self._path = path
         if append:
             self.repair()
         self._file = path.open("r+b" if append else "w+b")
-        self._writer = DCDFile(self._file, topology, timestep * 1e-3, 0, interval, append=append)
+        timestep = settings.timestep * 1e-3
+        self._writer = DCDFile(self._file, topology, timestep, 0, settings.interval, append=append)
         self._file.flush()
 
     def repair(self) -> None:
@@ -244,12 +241,10 @@ class _DCD:
 class _XTC:
     """A growing XTC file; OpenMM opens and closes it for every frame."""
 
-    def __init__(
-        self, path: Path, topology: Any, timestep: float, interval: int, append: bool
-    ) -> None:
+    def __init__(self, path: Path, topology: Any, settings: MDSettings, *, append: bool) -> None:
         self._path = path
-        self._arguments = (str(path), topology, timestep * 1e-3)
-        self._interval = interval
+        self._arguments = (str(path), topology, settings.timestep * 1e-3)
+        self._interval = settings.interval
         if not append:
             path.write_bytes(b"")
         self._writer = self._open(0, append and path.stat().st_size > 0)

@@ -40,9 +40,7 @@ from mlip_md.integrations.md.structures import (
     Structure,
     compare_bonds,
     describe_contact,
-    make_topology,
     read_structure,
-    reduce_structure,
 )
 from mlip_md.integrations.models import lasting_name
 from mlip_md.ownership import FILE as OWNER
@@ -345,15 +343,7 @@ class _Run:
         self._saved = time.perf_counter()
         self.speed = _Speed(backend, compile_seconds)
         self._good: tuple[dict[str, np.ndarray], dict[str, Any]] | None = None
-        self.files = RunFiles(
-            folder,
-            backend.structure.atoms,
-            make_topology(reduce_structure(backend.structure)),
-            timestep=settings.timestep,
-            interval=settings.interval,
-            trajectory_format=settings.trajectory_format,
-            sizes=past.get("sizes"),
-        )
+        self.files = RunFiles(folder, backend.structure, settings, past.get("sizes"))
 
     def go(self, interruptions: Interruptions) -> None:
         """Step to the end; whatever happens, the folder stays usable."""
