@@ -187,11 +187,7 @@ def minimize(
 
 
 def _descend(
-    surface: _Surface,
-    context: openmm.Context,
-    tolerance: float,
-    most: float,
-    longest: float,
+    surface: _Surface, context: openmm.Context, tolerance: float, most: float, longest: float
 ) -> Minimized:
     start = context.getState(positions=True).getPositions(asNumpy=True)._value
     point, curvature, iterations = surface.at(start), _Curvature(maxlen=MEMORY), 0

@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     from mlip_md.integrations.md.structures import Structure
 
 ModelOption = Annotated[
-    str,
-    typer.Option("--model", "-m", help="Bundled name, .safetensors file, .zip or run folder."),
+    str, typer.Option("--model", "-m", help="Bundled name, .safetensors file, .zip or run folder.")
 ]
 
 
@@ -114,8 +113,7 @@ def md_command(
         typer.Option(help="OpenMM platform: Reference, CPU, CUDA, ... Default: the fastest."),
     ] = None,
     output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="New folder. Default: md-<name>-<n>."),
+        Path | None, typer.Option("--output", "-o", help="New folder. Default: md-<name>-<n>.")
     ] = None,
     restart: Annotated[
         Path | None,
@@ -225,11 +223,7 @@ def _check_device(device: str | None) -> None:
 
 
 def _restart(
-    folder: Path,
-    length: float | None,
-    steps: int | None,
-    platform: str | None,
-    device: str | None,
+    folder: Path, length: float | None, steps: int | None, platform: str | None, device: str | None
 ) -> None:
     settings = read_settings(folder)
     if platform is not None:

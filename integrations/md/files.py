@@ -7,7 +7,7 @@ import csv
 import errno
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -102,11 +102,7 @@ class RunFiles:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        structure: Structure,
-        settings: MDSettings,
-        sizes: dict[str, int] | None,
+        self, folder: Path, structure: Structure, settings: MDSettings, sizes: dict[str, int] | None
     ) -> None:
         self.folder = folder
         reduced = reduce_structure(structure)
@@ -128,7 +124,7 @@ class RunFiles:
             )
         if not sizes:
             with self._naming(LOG):
-                _append(self._log, _row(dict(zip(COLUMNS, COLUMNS, strict=True))))
+                _append(self._log, _row(COLUMNS))
             _write_topology(folder / TOPOLOGY, topology, reduced.atoms.positions)
 
     @property
@@ -154,8 +150,8 @@ class RunFiles:
         Raises:
             OutputError: if it has no room; no file holds a part of it then, and all are closed.
         """
-        row = make_row(frame, self._mass)
-        cells = {k: f"{v:.10g}" if isinstance(v, float) else v for k, v in row.items()}
+        values = make_row(frame, self._mass).values()
+        cells = [f"{value:.10g}" if isinstance(value, float) else value for value in values]
         log, trajectory, ase = self._names
         sizes = self.sizes()
         try:
@@ -183,10 +179,10 @@ class RunFiles:
                 file.close()
 
 
-def _row(cells: Mapping[str, Any]) -> str:
+def _row(cells: Sequence[str | int | None]) -> str:
     """One line of the log."""
     text = io.StringIO()
-    csv.DictWriter(text, COLUMNS).writerow(cells)
+    csv.writer(text).writerow(cells)
     return text.getvalue()
 
 

@@ -85,14 +85,12 @@ def make_backend(settings: MDSettings, structure: Structure) -> Backend:
 def make_fresh_folder(name: str, parent: Path | None = None) -> Path:
     """Make the first free folder ``md-<name>-<n>`` in a folder (None: the working directory)."""
     clean = re.sub(r"[^A-Za-z0-9._+-]", "_", name)
-    number = 1
+    number = 0
     while True:
+        number += 1
         folder = (parent or Path()) / f"md-{clean}-{number}"
-        try:
+        with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
-        except FileExistsError:
-            number += 1
-        else:
             return folder
 
 
@@ -111,10 +109,7 @@ def check_output(folder: Path | None) -> None:
 
 
 def run_md(
-    settings: MDSettings,
-    folder: Path | None = None,
-    *,
-    progress: RunObserver | None = None,
+    settings: MDSettings, folder: Path | None = None, *, progress: RunObserver | None = None
 ) -> Path:
     """Run molecular dynamics into a new folder.
 
@@ -206,11 +201,7 @@ def restart_md(
 
 
 def _continue(
-    folder: Path,
-    steps: int | None,
-    platform: str | None,
-    device: str | None,
-    observer: RunObserver,
+    folder: Path, steps: int | None, platform: str | None, device: str | None, observer: RunObserver
 ) -> None:
     """``restart_md`` in a folder that is ours."""
     settings = read_settings(folder)
