@@ -22,6 +22,7 @@ from mlip_md.integrations.md.settings import (
     DEFAULT_STEPS,
     LARGEST_SEED,
     MDSettings,
+    choices_of,
     explain_choices,
     read_settings,
 )
@@ -49,7 +50,7 @@ def _one_of(*choices: str) -> Any:
 
 
 PrecisionOption = Annotated[
-    str, typer.Option(help="Precision of the potential.", **_one_of("single", "double"))
+    str, typer.Option(help="Precision of the potential.", **_one_of(*choices_of("precision")))
 ]
 DeviceOption = Annotated[
     str | None, typer.Option(help="JAX device: cpu, gpu, cuda:1. Default: JAX's choice.")
@@ -78,22 +79,22 @@ def md_command(
     structure: StructureArgument = None,
     model: ModelOption = DEFAULT_MODEL,
     engine: Annotated[
-        str, typer.Option(help="What integrates the motion.", **_one_of("ase", "openmm"))
-    ] = "ase",
+        str, typer.Option(help="What integrates the motion.", **_one_of(*choices_of("engine")))
+    ] = MDSettings.engine,
     ensemble: Annotated[
         str,
         typer.Option(
             help="npt needs a structure that is periodic in three directions. nvt: Langevin. npt: "
             "MTK with ase; Langevin and Monte Carlo moves of the volume with openmm, which unlike "
             "OpenMM's own barostat continue exactly after a restart.",
-            **_one_of("nve", "nvt", "npt"),
+            **_one_of(*choices_of("ensemble")),
         ),
-    ] = "nvt",
+    ] = MDSettings.ensemble,
     temperature: Annotated[
         float, typer.Option("--temperature", "-T", min=0.0, help="K, of thermostat and start")
-    ] = 300.0,
-    pressure: Annotated[float, typer.Option(help="bar; npt only")] = 1.0,
-    timestep: Annotated[float, typer.Option(help="fs")] = 0.5,
+    ] = MDSettings.temperature,
+    pressure: Annotated[float, typer.Option(help="bar; npt only")] = MDSettings.pressure,
+    timestep: Annotated[float, typer.Option(help="fs")] = MDSettings.timestep,
     length: Annotated[
         float | None,
         typer.Option(help="ps; with --restart: how much further. Default: 2000 steps."),
@@ -101,12 +102,14 @@ def md_command(
     steps: Annotated[int | None, typer.Option(min=1, help="Instead of --length.")] = None,
     friction: Annotated[
         float, typer.Option(min=0.0, help="1/ps, of the Langevin thermostat")
-    ] = 10.0,
-    minimize: Annotated[bool, typer.Option(help="Relax the positions first.")] = True,
+    ] = MDSettings.friction,
+    minimize: Annotated[
+        bool, typer.Option(help="Relax the positions first.")
+    ] = MDSettings.minimize,
     seed: Annotated[
         int, typer.Option(min=0, max=LARGEST_SEED, help="Of velocities and thermostat.")
-    ] = 0,
-    precision: PrecisionOption = "single",
+    ] = MDSettings.seed,
+    precision: PrecisionOption = MDSettings.precision,
     device: DeviceOption = None,
     platform: Annotated[
         str | None,
@@ -130,14 +133,17 @@ def md_command(
         typer.Option(
             help="Of the trajectory for mdtraj; xtc is smaller, rounded to 0.01 Å. One for ASE is "
             "always there.",
-            **_one_of("dcd", "xtc"),
+            **_one_of(*choices_of("trajectory_format")),
         ),
-    ] = "dcd",
+    ] = MDSettings.trajectory_format,
     frame: FrameOption = None,
     drop_virtual_sites: DropOption = False,
     velocities: Annotated[
-        str, typer.Option(help="At the start; file: those it holds.", **_one_of("draw", "file"))
-    ] = "draw",
+        str,
+        typer.Option(
+            help="At the start; file: those it holds.", **_one_of(*choices_of("velocities"))
+        ),
+    ] = MDSettings.velocities,
     hydrogen_mass: Annotated[
         float | None,
         typer.Option(help="u: makes hydrogen heavier by what its heavy neighbour loses."),

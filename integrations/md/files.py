@@ -298,9 +298,7 @@ def _format_extxyz(template: Atoms, frame: Frame) -> str:
         "potential_eV": frame.potential,
         "temperature_K": frame.temperature,
     }
-    results: dict[str, Any] = {"energy": frame.potential}
-    results |= {} if frame.forces is None else {"forces": frame.forces}
-    atoms.calc = SinglePointCalculator(atoms, **results)
+    atoms.calc = SinglePointCalculator(atoms, energy=frame.potential, forces=frame.forces)
     text = io.StringIO()
     write(text, atoms, format="extxyz")
     return text.getvalue()

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 from mlip_md.errors import CheckpointError, ConfigError
 from mlip_md.files import write_text
@@ -98,16 +98,10 @@ class MDSettings:
     hydrogen_mass: float | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("engine", EngineName),
-            ("ensemble", Ensemble),
-            ("precision", Precision),
-            ("trajectory_format", TrajectoryFormat),
-            ("velocities", VelocityOrigin),
-        ):
-            value = getattr(self, name)
-            if value not in get_args(choices):
-                told = explain_choices(str(value), get_args(choices))
+        for name in ("engine", "ensemble", "precision", "trajectory_format", "velocities"):
+            value, choices = getattr(self, name), choices_of(name)
+            if value not in choices:
+                told = explain_choices(str(value), choices)
                 raise ConfigError(f"{name} = {value!r} is not allowed; {told}")
         if self.velocities == "file" and self.minimize:
             raise ConfigError(
@@ -123,6 +117,11 @@ class MDSettings:
     def interval(self) -> int:
         """Steps between frames."""
         return self.report_interval or min(max(self.steps // 500, 10), self.steps)
+
+
+def choices_of(name: str) -> tuple[str, ...]:
+    """What a setting that takes one of some words may be."""
+    return get_args(get_type_hints(MDSettings)[name])
 
 
 def explain_choices(given: str, choices: Sequence[str]) -> str:

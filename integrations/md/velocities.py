@@ -18,12 +18,11 @@ def count_degrees_of_freedom(atoms: Atoms, ensemble: str) -> int:
     """
     held = int(fixed_axes(atoms).sum())
     count = 3 * len(atoms) - held
-    if ensemble != "nve" or held:
-        return max(count, 1)
-    count -= 3
-    if not atoms.pbc.any():
-        moments = atoms.get_moments_of_inertia()
-        count -= int(np.sum(moments > 1e-6 * max(float(moments.max()), 1e-12)))
+    if ensemble == "nve" and not held:
+        count -= 3
+        if not atoms.pbc.any():
+            moments = atoms.get_moments_of_inertia()
+            count -= int(np.sum(moments > 1e-6 * max(float(moments.max()), 1e-12)))
     return max(count, 1)
 
 

@@ -28,7 +28,7 @@ class Frame(NamedTuple):
         conserved: eV, the quantity that the equations of motion conserve, or None.
         temperature: K.
         pressure: eV/Å³ with its kinetic part, or None without a periodic cell.
-        forces: (n, 3) eV/Å of the potential, on held atoms too, or None where they are not told.
+        forces: (n, 3) eV/Å of the potential, on held atoms too.
     """
 
     step: int
@@ -41,7 +41,7 @@ class Frame(NamedTuple):
     conserved: float | None
     temperature: float
     pressure: float | None
-    forces: np.ndarray | None = None
+    forces: np.ndarray
 
     def place(self, atoms: Atoms) -> Atoms:
         """A copy of atoms, at the positions and in the cell of this frame."""

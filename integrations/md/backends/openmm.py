@@ -102,11 +102,11 @@ class OpenMMBackend(Backend):
         if settings.ensemble == "npt":
             self.atoms.positions, labels = whole_molecules(self.atoms)
         self._simulation = self._make_simulation()
+        self._context = self._simulation.context
         self._moves: VolumeMoves | None = None
         if labels is not None:
-            context = self._simulation.context
             self._moves = VolumeMoves(
-                context, labels, settings.pressure, settings.temperature, settings.seed
+                self._context, labels, settings.pressure, settings.temperature, settings.seed
             )
 
     def _make_simulation(self) -> openmm.app.Simulation:
@@ -157,7 +157,7 @@ class OpenMMBackend(Backend):
 
     def warm_up(self) -> None:
         with _as_simulation_error():
-            self._simulation.context.getState(energy=True, forces=True)
+            self._context.getState(energy=True, forces=True)
 
     def minimize(self, force: float, steps: int) -> bool:
         """Relax the positions (L-BFGS) until forces are below ``force`` (eV/Å); False if not."""
@@ -167,12 +167,11 @@ class OpenMMBackend(Backend):
         return result.converged or result.iterations < steps
 
     def start(self) -> None:
-        context = self._simulation.context
-        positions = context.getState(positions=True).getPositions(asNumpy=True)._value
+        positions = self._context.getState(positions=True).getPositions(asNumpy=True)._value
         atoms = self.atoms.copy()
         atoms.positions = positions * ANGSTROM_PER_NM
         start_velocities(atoms, self.settings, np.random.default_rng(self.settings.seed))
-        context.setVelocities(atoms.get_velocities() * units.fs / NM_PER_PS)
+        self._context.setVelocities(atoms.get_velocities() * units.fs / NM_PER_PS)
 
     def advance(self) -> None:
         """Integrate one step; for npt with a move of the volume every so often."""
@@ -192,7 +191,7 @@ class OpenMMBackend(Backend):
     def frame(self) -> Frame:
         settings = self.settings
         with _as_simulation_error():
-            state = self._simulation.context.getState(
+            state = self._context.getState(
                 positions=True, velocities=True, energy=True, forces=True
             )
         positions, velocities, cell = self._read_motion(state)
@@ -237,12 +236,10 @@ class OpenMMBackend(Backend):
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """OpenMM's checkpoint (exact), and positions and velocities for other platforms."""
-        context = self._simulation.context
-        motion = self._read_motion(context.getState(positions=True, velocities=True))
-        arrays = dict(zip(("positions", "velocities", "cell"), motion, strict=True)) | {
-            "checkpoint": np.frombuffer(context.createCheckpoint(), np.uint8),
-        }
-        values: dict[str, Any] = {"platform": context.getPlatform().getName()}
+        motion = self._read_motion(self._context.getState(positions=True, velocities=True))
+        arrays = dict(zip(("positions", "velocities", "cell"), motion, strict=True))
+        arrays["checkpoint"] = np.frombuffer(self._context.createCheckpoint(), np.uint8)
+        values: dict[str, Any] = {"platform": self._context.getPlatform().getName()}
         if self._moves is not None:
             arrays["molecules"] = self._moves.labels
             values["moves"] = self._moves.state()
@@ -250,10 +247,9 @@ class OpenMMBackend(Backend):
 
     def restore(self, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> None:
         """Go on from a checkpoint; on another machine or platform, with fresh thermostat noise."""
-        context = self._simulation.context
         try:
-            if values["platform"] == context.getPlatform().getName():
-                context.loadCheckpoint(arrays["checkpoint"].tobytes())
+            if values["platform"] == self._context.getPlatform().getName():
+                self._context.loadCheckpoint(arrays["checkpoint"].tobytes())
             else:
                 self._restore_motion(arrays, values["step"])
         except openmm.OpenMMException as error:
@@ -271,21 +267,19 @@ class OpenMMBackend(Backend):
 
     def _restore_motion(self, arrays: dict[str, np.ndarray], step: int) -> None:
         """Positions and velocities, and a seed that does not repeat the noise of the start."""
-        context = self._simulation.context
         integrator = self._simulation.integrator
         if isinstance(integrator, openmm.LangevinMiddleIntegrator):
             integrator.setRandomNumberSeed((self.settings.seed + step) % (2**31 - 1) + 1)
-            context.reinitialize()
-        self._set_positions(context, arrays["positions"], arrays["cell"])
-        context.setVelocities(arrays["velocities"] / NM_PER_PS)
+            self._context.reinitialize()
+        self._set_positions(self._context, arrays["positions"], arrays["cell"])
+        self._context.setVelocities(arrays["velocities"] / NM_PER_PS)
 
     def describe(self) -> dict[str, Any]:
-        context = self._simulation.context
         return {
             "engine": f"OpenMM {openmm.version.short_version}",
             "integrator": type(self._simulation.integrator).__name__
             + (" and Monte Carlo barostat" if self._moves else ""),
-            "platform": context.getPlatform().getName(),
+            "platform": self._context.getPlatform().getName(),
             "precision": self.settings.precision,
         }
 
