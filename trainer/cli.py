@@ -48,12 +48,27 @@ class OnBad(enum.StrEnum):
     skip = "skip"
 
 
+class _PlainWarnings(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(f"Warning: {record.getMessage()}", err=True)
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings of the package become lines on stderr that begin with "Warning:"."""
+    logger, handler = logging.getLogger("mlip_md"), _PlainWarnings(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+@_plain_warnings()
 def train_command(
     recipe: Annotated[
         str,
-        typer.Argument(
-            help="Recipe: a YAML file, or mace-spice2, nequip-spice2, organics-gfn2.",
-        ),
+        typer.Argument(help="Recipe: a YAML file, or mace-spice2, nequip-spice2, organics-gfn2."),
     ],
     overrides: Overrides = None,
     run: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/NAME.")] = None,
@@ -76,63 +91,35 @@ def train_command(
     Exit codes: 0 done, 2 recipe, 3 data, 4 diverged (NaN), 5 storage, 75 interrupted or out of
     time with the state saved, 130 Ctrl-C with the state saved.
     """
-    with _plain_warnings():
-        status = _train(recipe, overrides or [], run, resume.value, dry_run, max_time)
-    raise typer.Exit({"done": 0, "keyboard": EXIT_KEYBOARD}.get(status, EXIT_SAVED))
-
-
-def _train(
-    recipe_name: str,
-    overrides: list[str],
-    folder: Path | None,
-    resume: str,
-    dry_run: int,
-    max_time: str | None,
-) -> str:
     from mlip_md.trainer.recipe import load_recipe
 
     seconds = parse_duration(max_time)
-    recipe, origins = load_recipe(recipe_name, overrides)
+    checked, origins = load_recipe(recipe, overrides or [])
     from mlip_md.trainer.costs import time_steps
     from mlip_md.trainer.data import load_data
     from mlip_md.trainer.train import Trainer
 
-    folder = folder or Path("runs") / recipe.name
+    folder = run or Path("runs") / checked.name
     check_new_folder(folder, "--run")
-    _say_reading(recipe.data.path)
-    data = load_data(recipe)
+    _say_reading(checked.data.path)
+    data = load_data(checked)
     for line in (*data.notes, *statistics_lines(data.statistics)):
         typer.echo(line)
     typer.echo("compiling the network")
     if dry_run:
         typer.echo(data.summary())
-        for name, value in time_steps(Trainer(recipe, data, folder), dry_run).items():
+        for name, value in time_steps(Trainer(checked, data, folder), dry_run).items():
             typer.echo(f"{name}: {value:.4g}")
-        return "done"
+        return
     with _bar() as (echo, tick):
-        trainer = Trainer(recipe, data, folder, origins=origins, echo=echo, tick=tick)
-        return trainer.run(resume, seconds).status  # type: ignore[arg-type] # checked by typer
+        trainer = Trainer(checked, data, folder, origins=origins, echo=echo, tick=tick)
+        status = trainer.run(resume.value, seconds).status  # type: ignore[arg-type] # by typer
+    raise typer.Exit({"done": 0, "keyboard": EXIT_KEYBOARD}.get(status, EXIT_SAVED))
 
 
 def _say_reading(paths: str | list[str]) -> None:
     if paths:  # without any, an error says so
         typer.echo(f"reading {paths if isinstance(paths, str) else ', '.join(paths)}")
-
-
-class _PlainWarnings(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        typer.echo(f"Warning: {record.getMessage()}", err=True)
-
-
-@contextlib.contextmanager
-def _plain_warnings() -> Iterator[None]:
-    """Warnings of the package become lines on stderr that begin with "Warning:"."""
-    logger, handler = logging.getLogger("mlip_md"), _PlainWarnings(logging.WARNING)
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
 
 
 @contextlib.contextmanager
@@ -226,8 +213,7 @@ def prepare_command(
 def evaluate_command(
     model: Annotated[str, typer.Argument(help="Potential: bundled name, file or run folder.")],
     data: Annotated[
-        Path,
-        typer.Argument(help="Labeled structures: HDF5, extended XYZ, or a prepared folder."),
+        Path, typer.Argument(help="Labeled structures: HDF5, extended XYZ, or a prepared folder.")
     ],
     split: Annotated[
         str | None, typer.Option(help="Only structures that the file marks so, e.g. test.")

@@ -37,11 +37,7 @@ def write_report(folder: Path, step: EvalStep, data: TrainingData) -> Evaluation
     store = data.parts()[part]
     potential = own.load(folder / "model.safetensors")
     evaluation = evaluate_in_detail(
-        step,
-        potential.params,
-        store,
-        data.budget,
-        on_oversize=data.on_oversize,
+        step, potential.params, store, data.budget, on_oversize=data.on_oversize
     )
     report = folder / "report"
     report.mkdir(exist_ok=True)

@@ -11,12 +11,7 @@ import numpy as np
 
 from mlip_md.elements import symbol
 from mlip_md.errors import ConfigError, DataError
-from mlip_md.trainer.data.batching import (
-    Batch,
-    BatchBudget,
-    make_batch,
-    plan_epoch,
-)
+from mlip_md.trainer.data.batching import Batch, BatchBudget, make_batch, plan_epoch
 from mlip_md.trainer.data.prepared import is_prepared, open_prepared_for, prepare
 from mlip_md.trainer.data.statistics import Statistics
 from mlip_md.trainer.data.store import GraphStore
