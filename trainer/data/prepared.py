@@ -29,7 +29,7 @@ from mlip_md.trainer.data.statistics import (
     warn_of_open_energies,
 )
 from mlip_md.trainer.data.store import GraphStore, new_folder, open_store
-from mlip_md.trainer.data.structures import LabeledStructure, refusing_damage
+from mlip_md.trainer.data.structures import LabeledStructure, refusing_unreadable
 from mlip_md.trainer.recipe.compare import find_differences
 from mlip_md.trainer.recipe.schema import AtomicEnergies, DataConfig
 
@@ -104,7 +104,7 @@ def open_prepared(folder: str | Path) -> PreparedData:
         DataError: if it is no such folder, of another version, or damaged.
     """
     folder = Path(folder)
-    with refusing_damage(folder, "not a folder of prepared data"):
+    with refusing_unreadable(folder, "not a folder of prepared data"):
         index = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
         if index["format_version"] not in (1, FORMAT_VERSION):
             raise DataError(

@@ -27,7 +27,7 @@ import numpy as np
 from mlip_md.constants import ANGSTROM_PER_NM, BOHR, HARTREE, KJ_PER_KCAL, KJ_PER_MOL_PER_EV, SPLITS
 from mlip_md.elements import LARGEST_ATOMIC_NUMBER
 from mlip_md.errors import DataError
-from mlip_md.trainer.data.structures import LabeledStructure, refusing_damage
+from mlip_md.trainer.data.structures import LabeledStructure, refusing_unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ def recognize(path: str | Path) -> str:
     if h5py.is_hdf5(path):
         with _open_hdf5(path) as file:
             return _recognize_hdf5(file, path)
-    with refusing_damage(path, "neither HDF5 nor text"), _open_text(path) as stream:
+    with refusing_unreadable(path, "neither HDF5 nor text"), _open_text(path) as stream:
         first = stream.readline().strip()
     if first.isdecimal():
         return "extxyz"
@@ -163,7 +163,7 @@ def read_atomic_energies(path: str | Path) -> dict[int, float] | None:
     if recognize(path) == "extxyz":
         atoms = [s for s in iterate(path) if len(s) == 1 and s.cell is None and s.charge == 0]
         return {int(s.atomic_numbers[0]): s.energy for s in atoms} or None
-    with _open_hdf5(path) as file, refusing_damage(path):
+    with _open_hdf5(path) as file, refusing_unreadable(path):
         for name, unit in ATOMIC_ENERGY_ATTRIBUTES.items():
             if name in file.attrs:
                 what = f"{path}: attribute {name}"
@@ -241,14 +241,14 @@ def _parse_energies(text: str, unit: float, name: str) -> dict[int, float]:
 
 @contextlib.contextmanager
 def _open_hdf5(path: Path) -> Iterator[h5py.File]:
-    with refusing_damage(path):
+    with refusing_unreadable(path):
         file = h5py.File(path, "r")
     with file:
         yield file
 
 
 def _groups(file: h5py.File, path: Path) -> Iterator[tuple[str, _Group]]:
-    with refusing_damage(path):
+    with refusing_unreadable(path):
         for key in file:
             item = file[key]  # items() would pass over what cannot be opened
             if isinstance(item, h5py.Group):
@@ -292,7 +292,7 @@ class _Group:
 
     def __init__(self, group: h5py.Group, name: str) -> None:
         self.name, self._group = name, group
-        with refusing_damage(name):
+        with refusing_unreadable(name):
             self._attributes, self._members = set(group.attrs), set(group)
 
     def __contains__(self, key: str) -> bool:
@@ -320,7 +320,7 @@ class _Group:
         key = self.first(*keys)
         if key is None:
             return None
-        with refusing_damage(f"{self.name}: {key}"):
+        with refusing_unreadable(f"{self.name}: {key}"):
             item = self._item(key)
             if getattr(item, "shape", ()) is None or isinstance(item, h5py.Group | h5py.Datatype):
                 raise DataError(f"{self.name}: {key} is {_kind(item)}; a value is needed")
@@ -345,7 +345,7 @@ class _Group:
             units: allowed units, and what they are in ours; None for numbers without a unit.
             default: unit where none is stated.
         """
-        with refusing_damage(f"{self.name}: {key}"):
+        with refusing_unreadable(f"{self.name}: {key}"):
             item = self._item(key)
             if not isinstance(item, h5py.HLObject | h5py.Empty):
                 item = np.asarray(item)
@@ -516,7 +516,7 @@ def _iterate_extxyz(
 
 def _frames(path: Path) -> Iterator[str]:
     """Text of each frame; ASE's own search for frames is quadratic in gzipped files."""
-    with refusing_damage(path), _open_text(path) as stream:
+    with refusing_unreadable(path), _open_text(path) as stream:
         for index, line in enumerate(filter(str.strip, stream)):
             if not line.strip().isdecimal():
                 raise DataError(f"{path}:[{index}]: {line[:40]!r} is not a number of atoms")
@@ -569,10 +569,8 @@ def _stress(atoms: ase.Atoms, name: str) -> np.ndarray | None:
         stress, factor = _label(atoms, VIRIAL_KEYS), -1.0 / atoms.cell.volume
     if stress is None or not atoms.pbc.all():
         return None
-    try:
+    with refusing_unreadable(name, "the stress label is no array of numbers"):
         stress = np.asarray(stress, np.float64)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{name}: the stress label is no array of numbers ({error})") from error
     if stress.shape == (6,):  # Voigt order xx yy zz yz xz xy
         stress = stress[[0, 5, 4, 5, 1, 3, 4, 3, 2]]
     if stress.size != 9:

@@ -28,7 +28,7 @@ from mlip_md.elements import LARGEST_ATOMIC_NUMBER, symbol
 from mlip_md.errors import DataError
 from mlip_md.files import write_text
 from mlip_md.neighbors import check_cutoff, host_edges
-from mlip_md.trainer.data.structures import LabeledStructure, refusing_damage
+from mlip_md.trainer.data.structures import LabeledStructure, refusing_unreadable
 
 SHORTEST_DISTANCE = 0.1
 """Å; atoms nearer than this are a mistake (the shortest bond, H-H, is 0.74 Å)."""
@@ -232,7 +232,7 @@ def open_store(folder: str | Path) -> GraphStore:
         DataError: if it is no store, of another version, or damaged.
     """
     folder = Path(folder)
-    with refusing_damage(folder, "not a readable graph store"):
+    with refusing_unreadable(folder, "not a readable graph store"):
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         if index["format_version"] != FORMAT_VERSION:
             raise DataError(

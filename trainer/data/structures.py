@@ -14,8 +14,8 @@ from mlip_md.errors import DataError
 
 
 @contextlib.contextmanager
-def refusing_damage(name: object, what: str = "damaged or not readable") -> Iterator[None]:
-    """Raise whatever a damaged file raises while it is read as a DataError with its name.
+def refusing_unreadable(name: object, what: str = "damaged or not readable") -> Iterator[None]:
+    """Raise whatever a damaged file or a wrong label raises as a DataError with its name.
 
     h5py has no error class of its own; which of these it raises depends on where the damage is.
     """
