@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import enum
 import logging
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -30,22 +29,6 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a value of the recipe."),
 ]
-
-
-class ResumeOption(enum.StrEnum):
-    """Whether a run continues from the checkpoints in its folder."""
-
-    auto = "auto"
-    never = "never"
-    must = "must"
-    allow_changes = "allow-changes"
-
-
-class OnBad(enum.StrEnum):
-    """What happens to structures that cannot be used."""
-
-    error = "error"
-    skip = "skip"
 
 
 class _PlainWarnings(logging.Handler):
@@ -73,12 +56,12 @@ def train_command(
     overrides: Overrides = None,
     run: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/NAME.")] = None,
     resume: Annotated[
-        ResumeOption,
+        Literal["auto", "never", "must", "allow-changes"],
         typer.Option(
             help="Continue from the folder's checkpoints. auto: if there are any; allow-changes: "
             "also with other learning rates, warm-up, decay or clipping than before."
         ),
-    ] = ResumeOption.auto,
+    ] = "auto",
     dry_run: Annotated[
         int, typer.Option(min=0, metavar="N", help="Time N steps and write nothing.")
     ] = 0,
@@ -113,7 +96,7 @@ def train_command(
         return
     with _bar() as (echo, tick):
         trainer = Trainer(checked, data, folder, origins=origins, echo=echo, tick=tick)
-        status = trainer.run(resume.value, seconds).status  # type: ignore[arg-type] # by typer
+        status = trainer.run(resume, seconds).status
     raise typer.Exit({"done": 0, "keyboard": EXIT_KEYBOARD}.get(status, EXIT_SAVED))
 
 
@@ -219,8 +202,9 @@ def evaluate_command(
         str | None, typer.Option(help="Only structures that the file marks so, e.g. test.")
     ] = None,
     on_bad: Annotated[
-        OnBad, typer.Option(help="Structures without usable labels, or of unknown elements.")
-    ] = OnBad.error,
+        Literal["error", "skip"],
+        typer.Option(help="Structures without usable labels, or of unknown elements."),
+    ] = "error",
     energy_key: Annotated[
         str | None, typer.Option(help="Extended XYZ: name of the energy; default: usual ones.")
     ] = None,
@@ -244,7 +228,7 @@ def evaluate_command(
             data,
             potential,
             split=split,
-            on_bad=on_bad.value,
+            on_bad=on_bad,
             energy_key=energy_key,
             forces_key=forces_key,
         )

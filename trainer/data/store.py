@@ -37,7 +37,9 @@ FORMAT_VERSION = 1
 CHUNK = 2048
 """Structures handled at a time."""
 
-FLAT = ("positions", "atomic_numbers", "forces", "senders", "receivers", "shifts")
+OF_ATOMS = ("positions", "atomic_numbers", "forces")
+OF_EDGES = ("senders", "receivers", "shifts")
+FLAT = (*OF_ATOMS, *OF_EDGES)
 OPTIONAL = ("shifts", "cell", "stress", "stress_mask")
 Arrays = dict[str, np.ndarray]
 
