@@ -438,6 +438,13 @@ def test_values_that_are_not_supported_are_refused_by_name(config, values, messa
         config(**values)
 
 
-def test_radial_basis_cannot_be_normalised_beyond_the_cutoff():
-    with pytest.raises(ConfigError, match=r"avg_r_min = 4\.0"):
-        build_network(MACEConfig(), num_species=2, cutoff=4.0, avg_num_neighbors=5.0, avg_r_min=4.0)
+@pytest.mark.parametrize("r_min", [4.0, 3.9999, 3.93])
+def test_the_radial_basis_cannot_be_normalised_almost_at_the_cutoff(r_min):
+    sizes = {"num_species": 2, "cutoff": 4.0, "avg_num_neighbors": 5.0}
+    soft = MACEConfig(radial_envelope="soft_envelope")
+    with pytest.raises(ConfigError, match=rf"avg_r_min = {r_min} Å is beyond 98% of the cutoff"):
+        build_network(soft, **sizes, avg_r_min=r_min)
+    with pytest.raises(ConfigError, match=f"avg_r_min = {r_min}"):
+        build_network(MACEConfig(avg_r_min=r_min), **sizes, avg_r_min=1.0)
+    build_network(MACEConfig(avg_r_min=1.0), **sizes, avg_r_min=r_min)  # the configuration wins
+    build_network(NequIPConfig(), **sizes, avg_r_min=r_min)  # does not read it
