@@ -209,7 +209,7 @@ def _model_table(potential: Potential, name: str) -> Table:
     from mlip_md.networks.config import config_to_dict
 
     config = potential.config
-    reach = config.receptive_layers * potential.cutoff
+    reach = config.num_layers * potential.cutoff
     r_min = "none" if potential.avg_r_min is None else f"{potential.avg_r_min:g} Å"
     table = Table(title=name, show_header=False, title_justify="left", pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
