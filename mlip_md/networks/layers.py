@@ -32,7 +32,7 @@ order of the configuration. In NequIP irreps that are zero, or that nothing read
 MESSAGE_MEMORY = 32 * 2**20
 """Bytes that the messages of one chunk of edges may take before edges are split further."""
 
-_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.swish,
     "elu": jax.nn.elu,
@@ -43,11 +43,6 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-    """Nonlinearity by name, as it is."""
-    return _ACTIVATIONS[name]
-
-
 @functools.lru_cache
 def _second_moment(name: str) -> float:
     """Root of <act(x)²> over a standard normal x, by its quantiles (as e3nn normalises)."""
@@ -55,13 +50,13 @@ def _second_moment(name: str) -> float:
     with jax.ensure_compile_time_eval(), jax.enable_x64(True), on_cpu:
         quantiles = jnp.linspace(0.0, 1.0, 1_000_001 + 2, dtype=jnp.float64)[1:-1]
         samples = jnp.sqrt(2.0) * jax.scipy.special.erfinv(2.0 * quantiles - 1.0)
-        return float(jnp.sqrt(jnp.mean(_ACTIVATIONS[name](samples) ** 2)))
+        return float(jnp.sqrt(jnp.mean(ACTIVATIONS[name](samples) ** 2)))
 
 
 def normalized_activation(name: str) -> Callable[[jax.Array], jax.Array]:
     """Nonlinearity divided by the root of its second moment under a standard normal."""
     scale = 1.0 / _second_moment(name)
-    return lambda x: scale * _ACTIVATIONS[name](x)
+    return lambda x: scale * ACTIVATIONS[name](x)
 
 
 def bessel_basis(lengths: jax.Array, cutoff: float, number: int) -> jax.Array:

@@ -356,7 +356,7 @@ class NequIPLayer(nn.Module):
         variances = (config.scalar_mlp_std,) * len(hidden) + (1.0,)
         stds = tuple(math.sqrt(v / n) for v, n in zip(variances, widths[:-1], strict=True))
         kernels = layers.RadialKernels(widths, stds, scaled=False, name="MLP_0")()
-        act = layers.activation(config.radial_net_nonlinearity)
+        act = layers.ACTIVATIONS[config.radial_net_nonlinearity]
         computed = [path for path in paths if path.source in x and path.irrep in kept]
         sums = convolve(computed, x, kernels, act, edges, receivers)
         existing = reached_irreps(config, self.index)
