@@ -18,7 +18,6 @@ import jax
 import numpy as np
 
 from mlip_md.neighbors import (
-    LARGEST_SKIN,
     Capacities,
     DeviceList,
     NeighborSpec,
@@ -67,7 +66,7 @@ def ours(positions, cell, cutoff, backend, skin):
     The driver is that of engines, its step a list without a network.
     """
     spec, pbc = NeighborSpec(cutoff, skin, backend, capacity_margin=1.05), np.ones(3, bool)
-    placed = place(positions, cell, pbc, cutoff + LARGEST_SKIN)
+    placed = place(positions, cell, pbc, cutoff)
     device = jax.devices()[0]
     found = DeviceList(
         spec, backend, placed, cell, pbc,

@@ -280,9 +280,7 @@ def _indices(atoms: Iterable[int]) -> list[int]:
         raise StructureError(f"atoms must be a list of indices of atoms: {error}") from error
 
 
-def _without_bare_sites(
-    topology: openmm.app.Topology,
-) -> tuple[openmm.app.Topology, set[int]]:
+def _without_bare_sites(topology: openmm.app.Topology) -> tuple[openmm.app.Topology, set[int]]:
     """A topology in which every atom has an element, and the indices of those that have none.
 
     OpenMM-ML asks all atoms for their atomic numbers to make link atoms, which the extra sites of

@@ -31,9 +31,7 @@ def is_interruption(error: Exception) -> bool:
     return INTERRUPTED in text or text.strip() == WITHOUT_TEXT
 
 
-def enter_inside_try(
-    method: Callable[[Force, State], Answer],
-) -> Callable[[Force, State], Answer]:
+def enter_inside_try(method: Callable[[Force, State], Answer]) -> Callable[[Force, State], Answer]:
     """Decorator of ``__call__``, so that Ctrl-C finds no place where it would not be caught.
 
     Whatever the method raises becomes a RuntimeError with the whole story in its text.

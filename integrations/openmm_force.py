@@ -137,10 +137,7 @@ class MLForce:
         """
         if self._engine is None:
             token = self._token
-            self._engine = Engine(
-                _reopen(token["model"], token["sha256"], token["content"]),
-                **token["engine_options"],
-            )
+            self._engine = Engine(_reopen(token), **token["engine_options"])
             self._atomic_numbers = _unpacked(token["numbers"], np.uint8).astype(np.int32)
         return self._engine
 
@@ -210,10 +207,10 @@ def _unpacked(content: bytes, dtype: DTypeLike) -> np.ndarray:
     return np.frombuffer(zlib.decompress(content), dtype)
 
 
-def _reopen(model: str, sha256: str, content: bytes | None) -> Potential:
+def _reopen(token: dict[str, Any]) -> Potential:
     """Open the model of a System that may have been made elsewhere."""
     try:
-        return open_potential(model, sha256, content)
+        return open_potential(token["model"], token["sha256"], token["content"])
     except ModelFileError as error:
         raise ModelFileError(
             f"the model of this System cannot be opened: {error}. If the file has moved, open it "

@@ -117,41 +117,29 @@ class _Surface:
         return float(np.sqrt(np.mean(forces**2))) if forces.size else 0.0
 
 
-class _Curvature:
-    """What the last steps said of the curvature; the two-loop recursion of L-BFGS."""
-
-    def __init__(self) -> None:
-        self._pairs: collections.deque[tuple[Float64, Float64, float]] = collections.deque(
-            maxlen=MEMORY
-        )
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._pairs.clear()
+class _Curvature(collections.deque[tuple[Float64, Float64, float]]):
+    """The last steps, their changes of the gradient, and the products of both, for L-BFGS."""
 
     def note(self, step: Float64, change: Float64) -> None:
         """Remember a step and how the gradient changed over it, if that is a valley."""
         product = float(np.vdot(step, change))
         if product > 1e-10 * float(np.linalg.norm(step) * np.linalg.norm(change)):
-            self._pairs.append((step, change, product))
+            self.append((step, change, product))
 
     def direction(self, gradient: Float64, scale: Float64) -> Float64:
-        """Minus the inverse Hessian times the gradient, as far as it is known."""
+        """Minus the inverse Hessian times the gradient, as far as known (two-loop recursion)."""
         direction = -gradient
         weights = []
-        for step, change, product in reversed(self._pairs):
+        for step, change, product in reversed(self):
             weight = float(np.vdot(step, direction)) / product
             direction = direction - weight * change
             weights.append(weight)
-        if self._pairs:
-            _, change, product = self._pairs[-1]
+        if self:
+            _, change, product = self[-1]
             direction = direction * (product / float(np.vdot(change, change)))
         else:
             direction = direction * scale**2 / STIFFNESS
-        for (step, change, product), weight in zip(self._pairs, reversed(weights), strict=True):
+        for (step, change, product), weight in zip(self, reversed(weights), strict=True):
             direction = direction + step * (weight - float(np.vdot(change, direction)) / product)
         return direction
 
@@ -199,21 +187,17 @@ def minimize(
 
 
 def _descend(
-    surface: _Surface,
-    context: openmm.Context,
-    tolerance: float,
-    most: float,
-    longest: float,
+    surface: _Surface, context: openmm.Context, tolerance: float, most: float, longest: float
 ) -> Minimized:
     start = context.getState(positions=True).getPositions(asNumpy=True)._value
-    point, curvature, iterations = surface.at(start), _Curvature(), 0
+    point, curvature, iterations = surface.at(start), _Curvature(maxlen=MEMORY), 0
     while surface.rms_force(point) > tolerance and iterations < most:
         found = _step(surface, point, curvature, longest)
-        if found is None and len(curvature):
+        if found is None:
+            if not curvature:
+                break
             curvature.clear()  # what was learnt of the surface elsewhere may mislead here
             continue
-        if found is None:
-            break
         curvature.note(
             (found.positions - point.positions) * surface.scale, found.gradient - point.gradient
         )

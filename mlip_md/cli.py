@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -206,10 +206,11 @@ def _model_table(potential: Potential, name: str) -> Table:
     from rich.table import Table
 
     from mlip_md.elements import symbol
+    from mlip_md.formats.soundness import flatten
     from mlip_md.networks.config import config_to_dict
 
     config = potential.config
-    reach = config.receptive_layers * potential.cutoff
+    reach = config.num_layers * potential.cutoff
     r_min = "none" if potential.avg_r_min is None else f"{potential.avg_r_min:g} Å"
     table = Table(title=name, show_header=False, title_justify="left", pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
@@ -229,20 +230,11 @@ def _model_table(potential: Potential, name: str) -> Table:
     energies = zip(potential.elements, potential.atomic_energies, strict=True)
     lines = [f"{symbol(z):<2} {energy:>18.6f}" for z, energy in energies]
     table.add_row("E0 (eV)", "\n".join(lines), end_section=True)
-    for key, text in _flat(potential.info):
+    for key, value in flatten(potential.info, ".").items():
         if not key.startswith(_ONLY_IN_JSON):
-            table.add_row(key, text)
+            table.add_row(key, _plain(value))
     table.add_row("everything", "mlip-md show --json")
     return table
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted names and texts of nested JSON values."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, _plain(value)
 
 
 def _plain(value: object) -> str:

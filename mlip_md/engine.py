@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import threading
 import weakref
@@ -201,15 +202,13 @@ class Runtime:
         """
         arguments = self.params, *_fill_buffers(structures, shape, self.dtype), kept, shape
         what = f"{shape.nodes} atoms with {shape.edges} edges"
-        with self.precision(), naming_out_of_memory(what):
-            if shape in self._compiled:
-                output, kept = self.step(*arguments)
-                return jax.device_get(output), kept
-            with self._lock:  # two threads would compile the same function twice
-                output, kept = self.step(*arguments)
-                output = jax.device_get(output)
-                self._compiled.add(shape)
-            return output, kept
+        # Two threads would compile the same function twice.
+        alone = contextlib.nullcontext() if shape in self._compiled else self._lock
+        with self.precision(), naming_out_of_memory(what), alone:
+            output, kept = self.step(*arguments)
+            output = jax.device_get(output)
+            self._compiled.add(shape)
+        return output, kept
 
     def _apply(self, params: Params, graph: Graph) -> jax.Array:
         return jnp.asarray(self._network.apply(params, graph))
@@ -294,24 +293,12 @@ class Engine:
         self._lists: dict[tuple[Any, ...], DeviceList] = {}
         self._lock = threading.Lock()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            "potential": self.potential,
-            "dtype": self.dtype,
-            "spec": self.spec,
-            "device": device_name(self.device),
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        spec = state["spec"]
-        self.__init__(  # type: ignore[misc]  # nothing but the arguments is kept
-            state["potential"],
-            state["dtype"],
-            state["device"],
-            skin=spec.skin,
-            backend=spec.backend,
-            capacity_margin=spec.capacity_margin,
-        )
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are made from the arguments anew."""
+        options = dataclasses.asdict(self.spec)
+        options.pop("cutoff")  # the potential's
+        arguments = self.potential, self.dtype, device_name(self.device)
+        return functools.partial(type(self), **options), arguments
 
     @property
     def num_compilations(self) -> int:

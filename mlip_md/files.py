@@ -92,10 +92,7 @@ def check_new_file(path: Path, what: str) -> None:
         raise ConfigError(f"{what} {path}: there is no folder {path.parent}; make it first")
     if path.is_dir():
         raise ConfigError(f"{what} {path} is a folder; name a file")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"{what} {path}: {path.parent.resolve()} may not be written; name another place"
-        )
+    _check_writable(path.parent, f"{what} {path}")
 
 
 def check_new_folder(path: Path, what: str) -> None:
@@ -111,7 +108,9 @@ def check_new_folder(path: Path, what: str) -> None:
     there = next((part for part in (path, *path.parents) if part.exists()), Path())
     if not there.is_dir():
         raise ConfigError(f"{what} {path}: {there} is a file; name another folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"{what} {path}: {there.resolve()} may not be written; name another place"
-        )
+    _check_writable(there, f"{what} {path}")
+
+
+def _check_writable(folder: Path, what: str) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"{what}: {folder.resolve()} may not be written; name another place")

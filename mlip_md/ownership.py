@@ -57,7 +57,9 @@ def owning(folder: Path) -> Iterator[None]:
 
 def _claim(path: Path) -> None:
     """Make the owner file ours, or say whose it is."""
-    text = json.dumps(_self() | {"token": os.urandom(8).hex()}, indent=1) + "\n"
+    pid = os.getpid()
+    owner = {"host": socket.gethostname(), "pid": pid, "start": _start(pid)}
+    text = json.dumps(owner | {"token": os.urandom(8).hex()}, indent=1) + "\n"
     draft = path.with_name(f".{os.urandom(6).hex()}.tmp")
     write_text(draft, text)
     try:
@@ -120,10 +122,6 @@ def _now_on_disk(path: Path) -> float:
     finally:
         with contextlib.suppress(OSError):
             probe.unlink()
-
-
-def _self() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "start": _start(os.getpid())}
 
 
 def _start(pid: int) -> str | None:

@@ -10,7 +10,6 @@ from numpy.typing import ArrayLike, NDArray
 from mlip_md.elements import symbol
 from mlip_md.errors import CoincidenceError, StructureError
 from mlip_md.neighbors import (
-    LARGEST_SKIN,
     HostEdges,
     check_cell,
     check_positions,
@@ -90,7 +89,7 @@ def check_structure(
     checked_cell, periodic = check_cell(cell, pbc)
     if periodic.all():
         _check_volume(len(checked), checked_cell)
-    placed = place(checked, checked_cell, periodic, potential.cutoff + LARGEST_SKIN)
+    placed = place(checked, checked_cell, periodic, potential.cutoff)
     return CheckedStructure(placed, numbers, species, checked_cell, periodic)
 
 

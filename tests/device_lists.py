@@ -6,7 +6,6 @@ import jax
 import numpy as np
 
 from mlip_md.neighbors import (
-    LARGEST_SKIN,
     Capacities,
     DeviceList,
     check_cell,
@@ -54,11 +53,7 @@ class Listed:
     def placed(self, positions, cell):
         """Positions near the origin, cell and periodicity, and the cells that atoms were moved."""
         positions, (cell, pbc) = check_positions(positions), check_cell(cell, self.pbc)
-        near = (
-            place(positions, cell, pbc, self.spec.cutoff + LARGEST_SKIN)
-            if len(positions)
-            else positions
-        )
+        near = place(positions, cell, pbc, self.spec.cutoff) if len(positions) else positions
         return near, cell, pbc, wrap(positions, cell, pbc)[1]
 
     def _searched(self, positions, cell, n_atoms, kept, shape):

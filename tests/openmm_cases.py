@@ -50,8 +50,9 @@ def crystal_atoms():
     return Atoms("CHNOCHHO", scaled_positions=scaled, cell=cell, pbc=True)
 
 
-def topology_of(atoms):
-    return make_topology(Structure("test", atoms))
+def topology_of(atoms, bonds=None):
+    """The topology of atoms, with bonds (n, 2) or those that distances imply."""
+    return make_topology(Structure("test", atoms, bonds=bonds))
 
 
 def context_of(system, atoms, platform=None, integrator=None):

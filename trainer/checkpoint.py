@@ -8,6 +8,7 @@ moment leaves the older files whole. Reading takes the newest file whose hash is
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -129,18 +130,17 @@ def _fill(path: Path, template: State, tensors: Mapping[str, np.ndarray]) -> Sta
     return jax.tree_util.tree_unflatten(tree, [tensors[name] for name in names])
 
 
+@dataclasses.dataclass(frozen=True)
 class CheckpointFolder:
-    """The newest checkpoints of a run, as files ``step-NNNNNNNNN.safetensors``."""
+    """The newest checkpoints of a run, as files ``step-NNNNNNNNN.safetensors``.
 
-    def __init__(self, folder: Path, keep_latest: int) -> None:
-        """Use a folder; it is made at the first save.
+    Attributes:
+        folder: for the files; made at the first save.
+        keep_latest: how many of them stay.
+    """
 
-        Args:
-            folder: for the files.
-            keep_latest: how many of them stay.
-        """
-        self.folder = folder
-        self.keep_latest = keep_latest
+    folder: Path
+    keep_latest: int
 
     def files(self) -> list[Path]:
         """The checkpoints there are, newest first."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import enum
 import logging
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -32,93 +31,6 @@ Overrides = Annotated[
 ]
 
 
-class ResumeOption(enum.StrEnum):
-    """Whether a run continues from the checkpoints in its folder."""
-
-    auto = "auto"
-    never = "never"
-    must = "must"
-    allow_changes = "allow-changes"
-
-
-class OnBad(enum.StrEnum):
-    """What happens to structures that cannot be used."""
-
-    error = "error"
-    skip = "skip"
-
-
-def train_command(
-    recipe: Annotated[
-        str,
-        typer.Argument(
-            help="Recipe: a YAML file, or mace-spice2, nequip-spice2, organics-gfn2.",
-        ),
-    ],
-    overrides: Overrides = None,
-    run: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/NAME.")] = None,
-    resume: Annotated[
-        ResumeOption,
-        typer.Option(
-            help="Continue from the folder's checkpoints. auto: if there are any; allow-changes: "
-            "also with other learning rates, warm-up, decay or clipping than before."
-        ),
-    ] = ResumeOption.auto,
-    dry_run: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Time N steps and write nothing.")
-    ] = 0,
-    max_time: Annotated[
-        str | None, typer.Option(metavar="HH:MM", help="Save and stop (exit code 75) after this.")
-    ] = None,
-) -> None:
-    """Train a potential from a recipe.
-
-    Exit codes: 0 done, 2 recipe, 3 data, 4 diverged (NaN), 5 storage, 75 interrupted or out of
-    time with the state saved, 130 Ctrl-C with the state saved.
-    """
-    with _plain_warnings():
-        status = _train(recipe, overrides or [], run, resume.value, dry_run, max_time)
-    raise typer.Exit({"done": 0, "keyboard": EXIT_KEYBOARD}.get(status, EXIT_SAVED))
-
-
-def _train(
-    recipe_name: str,
-    overrides: list[str],
-    folder: Path | None,
-    resume: str,
-    dry_run: int,
-    max_time: str | None,
-) -> str:
-    from mlip_md.trainer.recipe import load_recipe
-
-    seconds = parse_duration(max_time)
-    recipe, origins = load_recipe(recipe_name, overrides)
-    from mlip_md.trainer.costs import time_steps
-    from mlip_md.trainer.data import load_data
-    from mlip_md.trainer.train import Trainer
-
-    folder = folder or Path("runs") / recipe.name
-    check_new_folder(folder, "--run")
-    _say_reading(recipe.data.path)
-    data = load_data(recipe)
-    for line in (*data.notes, *statistics_lines(data.statistics)):
-        typer.echo(line)
-    typer.echo("compiling the network")
-    if dry_run:
-        typer.echo(data.summary())
-        for name, value in time_steps(Trainer(recipe, data, folder), dry_run).items():
-            typer.echo(f"{name}: {value:.4g}")
-        return "done"
-    with _bar() as (echo, tick):
-        trainer = Trainer(recipe, data, folder, origins=origins, echo=echo, tick=tick)
-        return trainer.run(resume, seconds).status  # type: ignore[arg-type] # checked by typer
-
-
-def _say_reading(paths: str | list[str]) -> None:
-    if paths:  # without any, an error says so
-        typer.echo(f"reading {paths if isinstance(paths, str) else ', '.join(paths)}")
-
-
 class _PlainWarnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         typer.echo(f"Warning: {record.getMessage()}", err=True)
@@ -133,6 +45,64 @@ def _plain_warnings() -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
+
+
+@_plain_warnings()
+def train_command(
+    recipe: Annotated[
+        str,
+        typer.Argument(help="Recipe: a YAML file, or mace-spice2, nequip-spice2, organics-gfn2."),
+    ],
+    overrides: Overrides = None,
+    run: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/NAME.")] = None,
+    resume: Annotated[
+        Literal["auto", "never", "must", "allow-changes"],
+        typer.Option(
+            help="Continue from the folder's checkpoints. auto: if there are any; allow-changes: "
+            "also with other learning rates, warm-up, decay or clipping than before."
+        ),
+    ] = "auto",
+    dry_run: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Time N steps and write nothing.")
+    ] = 0,
+    max_time: Annotated[
+        str | None, typer.Option(metavar="HH:MM", help="Save and stop (exit code 75) after this.")
+    ] = None,
+) -> None:
+    """Train a potential from a recipe.
+
+    Exit codes: 0 done, 2 recipe, 3 data, 4 diverged (NaN), 5 storage, 75 interrupted or out of
+    time with the state saved, 130 Ctrl-C with the state saved.
+    """
+    from mlip_md.trainer.recipe import load_recipe
+
+    seconds = parse_duration(max_time)
+    checked, origins = load_recipe(recipe, overrides or [])
+    from mlip_md.trainer.costs import time_steps
+    from mlip_md.trainer.data import load_data
+    from mlip_md.trainer.train import Trainer
+
+    folder = run or Path("runs") / checked.name
+    check_new_folder(folder, "--run")
+    _say_reading(checked.data.path)
+    data = load_data(checked)
+    for line in (*data.notes, *statistics_lines(data.statistics)):
+        typer.echo(line)
+    typer.echo("compiling the network")
+    if dry_run:
+        typer.echo(data.summary())
+        for name, value in time_steps(Trainer(checked, data, folder), dry_run).items():
+            typer.echo(f"{name}: {value:.4g}")
+        return
+    with _bar() as (echo, tick):
+        trainer = Trainer(checked, data, folder, origins=origins, echo=echo, tick=tick)
+        status = trainer.run(resume, seconds).status
+    raise typer.Exit({"done": 0, "keyboard": EXIT_KEYBOARD}.get(status, EXIT_SAVED))
+
+
+def _say_reading(paths: str | list[str]) -> None:
+    if paths:  # without any, an error says so
+        typer.echo(f"reading {paths if isinstance(paths, str) else ', '.join(paths)}")
 
 
 @contextlib.contextmanager
@@ -226,15 +196,15 @@ def prepare_command(
 def evaluate_command(
     model: Annotated[str, typer.Argument(help="Potential: bundled name, file or run folder.")],
     data: Annotated[
-        Path,
-        typer.Argument(help="Labeled structures: HDF5, extended XYZ, or a prepared folder."),
+        Path, typer.Argument(help="Labeled structures: HDF5, extended XYZ, or a prepared folder.")
     ],
     split: Annotated[
         str | None, typer.Option(help="Only structures that the file marks so, e.g. test.")
     ] = None,
     on_bad: Annotated[
-        OnBad, typer.Option(help="Structures without usable labels, or of unknown elements.")
-    ] = OnBad.error,
+        Literal["error", "skip"],
+        typer.Option(help="Structures without usable labels, or of unknown elements."),
+    ] = "error",
     energy_key: Annotated[
         str | None, typer.Option(help="Extended XYZ: name of the energy; default: usual ones.")
     ] = None,
@@ -258,7 +228,7 @@ def evaluate_command(
             data,
             potential,
             split=split,
-            on_bad=on_bad.value,
+            on_bad=on_bad,
             energy_key=energy_key,
             forces_key=forces_key,
         )

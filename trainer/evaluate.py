@@ -15,6 +15,7 @@ from mlip_md.files import write_text
 from mlip_md.potential import Params, Potential
 from mlip_md.trainer import metrics
 from mlip_md.trainer.data import (
+    Batch,
     BatchBudget,
     GraphStore,
     LabeledStructure,
@@ -63,10 +64,17 @@ def evaluate_store(
         on_oversize: "error" or "drop" for structures larger than a batch.
     """
     total: dict[str, float] = {}
-    plan = plan_epoch(store, budget, 0, 0, shuffle=False, on_oversize=on_oversize)
-    for _, batch in iterate_batches(store, plan, budget):
+    for _, batch in _batches(store, budget, on_oversize):
         metrics.add_sums(total, step(params, batch)[1])
     return metrics.mean_errors(total)
+
+
+def _batches(
+    store: GraphStore, budget: BatchBudget, on_oversize: str
+) -> Iterator[tuple[np.ndarray, Batch]]:
+    """All structures of a store in its order."""
+    plan = plan_epoch(store, budget, 0, 0, shuffle=False, on_oversize=on_oversize)
+    return iterate_batches(store, plan, budget)
 
 
 def evaluate_in_detail(
@@ -77,20 +85,11 @@ def evaluate_in_detail(
     *,
     on_oversize: str = "error",
 ) -> Evaluation:
-    """Errors whole and by subset, with every prediction.
-
-    Args:
-        step: the compiled evaluation of the network.
-        params: its weights.
-        store: graphs and labels.
-        budget: shape of the batches.
-        on_oversize: "error" or "drop" for structures larger than a batch.
-    """
+    """Errors whole and by subset, with every prediction; arguments as for ``evaluate_store``."""
     total: dict[str, float] = {}
     by_subset: dict[str, dict[str, float]] = {}
     energies, forces = [np.zeros((0, 2))], [np.zeros((0, 2))]
-    plan = plan_epoch(store, budget, 0, 0, shuffle=False, on_oversize=on_oversize)
-    for indices, batch in iterate_batches(store, plan, budget):
+    for indices, batch in _batches(store, budget, on_oversize):
         prediction, _ = step(params, batch)
         energy = np.stack([batch.energy, prediction.energy], -1)[: len(indices)].astype(float)
         force = np.stack([batch.forces, prediction.forces], -1).astype(float)

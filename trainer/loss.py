@@ -80,17 +80,16 @@ def structure_losses(
     atoms = jnp.maximum(sum_per_graph(jnp.ones(graph.n_nodes), graph), 1.0)
     energy_error = (prediction.energy - batch.energy) / atoms
     force_error = prediction.forces - batch.forces
-    if loss.kind == "mse":
-        energy_terms, force_terms = energy_error**2, force_error**2
-    else:
-        energy_terms = huber_loss(energy_error, delta=loss.delta)
-        force_terms = huber_loss(force_error, delta=force_deltas(batch.forces, loss.delta))
+
+    def penalty(error: jax.Array, delta: float | jax.Array) -> jax.Array:
+        return error**2 if loss.kind == "mse" else huber_loss(error, delta=delta)
+
+    energy_terms = penalty(energy_error, loss.delta)
+    force_terms = penalty(force_error, force_deltas(batch.forces, loss.delta))
     force_loss = sum_per_graph(jnp.mean(force_terms, axis=-1), graph) / atoms
     if batch.stress is None:
         return energy_terms, force_loss, jnp.zeros_like(energy_terms)
-    stress_error = prediction.stress - batch.stress
-    mse = loss.kind == "mse"
-    stress_terms = stress_error**2 if mse else huber_loss(stress_error, delta=loss.delta)
+    stress_terms = penalty(prediction.stress - batch.stress, loss.delta)
     stress_loss = jnp.mean(stress_terms, axis=(1, 2))
     return energy_terms, force_loss, jnp.where(jnp.asarray(batch.stress_mask), stress_loss, 0.0)
 

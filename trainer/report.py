@@ -22,33 +22,25 @@ MAX_POINTS = 50_000
 """Points of a parity plot; of more, evenly spaced ones are drawn."""
 
 
-def write_report(folder: Path, step: EvalStep, data: TrainingData) -> Evaluation:
+def write_report(folder: Path, step: EvalStep, data: TrainingData) -> None:
     """Write ``report/`` of a run: curves.png, parity.png, errors.json.
 
     Args:
         folder: of the run, with ``metrics.csv`` and ``model.safetensors``.
         step: the compiled evaluation of the run's network.
         data: of the run; its test part is evaluated, without one the validation part.
-
-    Returns:
-        The evaluation of the run's model.
     """
     part = "test" if data.test is not None else "validation"
     store = data.parts()[part]
     potential = own.load(folder / "model.safetensors")
     evaluation = evaluate_in_detail(
-        step,
-        potential.params,
-        store,
-        data.budget,
-        on_oversize=data.on_oversize,
+        step, potential.params, store, data.budget, on_oversize=data.on_oversize
     )
     report = folder / "report"
     report.mkdir(exist_ok=True)
     write_errors(evaluation, report / f"errors-{part}.json")
     draw_parity(evaluation, report / "parity.png", part)
     draw_curves(RunLog(folder).rows(), report / "curves.png")
-    return evaluation
 
 
 def draw_curves(rows: list[dict[str, float]], path: Path) -> None:

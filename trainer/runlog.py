@@ -22,15 +22,14 @@ EPOCH_EVENTS = ("epoch", "best")
 
 
 class RunLog:
-    """Writes the records of one run; a resumed run continues them without double points."""
+    """Writes the records of one run; a resumed run continues them without double points.
+
+    Args:
+        folder: of the run; must exist.
+        echo: called with every line of ``log.txt`` as well.
+    """
 
     def __init__(self, folder: Path, echo: Echo | None = None) -> None:
-        """Use a run folder.
-
-        Args:
-            folder: of the run; must exist.
-            echo: called with every line of ``log.txt`` as well.
-        """
         self.metrics = folder / "metrics.csv"
         self.events = folder / "events.jsonl"
         self.text = folder / "log.txt"
@@ -62,20 +61,17 @@ class RunLog:
 
     def rows(self) -> list[dict[str, float]]:
         """The whole rows of ``metrics.csv``; empty if there are none yet."""
-        header, *lines = self._lines() or [""]
-        names = header.split(",")
-        return [
-            dict(zip(names, map(float, line.split(",")), strict=True))
-            for line in lines
-            if _epoch_of(line, header) is not None
-        ]
+        return [row for _, row in self._table()[1]]
 
-    def _lines(self) -> list[str]:
-        """The lines of ``metrics.csv``, none where its header is lost."""
+    def _table(self) -> tuple[list[str], list[tuple[str, dict[str, float]]]]:
+        """The header of ``metrics.csv``, [] if it is lost; its whole rows as text and numbers."""
         if not self.metrics.exists():
-            return []
+            return [], []
         lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines()
-        return lines if lines and lines[0].startswith("epoch,") else []
+        if not lines or not lines[0].startswith("epoch,"):
+            return [], []
+        rows = ((line, _parse_row(lines[0], line)) for line in lines[1:])
+        return lines[:1], [(line, row) for line, row in rows if row is not None]
 
     def truncate(self, step: int, epoch: int) -> None:
         """Drop what was recorded after a checkpoint, and what a crash or a full disk cut off.
@@ -88,14 +84,9 @@ class RunLog:
             OutputError: if a file cannot be written; its old content is kept then.
         """
         if self.metrics.exists():
-            header, *lines = self._lines() or [""]
-            epochs = [_epoch_of(line, header) for line in lines]
-            whole = [
-                line
-                for line, number in zip(lines, epochs, strict=True)
-                if number is not None and number <= epoch
-            ]
-            _write_lines(self.metrics, [header, *whole] if header else [])
+            header, rows = self._table()
+            kept = [line for line, row in rows if row["epoch"] <= epoch]
+            _write_lines(self.metrics, header + kept)
         if self.events.exists():
             lines = self.events.read_text(encoding="utf-8", errors="replace").splitlines()
             _write_lines(self.events, [line for line in lines if _is_before(line, step, epoch)])
@@ -105,14 +96,12 @@ def _write_lines(path: Path, lines: list[str]) -> None:
     write_text(path, "".join(f"{line}\n" for line in lines))
 
 
-def _epoch_of(line: str, header: str) -> int | None:
-    """The epoch of a row of ``metrics.csv``; None if the row is not whole."""
-    values = line.split(",")
+def _parse_row(header: str, line: str) -> dict[str, float] | None:
+    """A row of ``metrics.csv`` by column; None if the row is not whole."""
     try:
-        numbers = [float(value) for value in values]
+        return dict(zip(header.split(","), map(float, line.split(",")), strict=True))
     except ValueError:
         return None
-    return int(numbers[0]) if len(values) == len(header.split(",")) else None
 
 
 def _is_before(line: str, step: int, epoch: int) -> bool:

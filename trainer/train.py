@@ -55,10 +55,15 @@ from mlip_md.trainer.step import (
 IN_FLIGHT = 2
 """Steps that may wait on the device; unbounded queues can deadlock and hold memory."""
 
-LEARNING_RATES = "optimizer.*_learning_rate"
+LOWER_RATES = (
+    "lower optimizer.*_learning_rate and go on from the last checkpoint with --resume allow-changes"
+)
+"""What helps against numbers that are not finite."""
 
 Resume = Literal["auto", "never", "must", "allow-changes"]
 Tick = Callable[[int, int, int], None]
+Waiting = tuple[int, np.ndarray, StepLog]
+"""Number of a step, its structures and what it will tell."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,30 +222,32 @@ class Trainer:
         plan = data.plan(self.recipe.seed, progress.epoch)
         count, plan = len(plan), plan[progress.batch :]
         weights = weights_at(self.recipe.loss, progress.epoch)
-        waiting: collections.deque[tuple[int, np.ndarray, StepLog]] = collections.deque()
+        waiting: collections.deque[Waiting] = collections.deque()
         clock = time.monotonic()
         for indices, batch in iterate_batches(data.train, plan, data.budget):
             self.state, log = self.train_step(self.state, batch, weights)
             progress.batch += 1
             progress.step += 1
             waiting.append((progress.step, indices, log))
-            if len(waiting) > IN_FLIGHT:
-                self._note(*waiting.popleft())
+            self._note_until(waiting, IN_FLIGHT)
             if self._tick is not None:
                 self._tick(progress.epoch, progress.batch, count)
             stop = self.interruptions.reason is not None
             if stop or self._checkpoint_due():
-                while waiting:
-                    self._note(*waiting.popleft())
+                self._note_until(waiting, 0)
                 progress.add(seconds=time.monotonic() - clock)
                 clock = time.monotonic()
                 self._save()
             if stop:
                 return False
-        while waiting:
-            self._note(*waiting.popleft())
+        self._note_until(waiting, 0)
         progress.add(seconds=time.monotonic() - clock)
         return True
+
+    def _note_until(self, waiting: collections.deque[Waiting], left: int) -> None:
+        """Record the oldest of the steps that wait, until so many are left."""
+        while len(waiting) > left:
+            self._note(*waiting.popleft())
 
     def _note(self, step: int, indices: np.ndarray, log: StepLog) -> None:
         """Wait for a step and record it under its number."""
@@ -254,9 +261,8 @@ class Trainer:
             self.log.line(f"a step gave NaN or infinity and was not applied (batch: {names[0]}, …)")
         if bad >= self.recipe.faults.max_bad_steps_in_row:
             raise NonFiniteError(
-                f"{bad} steps in a row gave NaN or infinity, up to step {step}. The "
-                f"last batch holds {', '.join(names)}. Check these labels, or lower "
-                f"{LEARNING_RATES} and go on from the last checkpoint with --resume allow-changes"
+                f"{bad} steps in a row gave NaN or infinity, up to step {step}. The last batch "
+                f"holds {', '.join(names)}. Check these labels, or {LOWER_RATES}"
             )
         if step % self.recipe.log.every_steps == 0:
             self.log.event("step", step=step, epoch=self.progress.epoch, loss=loss, norm=norm)
@@ -272,7 +278,8 @@ class Trainer:
         self.checkpoints.save(self.state, values, self.progress.step)
         self._last_save = time.monotonic()
 
-    def _validate(self, epoch: int, params: Params) -> dict[str, float]:
+    def _validate(self, epoch: int, params: Params) -> tuple[dict[str, float], float]:
+        """Errors of weights on the validation part and their score, recorded under an epoch."""
         data = self.data
         values = evaluate_store(
             self.eval_step, params, data.validation, data.budget, on_oversize=data.on_oversize
@@ -283,11 +290,10 @@ class Trainer:
         if not math.isfinite(row["score"]):
             raise NonFiniteError(
                 f"the validation errors after epoch {epoch} are not finite. Check the validation "
-                f"labels, or lower {LEARNING_RATES} and go on from the last checkpoint with "
-                "--resume allow-changes"
+                f"labels, or {LOWER_RATES}"
             )
         self.progress.validated = epoch
-        return values
+        return values, row["score"]
 
     def _row(self, epoch: int, errors: Mapping[str, float]) -> dict[str, float]:
         """The row of an epoch in ``metrics.csv``."""
@@ -307,18 +313,15 @@ class Trainer:
             "seconds": round(sums.get("seconds", 0.0), 3),
             "structures_per_second": sums.get("structures", 0.0)
             / (sums.get("seconds") or math.nan),
-            "score": self._score(errors),
+            "score": metrics.selection_score(errors, self.recipe.train.select_energy_weight),
             **{f"validation_{name}": value for name, value in errors.items()},
         }
-
-    def _score(self, errors: Mapping[str, float]) -> float:
-        return metrics.selection_score(errors, self.recipe.train.select_energy_weight)
 
     def _finish_epoch(self) -> None:
         progress, epoch = self.progress, self.progress.epoch
         params = averaged_params(self.state, self.recipe.train.ema_decay)
-        errors = self._validate(epoch, params)
-        stage, score = str(stage_at(self.recipe.loss, epoch)), self._score(errors)
+        errors, score = self._validate(epoch, params)
+        stage = str(stage_at(self.recipe.loss, epoch))
         best = progress.best.get(stage)
         if best is None or score < best["score"]:
             progress.best[stage] = {"epoch": epoch, "score": score, "errors": errors}

@@ -5,6 +5,7 @@ Everything heavy is imported inside the commands, so that help and errors come a
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 import tempfile
@@ -14,13 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlip_md.errors import ConfigError, DeviceError, MLIPError, StoppedError
+from mlip_md.errors import ConfigError, DeviceError, StoppedError
 from mlip_md.files import check_new_file, write_bytes
 from mlip_md.integrations.md.observers import TerminalObserver
 from mlip_md.integrations.md.settings import (
     DEFAULT_STEPS,
     LARGEST_SEED,
     MDSettings,
+    choices_of,
     explain_choices,
     read_settings,
 )
@@ -32,8 +34,7 @@ if TYPE_CHECKING:
     from mlip_md.integrations.md.structures import Structure
 
 ModelOption = Annotated[
-    str,
-    typer.Option("--model", "-m", help="Bundled name, .safetensors file, .zip or run folder."),
+    str, typer.Option("--model", "-m", help="Bundled name, .safetensors file, .zip or run folder.")
 ]
 
 
@@ -49,7 +50,7 @@ def _one_of(*choices: str) -> Any:
 
 
 PrecisionOption = Annotated[
-    str, typer.Option(help="Precision of the potential.", **_one_of("single", "double"))
+    str, typer.Option(help="Precision of the potential.", **_one_of(*choices_of("precision")))
 ]
 DeviceOption = Annotated[
     str | None, typer.Option(help="JAX device: cpu, gpu, cuda:1. Default: JAX's choice.")
@@ -78,22 +79,22 @@ def md_command(
     structure: StructureArgument = None,
     model: ModelOption = DEFAULT_MODEL,
     engine: Annotated[
-        str, typer.Option(help="What integrates the motion.", **_one_of("ase", "openmm"))
-    ] = "ase",
+        str, typer.Option(help="What integrates the motion.", **_one_of(*choices_of("engine")))
+    ] = MDSettings.engine,
     ensemble: Annotated[
         str,
         typer.Option(
             help="npt needs a structure that is periodic in three directions. nvt: Langevin. npt: "
             "MTK with ase; Langevin and Monte Carlo moves of the volume with openmm, which unlike "
             "OpenMM's own barostat continue exactly after a restart.",
-            **_one_of("nve", "nvt", "npt"),
+            **_one_of(*choices_of("ensemble")),
         ),
-    ] = "nvt",
+    ] = MDSettings.ensemble,
     temperature: Annotated[
         float, typer.Option("--temperature", "-T", min=0.0, help="K, of thermostat and start")
-    ] = 300.0,
-    pressure: Annotated[float, typer.Option(help="bar; npt only")] = 1.0,
-    timestep: Annotated[float, typer.Option(help="fs")] = 0.5,
+    ] = MDSettings.temperature,
+    pressure: Annotated[float, typer.Option(help="bar; npt only")] = MDSettings.pressure,
+    timestep: Annotated[float, typer.Option(help="fs")] = MDSettings.timestep,
     length: Annotated[
         float | None,
         typer.Option(help="ps; with --restart: how much further. Default: 2000 steps."),
@@ -101,20 +102,21 @@ def md_command(
     steps: Annotated[int | None, typer.Option(min=1, help="Instead of --length.")] = None,
     friction: Annotated[
         float, typer.Option(min=0.0, help="1/ps, of the Langevin thermostat")
-    ] = 10.0,
-    minimize: Annotated[bool, typer.Option(help="Relax the positions first.")] = True,
+    ] = MDSettings.friction,
+    minimize: Annotated[
+        bool, typer.Option(help="Relax the positions first.")
+    ] = MDSettings.minimize,
     seed: Annotated[
         int, typer.Option(min=0, max=LARGEST_SEED, help="Of velocities and thermostat.")
-    ] = 0,
-    precision: PrecisionOption = "single",
+    ] = MDSettings.seed,
+    precision: PrecisionOption = MDSettings.precision,
     device: DeviceOption = None,
     platform: Annotated[
         str | None,
         typer.Option(help="OpenMM platform: Reference, CPU, CUDA, ... Default: the fastest."),
     ] = None,
     output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="New folder. Default: md-<name>-<n>."),
+        Path | None, typer.Option("--output", "-o", help="New folder. Default: md-<name>-<n>.")
     ] = None,
     restart: Annotated[
         Path | None,
@@ -131,14 +133,17 @@ def md_command(
         typer.Option(
             help="Of the trajectory for mdtraj; xtc is smaller, rounded to 0.01 Å. One for ASE is "
             "always there.",
-            **_one_of("dcd", "xtc"),
+            **_one_of(*choices_of("trajectory_format")),
         ),
-    ] = "dcd",
+    ] = MDSettings.trajectory_format,
     frame: FrameOption = None,
     drop_virtual_sites: DropOption = False,
     velocities: Annotated[
-        str, typer.Option(help="At the start; file: those it holds.", **_one_of("draw", "file"))
-    ] = "draw",
+        str,
+        typer.Option(
+            help="At the start; file: those it holds.", **_one_of(*choices_of("velocities"))
+        ),
+    ] = MDSettings.velocities,
     hydrogen_mass: Annotated[
         float | None,
         typer.Option(help="u: makes hydrogen heavier by what its heavy neighbour loses."),
@@ -150,6 +155,7 @@ def md_command(
 
     Ctrl-C, SIGTERM and SIGHUP end a run after the present step, with everything saved.
     """
+    options = locals()
     given = {
         name
         for name in context.params
@@ -163,34 +169,14 @@ def md_command(
         return
     _refuse_useless(given, engine, ensemble)
     _check_device(device)
-    wanted = _count_steps(steps, length, timestep)
-    settings = MDSettings(
-        structure=structure,
-        model=model,
-        engine=engine,  # type: ignore[arg-type]  # the parser let nothing else through
-        ensemble=ensemble,  # type: ignore[arg-type]
-        temperature=temperature,
-        pressure=pressure,
-        timestep=timestep,
-        steps=DEFAULT_STEPS if wanted is None else wanted,
-        friction=friction,
-        minimize=minimize,
-        seed=seed,
-        precision=precision,  # type: ignore[arg-type]
-        device=device,
-        platform=platform,
-        report_interval=report_interval,
-        trajectory_format=trajectory_format,  # type: ignore[arg-type]
-        frame=frame,
-        drop_virtual_sites=drop_virtual_sites,
-        velocities=velocities,  # type: ignore[arg-type]
-        hydrogen_mass=hydrogen_mass,
-    )
+    # The settings have the names of the options.
+    told = {field.name: options[field.name] for field in dataclasses.fields(MDSettings)}
+    told["steps"] = _count_steps(steps, length, timestep) or DEFAULT_STEPS
+    settings = MDSettings(**told)
     from mlip_md.integrations.md.run import run_md
 
-    with TerminalObserver(settings, structure or "paracetamol") as observer:
-        folder = _interruptible(lambda: run_md(settings, output, progress=observer), observer)
-    _conclude(folder)
+    observer = TerminalObserver(settings, structure or "paracetamol")
+    _show(lambda: run_md(settings, output, progress=observer), observer)
 
 
 def _count_steps(steps: int | None, length: float | None, timestep: float) -> int | None:
@@ -243,11 +229,7 @@ def _check_device(device: str | None) -> None:
 
 
 def _restart(
-    folder: Path,
-    length: float | None,
-    steps: int | None,
-    platform: str | None,
-    device: str | None,
+    folder: Path, length: float | None, steps: int | None, platform: str | None, device: str | None
 ) -> None:
     settings = read_settings(folder)
     if platform is not None:
@@ -256,43 +238,34 @@ def _restart(
     more = _count_steps(steps, length, settings.timestep)
     from mlip_md.integrations.md.run import restart_md
 
-    with TerminalObserver(settings, f"continuing {folder}") as observer:
-        if (platform, device) != (None, None):
-            observer.later(
-                "On another platform or device the run goes on from its last positions and "
-                "velocities, but not exactly as it would have"
-            )
-        _interruptible(
-            lambda: restart_md(
-                folder, steps=more, platform=platform, device=device, progress=observer
-            ),
-            observer,
+    observer = TerminalObserver(settings, f"continuing {folder}")
+    if (platform, device) != (None, None):
+        observer.later(
+            "On another platform or device the run goes on from its last positions and "
+            "velocities, but not exactly as it would have"
         )
-    _conclude(folder)
+    _show(
+        lambda: restart_md(folder, steps=more, platform=platform, device=device, progress=observer),
+        observer,
+    )
 
 
-def _interruptible(run: Callable[[], Path], observer: TerminalObserver) -> Path:
-    """Run; after a signal say how to go on."""
+def _show(run: Callable[[], Path], observer: TerminalObserver) -> None:
+    """Run; say in the end what the folder holds, or after a signal how to go on."""
     try:
-        return run()
+        with observer:
+            folder = run()
     except KeyboardInterrupt:
-        observer.stop()
         if observer.folder is None:
             raise  # nothing to go on with
         typer.echo(f"Interrupted. Continue with: mlip-md md --restart {observer.folder}", err=True)
         raise typer.Exit(130) from None
     except StoppedError as error:
-        observer.stop()
+        told = f"{error}. Continue with: mlip-md md --restart {observer.folder}"
         if observer.folder is None:
-            raise StoppedError(
-                "a signal ended the run before its first step; start again"
-            ) from None
-        raise StoppedError(
-            f"{error}. Continue with: mlip-md md --restart {observer.folder}"
-        ) from None
-    except MLIPError:
-        observer.stop()
-        raise
+            told = "a signal ended the run before its first step; start again"
+        raise StoppedError(told) from None
+    _conclude(folder)
 
 
 def _conclude(folder: Path) -> None:

@@ -7,7 +7,7 @@ import csv
 import errno
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +18,13 @@ from ase import Atoms, units
 from mlip_md.errors import CheckpointError, OutputError
 from mlip_md.files import replacing
 from mlip_md.integrations.md.backends.interface import BAR, Frame
-from mlip_md.integrations.md.structures import reduce_lattice
+from mlip_md.integrations.md.settings import MDSettings
+from mlip_md.integrations.md.structures import (
+    Structure,
+    make_topology,
+    reduce_lattice,
+    reduce_structure,
+)
 
 LOG = "log.csv"
 TOPOLOGY = "topology.pdb"
@@ -43,8 +49,7 @@ COLUMNS = (
 
 def make_row(frame: Frame, mass: float) -> dict[str, float | int | None]:
     """One row of the log, by column; ``mass`` of all atoms in amu, for the density."""
-    row: dict[str, float | int | None] = dict.fromkeys(COLUMNS)
-    row |= {
+    row: dict[str, float | int | None] = dict.fromkeys(COLUMNS) | {
         "step": frame.step,
         "time_ps": frame.time,
         "potential_eV": frame.potential,
@@ -86,11 +91,8 @@ class RunFiles:
 
     Args:
         folder: the run's folder.
-        atoms: the structure, for elements and periodicity.
-        topology: its OpenMM topology, in the frame of its reduced cell.
-        timestep: fs.
-        interval: steps between frames.
-        trajectory_format: of the trajectory for mdtraj, "dcd" or "xtc".
+        structure: for elements, periodicity and topology, and positions of the PDB.
+        settings: of the run: time step, interval, format of the trajectory for mdtraj.
         sizes: None for a new run; else bytes of each file at the restart point, to which the files
             are cut, so that frames written after it do not appear twice.
 
@@ -100,39 +102,30 @@ class RunFiles:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        atoms: Atoms,
-        topology: Any,
-        *,
-        timestep: float,
-        interval: int,
-        trajectory_format: str = "dcd",
-        sizes: dict[str, int] | None = None,
+        self, folder: Path, structure: Structure, settings: MDSettings, sizes: dict[str, int] | None
     ) -> None:
         self.folder = folder
-        trajectory = TRAJECTORIES[trajectory_format]
+        reduced = reduce_structure(structure)
+        topology = make_topology(reduced)
+        trajectory = TRAJECTORIES[settings.trajectory_format]
         self._names = (LOG, trajectory, TRAJECTORY_ASE)
-        self._atoms = atoms.copy()
-        self._mass = float(atoms.get_masses().sum())
+        self._atoms = structure.atoms.copy()
+        self._mass = float(structure.atoms.get_masses().sum())
         check_sizes(folder, sizes or {})
         for name, size in (sizes or {}).items():
             os.truncate(folder / name, size)
         # Unbuffered: what a full disk refuses is not tried again when the files are closed.
         self._log = (folder / LOG).open("ab" if sizes else "wb", buffering=0)
         self._ase = (folder / TRAJECTORY_ASE).open("ab" if sizes else "wb", buffering=0)
-        make = _XTC if trajectory_format == "xtc" else _DCD
+        make = _XTC if settings.trajectory_format == "xtc" else _DCD
         with self._naming(trajectory):
             self._binary: _DCD | _XTC = make(
-                folder / trajectory, topology, timestep, interval, sizes is not None
+                folder / trajectory, topology, settings, append=sizes is not None
             )
         if not sizes:
             with self._naming(LOG):
-                _append(self._log, _row(dict(zip(COLUMNS, COLUMNS, strict=True))))
-            positions = atoms.positions
-            if topology.getPeriodicBoxVectors() is not None:
-                positions = positions @ reduce_lattice(atoms.cell.array)[1].T
-            _write_topology(folder / TOPOLOGY, topology, positions)
+                _append(self._log, _row(COLUMNS))
+            _write_topology(folder / TOPOLOGY, topology, reduced.atoms.positions)
 
     @property
     def empty(self) -> bool:
@@ -157,7 +150,8 @@ class RunFiles:
         Raises:
             OutputError: if it has no room; no file holds a part of it then, and all are closed.
         """
-        cells = {name: _cell(value) for name, value in make_row(frame, self._mass).items()}
+        values = make_row(frame, self._mass).values()
+        cells = [f"{value:.10g}" if isinstance(value, float) else value for value in values]
         log, trajectory, ase = self._names
         sizes = self.sizes()
         try:
@@ -185,16 +179,10 @@ class RunFiles:
                 file.close()
 
 
-def _cell(value: float | int | None) -> str | int:
-    if value is None:
-        return ""
-    return value if isinstance(value, int) else f"{value:.10g}"
-
-
-def _row(cells: Mapping[str, Any]) -> str:
+def _row(cells: Sequence[str | int | None]) -> str:
     """One line of the log."""
     text = io.StringIO()
-    csv.DictWriter(text, COLUMNS).writerow(cells)
+    csv.writer(text).writerow(cells)
     return text.getvalue()
 
 
@@ -219,16 +207,15 @@ def _for_openmm(frame: Frame) -> tuple[Any, Any]:
 class _DCD:
     """A growing DCD file; after a cut the frame count in its header is put right."""
 
-    def __init__(
-        self, path: Path, topology: Any, timestep: float, interval: int, append: bool
-    ) -> None:
+    def __init__(self, path: Path, topology: Any, settings: MDSettings, *, append: bool) -> None:
         from openmm.app import DCDFile
 
         self._path = path
         if append:
             self.repair()
         self._file = path.open("r+b" if append else "w+b")
-        self._writer = DCDFile(self._file, topology, timestep * 1e-3, 0, interval, append=append)
+        timestep = settings.timestep * 1e-3
+        self._writer = DCDFile(self._file, topology, timestep, 0, settings.interval, append=append)
         self._file.flush()
 
     def repair(self) -> None:
@@ -250,12 +237,10 @@ class _DCD:
 class _XTC:
     """A growing XTC file; OpenMM opens and closes it for every frame."""
 
-    def __init__(
-        self, path: Path, topology: Any, timestep: float, interval: int, append: bool
-    ) -> None:
+    def __init__(self, path: Path, topology: Any, settings: MDSettings, *, append: bool) -> None:
         self._path = path
-        self._arguments = (str(path), topology, timestep * 1e-3)
-        self._interval = interval
+        self._arguments = (str(path), topology, settings.timestep * 1e-3)
+        self._interval = settings.interval
         if not append:
             path.write_bytes(b"")
         self._writer = self._open(0, append and path.stat().st_size > 0)
@@ -305,10 +290,7 @@ def _format_extxyz(template: Atoms, frame: Frame) -> str:
     from ase.calculators.singlepoint import SinglePointCalculator
     from ase.io import write
 
-    atoms = template.copy()
-    atoms.positions = frame.positions
-    if frame.cell.any():
-        atoms.cell = frame.cell
+    atoms = frame.place(template)
     atoms.set_velocities(frame.velocities / units.fs)
     atoms.info = {
         "step": frame.step,
@@ -316,9 +298,7 @@ def _format_extxyz(template: Atoms, frame: Frame) -> str:
         "potential_eV": frame.potential,
         "temperature_K": frame.temperature,
     }
-    results: dict[str, Any] = {"energy": frame.potential}
-    results |= {} if frame.forces is None else {"forces": frame.forces}
-    atoms.calc = SinglePointCalculator(atoms, **results)
+    atoms.calc = SinglePointCalculator(atoms, energy=frame.potential, forces=frame.forces)
     text = io.StringIO()
     write(text, atoms, format="extxyz")
     return text.getvalue()

@@ -19,12 +19,10 @@ def hold(atoms: Atoms, fixed: np.ndarray) -> None:
     Whole atoms become FixAtoms, the others FixCartesian: these two ASE's integrators hold exactly,
     and both are kept by extended XYZ files.
     """
-    whole = fixed.all(axis=1)
-    held: list[FixAtoms | FixCartesian] = [FixAtoms(np.flatnonzero(whole))] if whole.any() else []
-    partly = fixed.any(axis=1) & ~whole
-    for mask in np.unique(fixed[partly], axis=0):
-        same = partly & (fixed == mask).all(axis=1)
-        held.append(FixCartesian(np.flatnonzero(same), mask=tuple(bool(axis) for axis in mask)))
+    held: list[FixAtoms | FixCartesian] = []
+    for mask in np.unique(fixed[fixed.any(axis=1)], axis=0)[::-1]:
+        same = np.flatnonzero((fixed == mask).all(axis=1))
+        held.append(FixAtoms(same) if mask.all() else FixCartesian(same, mask=tuple(mask.tolist())))
     atoms.set_constraint(held)
 
 
@@ -35,6 +33,7 @@ def check_held(settings: MDSettings, structure: Structure) -> Structure:
         StructureError: if the engine or the ensemble cannot hold them, or nothing could move.
     """
     fixed = structure.fixed
+    partly = fixed.any(axis=1) & ~fixed.all(axis=1)
     if not fixed.any():
         return structure
     if settings.ensemble == "npt":
@@ -44,8 +43,8 @@ def check_held(settings: MDSettings, structure: Structure) -> Structure:
         )
     if fixed.all():
         raise StructureError("the constraints hold all atoms in place: nothing would move")
-    if settings.engine == "openmm" and (fixed.any(axis=1) != fixed.all(axis=1)).any():
-        first = int(np.argmax(fixed.any(axis=1) & ~fixed.all(axis=1)))
+    if settings.engine == "openmm" and partly.any():
+        first = int(np.argmax(partly))
         axes = " and ".join(np.array(["x", "y", "z"])[fixed[first]])
         raise StructureError(
             f"OpenMM can hold whole atoms only, but of atom {first + 1} only {axes} is held; use "

@@ -12,12 +12,10 @@ import dataclasses
 import platform as python_platform
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ase import Atoms
 
 import mlip_md
 from mlip_md.errors import (
@@ -42,9 +40,7 @@ from mlip_md.integrations.md.structures import (
     Structure,
     compare_bonds,
     describe_contact,
-    make_topology,
     read_structure,
-    reduce_structure,
 )
 from mlip_md.integrations.models import lasting_name
 from mlip_md.ownership import FILE as OWNER
@@ -89,14 +85,12 @@ def make_backend(settings: MDSettings, structure: Structure) -> Backend:
 def make_fresh_folder(name: str, parent: Path | None = None) -> Path:
     """Make the first free folder ``md-<name>-<n>`` in a folder (None: the working directory)."""
     clean = re.sub(r"[^A-Za-z0-9._+-]", "_", name)
-    number = 1
+    number = 0
     while True:
+        number += 1
         folder = (parent or Path()) / f"md-{clean}-{number}"
-        try:
+        with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
-        except FileExistsError:
-            number += 1
-        else:
             return folder
 
 
@@ -109,20 +103,13 @@ def check_output(folder: Path | None) -> None:
     Raises:
         ConfigError: if it is no folder, not empty, or cannot be made or written.
     """
-    if folder is not None and folder.is_dir() and _is_used(folder):
+    if folder is not None and folder.is_dir() and any(p.name != OWNER for p in folder.iterdir()):
         raise ConfigError(f"{folder} is not empty; name another folder, or continue it (restart)")
     check_new_folder(Path() if folder is None else folder, "run folder")
 
 
-def _is_used(folder: Path) -> bool:
-    return any(path.name != OWNER for path in folder.iterdir())
-
-
 def run_md(
-    settings: MDSettings,
-    folder: Path | None = None,
-    *,
-    progress: RunObserver | None = None,
+    settings: MDSettings, folder: Path | None = None, *, progress: RunObserver | None = None
 ) -> Path:
     """Run molecular dynamics into a new folder.
 
@@ -150,9 +137,7 @@ def run_md(
         settings, report_interval=settings.interval, model=lasting_name(settings.model)
     )
     structure = read_structure(
-        settings.structure,
-        frame=settings.frame,
-        drop_virtual_sites=settings.drop_virtual_sites,
+        settings.structure, frame=settings.frame, drop_virtual_sites=settings.drop_virtual_sites
     )
     structure = prepare(settings, structure)
     backend = make_backend(settings, structure)
@@ -165,23 +150,17 @@ def run_md(
             interruptions.check()
         backend.start()
         interruptions.patient = True  # from here on there is something to save
-        minimization = _compare_with_start(backend, observer) if settings.minimize else None
+        past = {
+            "input": structure.as_dict(),
+            "minimization": _compare_with_start(backend, observer) if settings.minimize else None,
+        }
         if folder is None:
             folder = make_fresh_folder(structure.name)
         folder.mkdir(parents=True, exist_ok=True)
         with owning(folder):
             check_output(folder)  # again: another run may have used it meanwhile
             write_settings(folder, settings)
-            run = _Run(
-                settings,
-                backend,
-                folder,
-                observer,
-                compile_seconds,
-                origin=structure.as_dict(),
-                minimization=minimization,
-            )
-            run.go(interruptions)
+            _Run(settings, backend, folder, observer, compile_seconds, past).go(interruptions)
     return folder
 
 
@@ -222,22 +201,24 @@ def restart_md(
 
 
 def _continue(
-    folder: Path,
-    steps: int | None,
-    platform: str | None,
-    device: str | None,
-    observer: RunObserver,
+    folder: Path, steps: int | None, platform: str | None, device: str | None, observer: RunObserver
 ) -> None:
     """``restart_md`` in a folder that is ours."""
     settings = read_settings(folder)
     path = folder / restart.RESTART
     arrays, values = restart.read_restart(path)
-    settings = _extended(settings, folder, values["step"], steps)
+    done = values["step"]
     settings = dataclasses.replace(
         settings,
+        steps=settings.steps if steps is None else done + steps,
         platform=settings.platform if platform is None else platform,
         device=settings.device if device is None else device,
     )
+    if done >= settings.steps:
+        raise CheckpointError(
+            f"the run in {folder} has all its {done} steps; say how much further to go: --steps or "
+            "--length (in Python steps=...)"
+        )
     structure = restart.read_saved_structure(folder, arrays, values["name"])
     backend = make_backend(settings, structure)
     if backend.potential.sha256 != values["sha256"]:
@@ -255,33 +236,7 @@ def _continue(
             ) from error
         interruptions.patient = True
         write_settings(folder, settings)
-        run = _Run(
-            settings,
-            backend,
-            folder,
-            observer,
-            compile_seconds,
-            origin=values.get("input"),
-            sizes=values["sizes"],
-            minimization=values.get("minimization"),
-        )
-        run.go(interruptions)
-
-
-def _extended(settings: MDSettings, folder: Path, done: int, steps: int | None) -> MDSettings:
-    """Settings of a run that has done some steps and is to do others.
-
-    Raises:
-        CheckpointError: if there is nothing left to do.
-    """
-    if steps is not None:
-        settings = dataclasses.replace(settings, steps=done + steps)
-    if done >= settings.steps:
-        raise CheckpointError(
-            f"the run in {folder} has all its {done} steps; say how much further to go: --steps or "
-            "--length (in Python steps=...)"
-        )
-    return settings
+        _Run(settings, backend, folder, observer, compile_seconds, values).go(interruptions)
 
 
 def _warm_up(backend: Backend, observer: RunObserver, interruptions: Interruptions) -> float:
@@ -315,21 +270,12 @@ def _compare_with_start(backend: Backend, observer: RunObserver) -> dict[str, An
         SimulationError: if atoms lie on each other.
     """
     before = backend.structure.atoms
-    after = _moved(before, backend.frame())
+    after = backend.frame().place(before)
     check_relaxed(after)
     changes = compare_bonds(before, after)
     if text := changes.describe(before):
         observer.note(f"The minimization {text} (bonds by distance)")
     return {"bonds_broken": changes.broken.tolist(), "bonds_formed": changes.formed.tolist()}
-
-
-def _moved(atoms: Atoms, frame: Frame) -> Atoms:
-    """Atoms where a frame has them."""
-    moved = atoms.copy()
-    moved.positions = frame.positions
-    if frame.cell.any():
-        moved.cell = frame.cell
-    return moved
 
 
 class _Speed:
@@ -365,9 +311,9 @@ class _Run:
         folder: where to.
         observer: is told.
         compile_seconds: for the summary.
-        origin: what was read from the structure's file; None is unknown (runs of version 0.1.0).
-        sizes: of the growing files at the restart point, or None for a new run.
-        minimization: what it did to the bonds, for the summary; None if there was none.
+        past: of a new run its "input", what was read from the structure's file, and its
+            "minimization", what that did to the bonds, or None; of a continued one the values of
+            its restart file, in which version 0.1.0 had neither.
     """
 
     def __init__(
@@ -377,29 +323,18 @@ class _Run:
         folder: Path,
         observer: RunObserver,
         compile_seconds: float,
-        *,
-        origin: dict[str, Any] | None,
-        sizes: dict[str, int] | None = None,
-        minimization: dict[str, Any] | None = None,
+        past: dict[str, Any],
     ) -> None:
         self.settings, self.backend, self.folder = settings, backend, folder
-        self.observer, self.new = observer, sizes is None
-        self.origin, self.minimization = origin, minimization
+        self.observer, self.new = observer, "sizes" not in past
+        self.origin, self.minimization = past.get("input"), past.get("minimization")
         self.watch = BondWatch(backend.structure.atoms)
         self.last = backend.frame()
         self.first_step = self.last.step
         self._saved = time.perf_counter()
         self.speed = _Speed(backend, compile_seconds)
         self._good: tuple[dict[str, np.ndarray], dict[str, Any]] | None = None
-        self.files = RunFiles(
-            folder,
-            backend.structure.atoms,
-            make_topology(reduce_structure(backend.structure)),
-            timestep=settings.timestep,
-            interval=settings.interval,
-            trajectory_format=settings.trajectory_format,
-            sizes=sizes,
-        )
+        self.files = RunFiles(folder, backend.structure, settings, past.get("sizes"))
 
     def go(self, interruptions: Interruptions) -> None:
         """Step to the end; whatever happens, the folder stays usable."""
@@ -442,44 +377,42 @@ class _Run:
             interruptions.check()
             step, begin = self.last.step, time.perf_counter()
             steps = min(interval - step % interval, total - step)
-            self.last = self._advance(
-                steps, lambda: interruptions.reason is not None or self._restart_is_old()
-            )
+            self.last = self._advance(steps, interruptions)
             self._keep(write=self.last.step % interval == 0)
             if self._restart_is_old():
                 self._save_restart()
             self.speed.count(self.last.step - step, time.perf_counter() - begin)
             self.observer.update(self.last, self.speed.rate)
 
-    def _advance(self, steps: int, ends: Callable[[], bool]) -> Frame:
-        """Advance, at most to the end of the step in which it ``ends``, and look at it."""
+    def _advance(self, steps: int, interruptions: Interruptions) -> Frame:
+        """Advance, but no further when something is to be saved, and look at the frame."""
         try:
             for _ in range(steps):
-                self.backend.advance(1)
-                if ends():
+                self.backend.advance()
+                if interruptions.reason is not None or self._restart_is_old():
                     break
             frame = self.backend.frame()
         except _UNSTABLE as error:
             raise self._unstable(str(error)) from error
-        finite = all(np.isfinite(x).all() for x in (frame.positions, frame.velocities))
-        if not finite or not np.isfinite(frame.potential):
+        numbers = frame.positions, frame.velocities, frame.potential
+        if not all(np.isfinite(x).all() for x in numbers):
             raise self._unstable("positions, velocities or energy are not finite")
         limit = max(20.0 * self.settings.temperature, 5000.0)
         if frame.temperature > limit:
             raise self._unstable(f"the temperature rose to {frame.temperature:.4g} K")
         if lost := self.watch.broken(frame.positions, frame.cell):
             raise self._unstable(f"the molecules fell apart: {lost} atoms are now alone in space")
-        if contact := describe_contact(_moved(self.backend.structure.atoms, frame)):
+        if contact := describe_contact(frame.place(self.backend.structure.atoms)):
             raise self._unstable(f"the structure collapsed: {contact}")
         return frame
 
     def _unstable(self, what: str) -> SimulationError:
-        advice = [f"a smaller time step than {self.settings.timestep:g} fs"]
-        advice += [] if self.settings.minimize else ["minimizing first"]
+        more = "" if self.settings.minimize else ", minimizing first"
         return SimulationError(
             f"the run became unstable after step {self.last.step}: {what}\n"
-            f"The frames until then are in {self.folder}. Look at the last one; try "
-            f"{', '.join(advice)}, or a model that was trained on such structures."
+            f"The frames until then are in {self.folder}. Look at the last one; try a smaller time "
+            f"step than {self.settings.timestep:g} fs{more}, or a model that was trained on such "
+            "structures."
         )
 
     def _keep(self, write: bool) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 from mlip_md.errors import CheckpointError, ConfigError
 from mlip_md.files import write_text
@@ -25,6 +25,23 @@ SETTINGS = "settings.json"
 
 DEFAULT_STEPS = 2000
 LARGEST_SEED = 2**31 - 2
+
+_NUMBERS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
+    ("temperature", "", lambda t: 0 <= t < math.inf, "at least 0 and finite"),
+    ("friction", "", lambda rate: 0 <= rate < math.inf, "at least 0 and finite"),
+    ("pressure", "", math.isfinite, "finite"),
+    ("timestep", " fs", lambda t: 0 < t < math.inf, "positive and finite"),
+    ("steps", "", lambda n: n is None or n >= 1, "at least 1"),
+    ("report_interval", "", lambda n: n is None or n >= 1, "at least 1"),
+    (
+        "hydrogen_mass",
+        " u",
+        lambda mass: mass is None or 1 <= mass < math.inf,
+        "at least 1 and finite, 3 for example",
+    ),
+    ("seed", "", lambda seed: 0 <= seed <= LARGEST_SEED, "in 0 … 2^31 - 2"),
+)
+"""Settings that are numbers: name, unit, what is allowed, and that in words."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,53 +98,30 @@ class MDSettings:
     hydrogen_mass: float | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("engine", EngineName),
-            ("ensemble", Ensemble),
-            ("precision", Precision),
-            ("trajectory_format", TrajectoryFormat),
-            ("velocities", VelocityOrigin),
-        ):
-            value = getattr(self, name)
-            if value not in get_args(choices):
-                told = explain_choices(str(value), get_args(choices))
+        for name in ("engine", "ensemble", "precision", "trajectory_format", "velocities"):
+            value, choices = getattr(self, name), choices_of(name)
+            if value not in choices:
+                told = explain_choices(str(value), choices)
                 raise ConfigError(f"{name} = {value!r} is not allowed; {told}")
         if self.velocities == "file" and self.minimize:
             raise ConfigError(
                 "velocities of the file belong to its positions, which minimizing would change; "
                 "give --no-minimize (in Python minimize=False), or draw velocities"
             )
-        self._check_numbers()
-
-    def _check_numbers(self) -> None:
-        for name in ("temperature", "friction"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(
-                    f"{name} = {getattr(self, name)} is not allowed; it must be at least 0 and "
-                    "finite"
-                )
-        if not math.isfinite(self.pressure):
-            raise ConfigError(f"pressure = {self.pressure} is not allowed; it must be finite")
-        if not 0 < self.timestep < math.inf:
-            raise ConfigError(
-                f"timestep = {self.timestep} fs is not allowed; it must be positive and finite"
-            )
-        for name in ("steps", "report_interval"):
+        for name, unit, allowed, must in _NUMBERS:
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} = {value} is not allowed; it must be at least 1")
-        if self.hydrogen_mass is not None and not 1 <= self.hydrogen_mass < math.inf:
-            raise ConfigError(
-                f"hydrogen_mass = {self.hydrogen_mass} u is not allowed; it must be at least 1 and "
-                "finite, 3 for example"
-            )
-        if not 0 <= self.seed <= LARGEST_SEED:
-            raise ConfigError(f"seed = {self.seed} is not allowed; it must be in 0 … 2^31 - 2")
+            if not allowed(value):
+                raise ConfigError(f"{name} = {value}{unit} is not allowed; it must be {must}")
 
     @property
     def interval(self) -> int:
         """Steps between frames."""
         return self.report_interval or min(max(self.steps // 500, 10), self.steps)
+
+
+def choices_of(name: str) -> tuple[str, ...]:
+    """What a setting that takes one of some words may be."""
+    return get_args(get_type_hints(MDSettings)[name])
 
 
 def explain_choices(given: str, choices: Sequence[str]) -> str:

@@ -6,29 +6,37 @@ import numpy as np
 from ase import Atoms, units
 from ase.md.velocitydistribution import Stationary, ZeroRotation, thermalize_momenta
 
+from mlip_md.integrations.md.settings import MDSettings
 from mlip_md.integrations.md.structures import fixed_axes
 
 
 def count_degrees_of_freedom(atoms: Atoms, ensemble: str) -> int:
-    """Number of momenta that are free.
+    """Number of momenta that are free, at least 1.
 
     Thermostats touch all that are not held by a constraint. nve conserves the total ones, unless
     something is held, which takes momentum up.
     """
     held = int(fixed_axes(atoms).sum())
     count = 3 * len(atoms) - held
-    if ensemble != "nve" or held:
-        return max(count, 1)
-    count -= 3
-    if not atoms.pbc.any():
-        moments = atoms.get_moments_of_inertia()
-        count -= int(np.sum(moments > 1e-6 * max(float(moments.max()), 1e-12)))
+    if ensemble == "nve" and not held:
+        count -= 3
+        if not atoms.pbc.any():
+            moments = atoms.get_moments_of_inertia()
+            count -= int(np.sum(moments > 1e-6 * max(float(moments.max()), 1e-12)))
     return max(count, 1)
 
 
 def compute_temperature(kinetic: float, degrees_of_freedom: int) -> float:
     """Temperature (K) of a kinetic energy (eV)."""
-    return float(2.0 * kinetic / (max(degrees_of_freedom, 1) * units.kB))
+    return float(2.0 * kinetic / (degrees_of_freedom * units.kB))
+
+
+def start_velocities(atoms: Atoms, settings: MDSettings, rng: np.random.Generator) -> None:
+    """Draw the velocities of atoms, or keep those of the file that they have; change ``atoms``."""
+    if settings.velocities == "draw":
+        draw_velocities(atoms, settings.ensemble, settings.temperature, rng)
+    else:  # without those of held coordinates
+        atoms.set_momenta(atoms.get_momenta())
 
 
 def draw_velocities(

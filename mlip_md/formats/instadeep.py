@@ -157,8 +157,8 @@ def _read_members(content: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]
 def _opened(content: bytes, what: str) -> Iterator[zipfile.ZipFile]:
     """A zip in memory, with at most MAX_MEMBERS entries; whatever zipfile raises is named."""
     entries = content.count(b"PK\x01\x02")
-    if entries > MAX_MEMBERS:
-        raise ModelFileError(f"{what} lists {entries} members; at most {MAX_MEMBERS} are read")
+    most = f"{what} lists {entries} members; at most {MAX_MEMBERS} are read"
+    require(entries <= MAX_MEMBERS, most)
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             yield archive
@@ -171,37 +171,32 @@ def _opened(content: bytes, what: str) -> Iterator[zipfile.ZipFile]:
 
 def _one_member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
     found = [info for info in archive.infolist() if info.filename == name]
-    if len(found) != 1:
-        members = ", ".join(archive.namelist()[:5]) or "nothing"
-        raise ModelFileError(
-            f"this is no model of InstaDeep's mlip: it must hold {HYPERPARAMETERS} and "
-            f"{PARAMETERS} once each; it holds {members}"
-        )
+    members = ", ".join(archive.namelist()[:5]) or "nothing"
+    require(
+        len(found) == 1,
+        f"this is no model of InstaDeep's mlip: it must hold {HYPERPARAMETERS} and {PARAMETERS} "
+        f"once each; it holds {members}",
+    )
     return found[0]
 
 
 def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, limit: int) -> bytes:
     """Bytes of a member; neither more than ``limit`` nor than it declares are ever unpacked."""
-    if info.file_size > limit:
-        raise ModelFileError(
-            f"{info.filename} has {info.file_size} bytes; at most {limit} are read"
-        )
-    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack all
-        raise ModelFileError(f"{info.filename} is compressed in a way that is not read")
+    name, size = info.filename, info.file_size
+    require(size <= limit, f"{name} has {size} bytes; at most {limit} are read")
+    bounded = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others unpack all
+    require(bounded, f"{name} is compressed in a way that is not read")
     with archive.open(info) as member:
-        return member.read(info.file_size)
+        return member.read(size)
 
 
 def _read_arrays(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
     members = archive.infolist()
     total = sum(info.file_size for info in members)
-    if total > MAX_FILE_BYTES:
-        raise ModelFileError(
-            f"{PARAMETERS} announces arrays of {total} bytes; at most {MAX_FILE_BYTES} are read"
-        )
+    most = f"{PARAMETERS} announces arrays of {total} bytes; at most {MAX_FILE_BYTES} are read"
+    require(total <= MAX_FILE_BYTES, most)
     names = [info.filename.removesuffix(".npy") for info in members]
-    if len(set(names)) != len(names):
-        raise ModelFileError(f"{PARAMETERS} holds an array twice")
+    require(len(set(names)) == len(names), f"{PARAMETERS} holds an array twice")
     return {
         name: _parse_array(name, _read_member(archive, info, MAX_FILE_BYTES))
         for name, info in zip(names, members, strict=True)
@@ -226,8 +221,8 @@ def _parse_array(name: str, content: bytes) -> np.ndarray:
     if head[4] not in _DTYPES:
         raise ModelFileError(f"array {name!r} has dtype {head[4].decode()}; float32 is needed")
     dtype, shape = np.dtype(_DTYPES[head[4]]), [int(n) for n in re.findall(rb"\d+", head[6])]
-    if math.prod(shape) * dtype.itemsize != len(content) - head.end():
-        raise ModelFileError(f"array {name!r} is not of the size that its header says")
+    fits = math.prod(shape) * dtype.itemsize == len(content) - head.end()
+    require(fits, f"array {name!r} is not of the size that its header says")
     array = np.frombuffer(content, dtype, offset=head.end())
     with np.errstate(over="ignore"):  # too large for float32: found as infinite by check_weights
         array = array.astype(np.float32)
@@ -243,15 +238,15 @@ def _without_device_axis(
     ):
         return dict(arrays)
     devices = {array.shape[0] for array in arrays.values()}
-    if len(devices) != 1 or 0 in devices:
-        raise ModelFileError(f"its arrays have leading device axes of different sizes: {devices}")
+    same = len(devices) == 1 and 0 not in devices
+    require(same, f"its arrays have leading device axes of different sizes: {devices}")
     for name, array in arrays.items():
         bits = array.view(np.uint32)
-        if (bits != bits[:1]).any():
-            raise ModelFileError(
-                f"array {name!r} has a leading device axis whose {len(array)} copies differ; which "
-                "of them is meant cannot be told"
-            )
+        require(
+            bool((bits == bits[:1]).all()),
+            f"array {name!r} has a leading device axis whose {len(array)} copies differ; which of "
+            "them is meant cannot be told",
+        )
     return {name: array[0] for name, array in arrays.items()}
 
 
@@ -265,26 +260,24 @@ def _without_weights(hyperparameters: Mapping[str, Any], name: str) -> Potential
     _drop_library_options(config_fields, len(elements))
     fields = {**_LIBRARY_DEFAULTS[architecture], **config_fields}
     choice = fields.get("atomic_energies")
-    average_used = choice is None or choice == "average"
     energies = _atomic_energies(choice, elements, dataset_e0)
     if isinstance(choice, dict):
         fields["atomic_energies"] = dict(zip(elements, energies.tolist(), strict=True))
     old_name, new_name = "cutoff_distance_angstrom", "graph_cutoff_angstrom"
-    cutoff_name = old_name if old_name in info else new_name
     r_min = info.get("avg_r_min_angstrom")
-    if info.get("long_range_cutoff_angstrom") is not None:
-        raise ModelFileError("it has long-range interactions, which are not supported")
+    short = info.get("long_range_cutoff_angstrom") is None
+    require(short, "it has long-range interactions, which are not supported")
     return Potential(
         config=parse_config(architecture, fields),
         params={},
         elements=elements,
         atomic_energies=energies,
-        cutoff=number(info, cutoff_name),
+        cutoff=number(info, old_name if old_name in info else new_name),
         avg_num_neighbors=number(info, "avg_num_neighbors", 1.0),
         avg_r_min=None if r_min is None else number(info, "avg_r_min_angstrom"),
         scaling_mean=number(info, "scaling_mean", 0.0),
         scaling_stdev=number(info, "scaling_stdev", 1.0),
-        info=_provenance(hyperparameters, name, average_used),
+        info=_provenance(hyperparameters, name, choice in (None, "average")),
     )
 
 
@@ -309,11 +302,11 @@ def _architecture(fields: Mapping[str, Any]) -> str:
 def _drop_library_options(fields: dict[str, Any], num_elements: int) -> None:
     """Remove options of the library that do not change what the network computes."""
     num_species = fields.pop("num_species", None)
-    if num_species not in (None, num_elements):
-        raise ModelFileError(
-            f"its network has num_species = {num_species}, but E0 are known for {num_elements} "
-            "elements; which elements the other species are cannot be told"
-        )
+    require(
+        num_species in (None, num_elements),
+        f"its network has num_species = {num_species}, but E0 are known for {num_elements} "
+        "elements; which elements the other species are cannot be told",
+    )
     fields.pop("deterministic_scatter_ops", None)  # the order of a sum; ours never varies
 
 
@@ -332,20 +325,20 @@ def _atomic_energies(
     choice: object, elements: tuple[int, ...], dataset_e0: Mapping[int, float]
 ) -> np.ndarray:
     """E0 by species (eV, float64) as the library's first generation chooses them."""
-    if choice is None or choice == "average":
+    if choice in (None, "average"):
         return np.array([dataset_e0[z] for z in elements], np.float64)
     if choice == "zero":
         return np.zeros(len(elements))
     if not isinstance(choice, dict):
         raise ModelFileError(f"atomic_energies = {choice!r}; null, average, zero or a map is read")
     by_species = {_whole_number(i, "species index"): number(choice, i) for i in choice}
-    if not by_species.keys() <= set(range(len(elements))):
+    if ignored := sorted(by_species.keys() - set(range(len(elements)))):
         logger.warning(
             "The explicit atomic_energies of this model have keys beyond its %d species. mlip "
             "indexes them by species, not by atomic number, and so does mlip-md: keys %s are "
             "ignored.",
             len(elements),
-            sorted(by_species.keys() - set(range(len(elements)))),
+            ignored,
         )
     return np.array([by_species.get(i, 0.0) for i in range(len(elements))], np.float64)
 

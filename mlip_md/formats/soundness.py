@@ -137,12 +137,13 @@ def _some(names: list[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
-def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves of a nested dict by their '#'-joined paths."""
+def flatten(tree: Mapping[str, Any], separator: str = "#") -> dict[str, Any]:
+    """Leaves of a nested dict by their joined paths."""
     flat: dict[str, Any] = {}
-    for name, value in params.items():
+    for name, value in tree.items():
         if isinstance(value, Mapping):
-            flat |= {f"{name}#{path}": leaf for path, leaf in flatten(value).items()}
+            below = flatten(value, separator)
+            flat |= {f"{name}{separator}{path}": leaf for path, leaf in below.items()}
         else:
             flat[name] = value
     return flat

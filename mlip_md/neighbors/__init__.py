@@ -7,7 +7,6 @@ The room's only door. ``neighbor_list`` is what a user calls. The trainer takes 
 
 from __future__ import annotations
 
-from mlip_md.neighbors.device import LARGEST_SKIN as LARGEST_SKIN
 from mlip_md.neighbors.device import Capacities as Capacities
 from mlip_md.neighbors.device import DeviceList as DeviceList
 from mlip_md.neighbors.device import NeighborSpec as NeighborSpec

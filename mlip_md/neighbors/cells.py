@@ -101,20 +101,7 @@ def cell_pairs(
     cutoff: float,
     capacity: int,
 ) -> Pairs:
-    """Find all pairs; pure, for use under ``jit`` with static search, cutoff and capacity.
-
-    Args:
-        positions: (n_nodes, 3) Å, rows from ``n_atoms`` on are padding and get no pair.
-        cell: (3, 3) Å, rows are lattice vectors; those of open axes are not read.
-        n_atoms: number of atoms.
-        search: of which ``pbc``, ``grid``, ``reach`` and ``slots`` are used.
-        cutoff: Å.
-        capacity: pairs to make room for.
-
-    Returns:
-        The pairs; complete only if ``n_pairs``, ``reach`` and ``slots`` are within ``capacity`` and
-        the search's.
-    """
+    """All pairs, a ``search.Builder``; reads ``pbc``, ``grid``, ``reach``, ``slots``."""
     n_nodes = positions.shape[0]
     atoms = _sort(positions, cell, n_atoms, search, cutoff)
     runs = _stretches(atoms, jnp.arange(n_nodes) < n_atoms, search)

@@ -43,20 +43,7 @@ def dense_pairs(
     cutoff: float,
     capacity: int,
 ) -> Pairs:
-    """Find all pairs; pure, for use under ``jit`` with static search, cutoff and capacity.
-
-    Args:
-        positions: (n_nodes, 3) Å, rows from ``n_atoms`` on are padding and get no pair.
-        cell: (3, 3) Å, rows are lattice vectors; those of open axes are not read.
-        n_atoms: number of atoms.
-        search: of which ``pbc`` and ``reach``, images to either side of the nearest, are used.
-        cutoff: Å.
-        capacity: pairs to make room for.
-
-    Returns:
-        The pairs; complete only if ``n_pairs`` and ``reach`` are within ``capacity`` and
-        ``search.reach``.
-    """
+    """All pairs, a ``search.Builder``; reads ``pbc``, ``reach``."""
     n_nodes = positions.shape[0]
     axes = search.axes
     sides = (range(-search.reach[axis], search.reach[axis] + 1) for axis in axes)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import logging
 import math
 import numbers
@@ -24,7 +25,7 @@ from mlip_md.errors import CapacityError, ConfigError, NeighborError, StructureE
 from mlip_md.neighbors import nvalchemi
 from mlip_md.neighbors.cells import plan_grid, required_slots
 from mlip_md.neighbors.dense import required_images
-from mlip_md.neighbors.geometry import Bool, Float64, check_cutoff, plane_spacings
+from mlip_md.neighbors.geometry import LARGEST_SKIN, Bool, Float64, check_cutoff, plane_spacings
 from mlip_md.neighbors.host import MOST_EDGES, host_edges
 from mlip_md.neighbors.kept import Kept, Needs, nothing_kept
 from mlip_md.neighbors.search import LANES, Search, Three
@@ -45,8 +46,6 @@ LARGEST_WASTE = 1.6
 """A compiled capacity is used again for up to this many times fewer edges."""
 BAND = 1e-4
 """Part of the cutoff within which a pair at the cutoff may be listed or not, in float32."""
-LARGEST_SKIN = 10.0
-"""Å; longer ones only cost time."""
 CELLS_SKIN = 1.0
 """Å, the skin of the device's cell list where none is asked for."""
 _COARSE = 1024  # above, capacities are multiples of 128 instead of 8
@@ -163,13 +162,9 @@ def _fits_dense(n_nodes: int, images: Three) -> bool:
     return n_nodes**2 * _window(images, 3) <= DENSE_LIMIT
 
 
-_logged: set[str] = set()
-
-
+@functools.cache
 def _log_once(message: str) -> None:
-    if message not in _logged:
-        _logged.add(message)
-        logger.info(message)
+    logger.info(message)
 
 
 def _log_growth(what: str, before: object, after: object, needed: object) -> None:
@@ -356,18 +351,10 @@ class DeviceList:
         kept: the longer list of a skin, on the device, or None to start anew.
 
     Args:
-        spec: what to find.
-        backend: "dense", "cells" or "nvalchemi".
-        positions: (n, 3) Å, placed (``geometry.place``).
-        cell: (3, 3) Å, checked.
-        pbc: (3,).
+        spec, backend, positions, cell, pbc: as for ``plan_search``, whose errors are raised.
         capacities: shapes that are compiled, shared by all that run the same step.
         dtype: of the positions on the device.
         device: where the list is made.
-
-    Raises:
-        CapacityError: if the search would be too large.
-        ConfigError: if the backend is not installed.
     """
 
     def __init__(

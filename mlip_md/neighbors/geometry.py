@@ -17,6 +17,9 @@ SMALLEST_VOLUME_RATIO = 1e-7
 LARGEST_COORDINATE = 1e12
 """Å; beyond it float64 resolves less than a thousandth of a bond."""
 
+LARGEST_SKIN = 10.0
+"""Å that a list may reach beyond the cutoff; longer ones only cost time."""
+
 _ANY_PBC = np.zeros(3, bool), np.ones(3, bool)
 
 
@@ -190,7 +193,7 @@ def wrap(positions: Float64, cell: Float64, pbc: Bool) -> tuple[Float64, NDArray
     return positions - counts @ vectors, offsets
 
 
-def place(positions: Float64, cell: Float64, pbc: Bool, reach: float) -> Float64:
+def place(positions: Float64, cell: Float64, pbc: Bool, cutoff: float) -> Float64:
     """Wrap a structure into its cell, close its gaps and center it.
 
     Coordinates are then as small as they can be and lose least when cast to float32; where
@@ -201,12 +204,12 @@ def place(positions: Float64, cell: Float64, pbc: Bool, reach: float) -> Float64
         positions: (n, 3) Å, at least one.
         cell: (3, 3) Å, checked.
         pbc: (3,).
-        reach: Å, beyond which nobody looks.
+        cutoff: Å; nobody looks farther than that and the largest skin.
 
     Returns:
         Positions (n, 3) Å.
     """
     wrapped, _ = wrap(positions, cell, pbc)
-    closed = close_gaps(wrapped, cell, pbc, 2.0 * reach)
+    closed = close_gaps(wrapped, cell, pbc, 2.0 * (cutoff + LARGEST_SKIN))
     middle, vectors = closed.mean(axis=0), cell[pbc]
     return np.asarray(closed - (middle + (0.5 - dual_vectors(vectors) @ middle) @ vectors))

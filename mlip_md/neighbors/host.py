@@ -124,14 +124,14 @@ def _search(n_atoms: int, cutoff: float) -> vesin.NeighborList:
 
     Its results are overwritten by the next search, so that threads cannot share one.
     """
-    n_threads = 1 if n_atoms < _SERIAL_BELOW else 0
-    if n_atoms > _KEPT_UP_TO:
-        return vesin.NeighborList(cutoff=cutoff, full_list=True, n_threads=n_threads)
-    kept = getattr(_searches, "last", None)
-    if kept is None or kept[0] != (cutoff, n_threads):
-        search = vesin.NeighborList(cutoff=cutoff, full_list=True, n_threads=n_threads)
-        kept = _searches.last = (cutoff, n_threads), search
-    return kept[1]
+    key = cutoff, n_threads = cutoff, 1 if n_atoms < _SERIAL_BELOW else 0
+    keep = n_atoms <= _KEPT_UP_TO
+    if keep and getattr(_searches, "key", None) == key:
+        return _searches.search
+    search = vesin.NeighborList(cutoff=cutoff, full_list=True, n_threads=n_threads)
+    if keep:
+        _searches.key, _searches.search = key, search
+    return search
 
 
 def _reach(positions: Float64, cell: Float64, pbc: Bool, cutoff: float) -> float:

@@ -7,6 +7,7 @@ the cell, atoms and cell together, and atoms may have been put back into the cel
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from mlip_md.neighbors.cells import cell_pairs
 from mlip_md.neighbors.dense import dense_pairs
 from mlip_md.neighbors.nvalchemi import nvalchemi_pairs
 from mlip_md.neighbors.search import (
+    Builder,
     Pairs,
     Search,
     combine,
@@ -26,7 +28,11 @@ from mlip_md.neighbors.search import (
     true_entries,
 )
 
-BUILDERS = {"dense": dense_pairs, "cells": cell_pairs, "nvalchemi": nvalchemi_pairs}
+BUILDERS: Mapping[str, Builder] = {
+    "dense": dense_pairs,
+    "cells": cell_pairs,
+    "nvalchemi": nvalchemi_pairs,
+}
 
 SKIN_SLACK = 1e-3
 """Å of the skin that are left to rounding in float32."""
@@ -120,7 +126,6 @@ def find_edges(
     def build(cutoff: float, room: int) -> Pairs:
         return BUILDERS[search.backend](positions, cell, n_atoms, search, cutoff, room)
 
-    axes = search.axes
     if kept is None:
         pairs = build(search.cutoff, capacity)
         candidates = jnp.zeros((), jnp.int32)
@@ -135,13 +140,8 @@ def find_edges(
         homes = jnp.where(stale, 0, homes)
         pairs = prune(positions, cell, homes, kept.pairs, search, capacity)
         candidates = kept.pairs.n_pairs
-    vectors = (
-        positions[pairs.receivers]
-        - positions[pairs.senders]
-        + combine(pairs.shifts[:, axes], cell[axes])
-    )
-    squares = jnp.where(pairs.mask, jnp.sum(vectors**2, axis=1), jnp.inf)
-    lattice = jnp.isfinite(dual(cell[axes])).all()
+    squares = jnp.where(pairs.mask, _squares(positions, cell, pairs, search.axes), jnp.inf)
+    lattice = jnp.isfinite(dual(cell[search.axes])).all()
     needs = Needs(
         edges=pairs.n_pairs,
         candidates=candidates,
@@ -151,6 +151,12 @@ def find_edges(
         finite=lattice & jnp.isfinite(positions).all(),
     )
     return pairs, needs, kept
+
+
+def _squares(positions: jax.Array, cell: jax.Array, pairs: Pairs, axes: np.ndarray) -> jax.Array:
+    """Squared distances (capacity,) of pairs."""
+    images = combine(pairs.shifts[:, axes].astype(cell.dtype), cell[axes])
+    return jnp.sum((positions[pairs.receivers] - positions[pairs.senders] + images) ** 2, axis=1)
 
 
 def movement(
@@ -190,12 +196,7 @@ def prune(
     """Those pairs that are within the cutoff, with shifts of the positions as given."""
     axes = search.axes
     steady = positions - combine(homes[:, axes].astype(cell.dtype), cell[axes])
-    vectors = (
-        steady[pairs.receivers]
-        - steady[pairs.senders]
-        + combine(pairs.shifts[:, axes].astype(cell.dtype), cell[axes])
-    )
-    near = pairs.mask & (jnp.sum(vectors**2, axis=1) < search.cutoff**2)
+    near = pairs.mask & (_squares(steady, cell, pairs, axes) < search.cutoff**2)
     index, valid, count = true_entries(near, capacity)
     senders, receivers = pairs.senders[index], pairs.receivers[index]
     shifts = pairs.shifts[index] + homes[senders] - homes[receivers]

@@ -52,19 +52,9 @@ def nvalchemi_pairs(
     cutoff: float,
     capacity: int,
 ) -> Pairs:
-    """Find all pairs; pure, for use under ``jit`` with static search, cutoff and capacity.
+    """All pairs, a ``search.Builder``; reads ``pbc``, ``atoms``, ``slots``, ``bins``.
 
-    Args:
-        positions: (n_nodes, 3) Å, rows from ``search.atoms`` on are padding and get no pair.
-        cell: (3, 3) Å, rows are lattice vectors; those of open axes are not read.
-        n_atoms: number of atoms, the same as ``search.atoms``.
-        search: of which ``pbc``, ``atoms``, ``slots`` and ``bins`` are used.
-        cutoff: Å.
-        capacity: pairs to make room for.
-
-    Returns:
-        The pairs; complete only if ``n_pairs`` and ``slots`` are within ``capacity`` and
-        ``search.slots``.
+    ``search.atoms`` is the static number of atoms, the same as ``n_atoms``.
     """
     from nvalchemiops.jax.neighbors.cell_list import cell_list
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -70,6 +71,25 @@ class Pairs(NamedTuple):
     n_pairs: jax.Array
     reach: jax.Array
     slots: jax.Array
+
+
+Builder = Callable[[jax.Array, jax.Array, jax.Array | int, Search, float, int], Pairs]
+"""A backend, ``build(positions, cell, n_atoms, search, cutoff, capacity)``: finds all pairs.
+
+It is pure, for use under ``jit`` with static search, cutoff and capacity.
+
+Args:
+    positions: (n_nodes, 3) Å, rows from ``n_atoms`` on are padding and get no pair.
+    cell: (3, 3) Å, rows are lattice vectors; those of open axes are not read.
+    n_atoms: number of atoms.
+    search: of which each backend says what it reads.
+    cutoff: Å.
+    capacity: pairs to make room for.
+
+Returns:
+    The pairs; complete only if ``n_pairs`` is within ``capacity``, and ``reach`` and ``slots``
+    within those of the search.
+"""
 
 
 def padded_pairs(

@@ -15,6 +15,9 @@ from mlip_md.networks.config import MACEConfig as MACEConfig
 from mlip_md.networks.config import NequIPConfig as NequIPConfig
 from mlip_md.networks.config import NetworkConfig as NetworkConfig
 
+LARGEST_R_MIN = 0.98
+"""Part of the cutoff; beyond it the envelope leaves float32 no digits of the radial basis."""
+
 
 def build_network(
     config: NetworkConfig,
@@ -39,17 +42,17 @@ def build_network(
         energies before scaling and without E0.
 
     Raises:
-        ConfigError: if avg_r_min is not below the cutoff.
+        ConfigError: if avg_r_min is too near to the cutoff or beyond it.
     """
     neighbors = config.avg_num_neighbors or avg_num_neighbors
     if isinstance(config, MACEConfig):
         from mlip_md.networks.mace import MACE
 
         r_min = config.avg_r_min if config.avg_r_min is not None else avg_r_min
-        if r_min is not None and r_min >= cutoff:
+        if r_min is not None and r_min > LARGEST_R_MIN * cutoff:
             raise ConfigError(
-                f"avg_r_min = {r_min} Å is not below the cutoff of {cutoff} Å: the radial basis "
-                "cannot be normalised between them"
+                f"avg_r_min = {r_min} Å is beyond {LARGEST_R_MIN:.0%} of the cutoff of {cutoff} Å: "
+                "the radial basis cannot be normalised between them; take a larger cutoff"
             )
         return MACE(config, num_species, cutoff, neighbors, r_min)
     from mlip_md.networks.nequip import NequIP

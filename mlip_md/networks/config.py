@@ -197,6 +197,7 @@ class _Hyperparameters:
     """What the configurations of all architectures have in common.
 
     Attributes:
+        num_layers: message-passing layers, the receptive field in units of the cutoff.
         architecture: its name in files and recipes.
         published_block: module below which published files and those of version 0.1.0 have the
             weights.
@@ -214,11 +215,6 @@ class _Hyperparameters:
         if isinstance(self.atomic_energies, Mapping):
             energies = {z: float(energy) for z, energy in self.atomic_energies.items()}
             object.__setattr__(self, "atomic_energies", energies)
-
-    @property
-    def receptive_layers(self) -> int:
-        """Number of message-passing layers: the receptive field in units of the cutoff."""
-        return self.num_layers
 
     def decays(self, path: str) -> bool:
         """Whether weight decay acts on a weight, given by its path in the parameter tree."""

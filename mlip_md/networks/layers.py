@@ -8,24 +8,31 @@ float64 and take the dtype of the features they meet.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import TypeVar
 
 import e3nn_jax as e3nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from e3nn_jax import Irrep, Irreps
 from flax import linen as nn
 
 Edges = TypeVar("Edges")
 Messages = TypeVar("Messages")
 
+SCALAR = Irrep("0e")
+
+Features = dict[Irrep, jax.Array]
+"""Node features by irrep: (n_nodes, 2l+1, channels), channels of equal irreps side by side in the
+order of the configuration. In NequIP irreps that are zero, or that nothing reads, are left out."""
+
 MESSAGE_MEMORY = 32 * 2**20
 """Bytes that the messages of one chunk of edges may take before edges are split further."""
 
-_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.swish,
     "elu": jax.nn.elu,
@@ -36,28 +43,20 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-    """Nonlinearity by name, as it is."""
-    return _ACTIVATIONS[name]
-
-
 @functools.lru_cache
 def _second_moment(name: str) -> float:
     """Root of <act(x)²> over a standard normal x, by its quantiles (as e3nn normalises)."""
-    with jax.ensure_compile_time_eval(), jax.enable_x64(True), _on_cpu():
+    on_cpu = jax.default_device(jax.local_devices(backend="cpu")[0])
+    with jax.ensure_compile_time_eval(), jax.enable_x64(True), on_cpu:
         quantiles = jnp.linspace(0.0, 1.0, 1_000_001 + 2, dtype=jnp.float64)[1:-1]
         samples = jnp.sqrt(2.0) * jax.scipy.special.erfinv(2.0 * quantiles - 1.0)
-        return float(jnp.sqrt(jnp.mean(_ACTIVATIONS[name](samples) ** 2)))
+        return float(jnp.sqrt(jnp.mean(ACTIVATIONS[name](samples) ** 2)))
 
 
 def normalized_activation(name: str) -> Callable[[jax.Array], jax.Array]:
     """Nonlinearity divided by the root of its second moment under a standard normal."""
     scale = 1.0 / _second_moment(name)
-    return lambda x: scale * _ACTIVATIONS[name](x)
-
-
-def _on_cpu() -> AbstractContextManager:
-    return jax.default_device(jax.local_devices(backend="cpu")[0])
+    return lambda x: scale * ACTIVATIONS[name](x)
 
 
 def bessel_basis(lengths: jax.Array, cutoff: float, number: int) -> jax.Array:
@@ -120,7 +119,7 @@ def spherical_harmonics(vectors: jax.Array, degrees: range) -> dict[int, jax.Arr
     """
     if len(degrees) == 0:
         return {}
-    irreps = e3nn.Irreps([(1, (l, (-1) ** l)) for l in degrees])
+    irreps = Irreps([(1, (l, (-1) ** l)) for l in degrees])
     array = e3nn.spherical_harmonics(irreps, vectors, normalize=True, normalization="component")
     return {l: chunk[:, 0, :] for l, chunk in zip(degrees, array.chunks, strict=True)}
 
@@ -235,6 +234,76 @@ def radial_weights(
     for kernel in kernels[:-1]:
         x = act(x @ kernel)
     return jnp.where(inside, x, 0.0) @ kernels[-1]
+
+
+class Linear(nn.Module):
+    """Mixes the channels of each irrep, divided by √fan-in.
+
+    Attributes:
+        irreps_in: blocks that enter; adjacent ones of equal irrep share weights.
+        irreps_out: blocks that leave, each with weights of its own.
+    """
+
+    irreps_in: Irreps
+    irreps_out: Irreps
+
+    @nn.compact
+    def __call__(self, x: Features, read: tuple[bool, ...] | None = None) -> Features:
+        """Mixed features; ``read`` says which blocks of irreps_out to compute (None: all)."""
+        entering, leaving = Irreps(self.irreps_in).simplify(), Irreps(self.irreps_out)
+        weights = {}
+        for i, o in mixing_blocks(entering, leaving):
+            shape = entering[i].mul, leaving[o].mul
+            name = f"w[{i},{o}] {entering[i]},{leaving[o]}"
+            weights[i, o] = self.param(name, nn.initializers.normal(1.0), shape)
+        matrices = mixing_matrices(weights, entering, leaving, read, x[SCALAR].dtype)
+        return {ir: x[ir] @ w for ir, w in matrices.items() if ir in x}
+
+
+def mixing_blocks(irreps_in: Irreps, irreps_out: Irreps) -> list[tuple[int, int]]:
+    """Blocks that mix: those of equal irrep."""
+    pairs = itertools.product(range(len(irreps_in)), range(len(irreps_out)))
+    return [(i, o) for i, o in pairs if irreps_in[i].ir == irreps_out[o].ir]
+
+
+def mixing_matrices(
+    weights: dict[tuple[int, int], jax.Array],
+    irreps_in: Irreps,
+    irreps_out: Irreps,
+    read: tuple[bool, ...] | None,
+    dtype: jnp.dtype,
+) -> dict[Irrep, jax.Array]:
+    """One matrix per irrep, divided by √fan-in, of the published weights between its blocks.
+
+    Args:
+        weights: (channels in, ..., channels out) by blocks, row by row.
+        irreps_in: blocks that enter.
+        irreps_out: blocks that leave.
+        read: which of them to keep (None: all).
+        dtype: of the result.
+    """
+    rows: dict[Irrep, dict[int, list[jax.Array]]] = {}
+    for (i, _), w in weights.items():
+        rows.setdefault(irreps_in[i].ir, {}).setdefault(i, []).append(w.astype(dtype))
+    matrices = {}
+    for ir, by_block in rows.items():
+        matrix = jnp.concatenate(
+            [
+                jnp.concatenate(row, axis=-1) / math.sqrt(irreps_in[i].mul * len(by_block))
+                for i, row in by_block.items()
+            ]
+        )
+        blocks = [(o, mul) for o, (mul, other) in enumerate(irreps_out) if other == ir]
+        parts = split(matrix, [mul for _, mul in blocks])
+        kept = [part for part, (o, _) in zip(parts, blocks, strict=True) if not read or read[o]]
+        if kept:
+            matrices[ir] = jnp.concatenate(kept, axis=-1)
+    return matrices
+
+
+def split(x: jax.Array, widths: list[int]) -> list[jax.Array]:
+    """Parts of the given widths of an array's last axis."""
+    return jnp.split(x, np.cumsum(widths)[:-1], axis=-1)
 
 
 def species_linear(x: jax.Array, weights: jax.Array, species: jax.Array) -> jax.Array:

@@ -10,25 +10,20 @@ import functools
 import math
 from typing import NamedTuple
 
-import e3nn_jax as e3nn
 import jax
 import jax.numpy as jnp
-from e3nn_jax import Irrep
+from e3nn_jax import Irrep, Irreps
 from flax import linen as nn
 
 from mlip_md.graph import Graph, edge_vectors
 from mlip_md.networks import layers
 from mlip_md.networks.config import MACEConfig
+from mlip_md.networks.layers import SCALAR, Features
 from mlip_md.networks.product_basis import SymmetricContraction
 from mlip_md.networks.radial_scale import radial_scale
 
 RADIAL_WIDTHS = (64, 64, 64)
 """Hidden widths of the radial network; no card or file has others."""
-
-SCALAR = Irrep("0e")
-
-Features = dict[Irrep, jax.Array]
-"""Node features by irrep: (n_nodes, 2l+1, channels)."""
 
 Path = tuple[Irrep, int, Irrep]
 """Irrep of the sender's feature, degree of the harmonic (0: a copy) and irrep of the message."""
@@ -87,28 +82,10 @@ def message_paths(
     return paths
 
 
-class Linear(nn.Module):
-    """Mixing of channels within each irrep, divided by √fan-in.
-
-    Attributes:
-        irreps: irreps kept, in order.
-        channels: channels of the result.
-    """
-
-    irreps: tuple[Irrep, ...]
-    channels: int
-
-    @nn.compact
-    def __call__(self, x: Features) -> Features:
-        out = {}
-        for i_in, ir in enumerate(x):
-            if ir not in self.irreps:
-                continue
-            fan_in, i_out = x[ir].shape[-1], self.irreps.index(ir)
-            name = f"w[{i_in},{i_out}] {fan_in}x{ir},{self.channels}x{ir}"
-            w = self.param(name, nn.initializers.normal(1.0), (fan_in, self.channels))
-            out[ir] = x[ir] @ (w / math.sqrt(fan_in))
-        return out
+def linear(x: Features, irreps: tuple[Irrep, ...], channels: int, name: str) -> Features:
+    """A ``Linear`` from all features of a layer to so many channels of each of some irreps."""
+    entering = Irreps([(feature.shape[-1], ir) for ir, feature in x.items()])
+    return layers.Linear(entering, Irreps([(channels, ir) for ir in irreps]), name=name)(x)
 
 
 class SpeciesLinear(nn.Module):
@@ -153,9 +130,7 @@ class SpeciesPerceptron(nn.Module):
         Args:
             embedding: (num_species, width) learned vector of each species.
         """
-        shape = (len(embedding), *embedding.shape)
-        sender = jnp.broadcast_to(embedding[:, None], shape)
-        receiver = jnp.broadcast_to(embedding[None, :], shape)
+        sender, receiver = jnp.broadcast_arrays(embedding[:, None], embedding[None, :])
         x = jnp.concatenate([sender, receiver, sender * receiver], axis=-1)
         x = x.reshape(len(embedding) ** 2, -1)
         act = layers.normalized_activation(self.activation)
@@ -268,12 +243,12 @@ class InteractionBlock(nn.Module):
         self, x: Features, edges: Edges, receivers: jax.Array, embedding: jax.Array | None
     ) -> Features:
         channels = self.config.num_channels
-        x = Linear(tuple(x), channels, name="linear_up")(x)
+        x = linear(x, tuple(x), channels, "linear_up")
         convolution = MessagePassingConvolution(
             self.config, self.avg_num_neighbors, name="MessagePassingConvolution_0"
         )
         x = convolution(x, edges, receivers, embedding)
-        return Linear(tuple(x), channels, name="linear_down")(x)
+        return linear(x, tuple(x), channels, "linear_down")
 
 
 class EquivariantProductBasisBlock(nn.Module):
@@ -292,18 +267,17 @@ class EquivariantProductBasisBlock(nn.Module):
     @nn.compact
     def __call__(self, a: Features, species: jax.Array) -> Features:
         contraction = SymmetricContraction(
-            tuple(str(ir) for ir in a),
-            tuple(str(ir) for ir in self.irreps),
+            tuple(a),
+            self.irreps,
             self.config.correlation,
             self.num_species,
             self.config.symmetric_tensor_product_basis,
             name="SymmetricContraction_0",
         )
-        b = contraction(jnp.concatenate(list(a.values()), axis=1), species)
-        features = {ir: b[str(ir)] for ir in self.irreps}
+        features = contraction(jnp.concatenate(list(a.values()), axis=1), species)
         if self.config.gate_nodes:
             features = self._gated(features, species)
-        return Linear(self.irreps, self.config.num_channels, name="Linear_0")(features)
+        return linear(features, self.irreps, self.config.num_channels, "Linear_0")
 
     def _gated(self, features: Features, species: jax.Array) -> Features:
         """Features times linear functions of the scalars (not in the original MACE)."""
@@ -322,7 +296,7 @@ class LinearReadoutBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Features) -> jax.Array:
-        return Linear((SCALAR,), 1, name="Linear_0")({SCALAR: x[SCALAR]})[SCALAR][:, 0, 0]
+        return linear({SCALAR: x[SCALAR]}, (SCALAR,), 1, "Linear_0")[SCALAR][:, 0, 0]
 
 
 class NonLinearReadoutBlock(nn.Module):
@@ -338,9 +312,9 @@ class NonLinearReadoutBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Features) -> jax.Array:
-        hidden = Linear((SCALAR,), self.hidden, name="Linear_0")({SCALAR: x[SCALAR]})[SCALAR]
+        hidden = linear({SCALAR: x[SCALAR]}, (SCALAR,), self.hidden, "Linear_0")[SCALAR]
         hidden = layers.normalized_activation(self.activation)(hidden)
-        return Linear((SCALAR,), 1, name="Linear_1")({SCALAR: hidden})[SCALAR][:, 0, 0]
+        return linear({SCALAR: hidden}, (SCALAR,), 1, "Linear_1")[SCALAR][:, 0, 0]
 
 
 class MACELayer(nn.Module):
@@ -393,7 +367,7 @@ class MACELayer(nn.Module):
         energies = jnp.zeros(len(x[SCALAR]), x[SCALAR].dtype)
         for head in range(self.config.num_readout_heads):
             if last:
-                hidden = e3nn.Irreps(self.config.readout_irreps[0]).dim
+                hidden = Irreps(self.config.readout_irreps[0]).dim
                 block = NonLinearReadoutBlock(
                     hidden, self.config.activation, name=f"NonLinearReadoutBlock_{head}"
                 )

@@ -23,12 +23,7 @@ from flax import linen as nn
 from mlip_md.graph import Graph, edge_vectors
 from mlip_md.networks import layers
 from mlip_md.networks.config import NequIPConfig
-
-SCALAR = Irrep("0e")
-
-Features = dict[Irrep, jax.Array]
-"""Node features by irrep: (n_nodes, 2l+1, channels), channels of equal irreps side by side in the
-order of the configuration. Irreps that are zero, or that nothing reads, are left out."""
+from mlip_md.networks.layers import SCALAR, Features
 
 
 class Edges(NamedTuple):
@@ -151,30 +146,6 @@ def message_paths(config: NequIPConfig, layer: int) -> list[Path]:
 # Self-interactions
 
 
-class Linear(nn.Module):
-    """Self-interaction: mixes the channels of each irrep, divided by √fan-in.
-
-    Attributes:
-        irreps_in: blocks that enter; adjacent ones of equal irrep share weights.
-        irreps_out: blocks that leave, each with weights of its own.
-    """
-
-    irreps_in: Irreps
-    irreps_out: Irreps
-
-    @nn.compact
-    def __call__(self, x: Features, read: tuple[bool, ...] | None = None) -> Features:
-        """Mixed features; ``read`` says which blocks of irreps_out to compute (None: all)."""
-        entering, leaving = Irreps(self.irreps_in).simplify(), Irreps(self.irreps_out)
-        weights = {}
-        for i, o in _pairs(entering, leaving):
-            shape = entering[i].mul, leaving[o].mul
-            name = f"w[{i},{o}] {entering[i]},{leaving[o]}"
-            weights[i, o] = self.param(name, nn.initializers.normal(1.0), shape)
-        matrices = _matrices(weights, entering, leaving, read, x[SCALAR].dtype)
-        return {ir: x[ir] @ w for ir, w in matrices.items() if ir in x}
-
-
 class SpeciesLinear(nn.Module):
     """Self-interaction with weights for each species, divided by √(fan-in · species).
 
@@ -193,61 +164,16 @@ class SpeciesLinear(nn.Module):
         """Mixed features; ``read`` says which blocks of irreps_out to compute."""
         entering, leaving = Irreps(self.irreps_in).simplify(), Irreps(self.irreps_out)
         s, joint, weights = self.num_species, leaving.simplify(), {}
-        for i, o in _pairs(entering, joint):
+        for i, o in layers.mixing_blocks(entering, joint):
             shape = entering[i].mul, s, joint[o].mul
             name = f"w[{i},0,{o}] {entering[i]},{s}x0e,{joint[o]}"
             weights[i, o] = self.param(name, nn.initializers.normal(1.0), shape)
-        matrices = _matrices(weights, entering, leaving, read, x[SCALAR].dtype)
+        matrices = layers.mixing_matrices(weights, entering, leaving, read, x[SCALAR].dtype)
         return {
             ir: layers.species_linear(x[ir], w / math.sqrt(s), species)
             for ir, w in matrices.items()
             if ir in x
         }
-
-
-def _pairs(irreps_in: Irreps, irreps_out: Irreps) -> list[tuple[int, int]]:
-    """Blocks that mix: those of equal irrep."""
-    pairs = itertools.product(range(len(irreps_in)), range(len(irreps_out)))
-    return [(i, o) for i, o in pairs if irreps_in[i].ir == irreps_out[o].ir]
-
-
-def _matrices(
-    weights: dict[tuple[int, int], jax.Array],
-    irreps_in: Irreps,
-    irreps_out: Irreps,
-    read: tuple[bool, ...] | None,
-    dtype: jnp.dtype,
-) -> dict[Irrep, jax.Array]:
-    """One matrix per irrep, divided by √fan-in, of the published weights between its blocks.
-
-    Args:
-        weights: (channels in, ..., channels out) by blocks, row by row.
-        irreps_in: blocks that enter.
-        irreps_out: blocks that leave.
-        read: which of them to keep (None: all).
-        dtype: of the result.
-    """
-    rows: dict[Irrep, dict[int, list[jax.Array]]] = {}
-    for (i, _), w in weights.items():
-        rows.setdefault(irreps_in[i].ir, {}).setdefault(i, []).append(w.astype(dtype))
-    matrices = {}
-    for ir, by_block in rows.items():
-        matrix = jnp.concatenate(
-            [
-                jnp.concatenate(row, axis=-1) / math.sqrt(irreps_in[i].mul * len(by_block))
-                for i, row in by_block.items()
-            ]
-        )
-        blocks = [(o, mul) for o, (mul, other) in enumerate(irreps_out) if other == ir]
-        parts = _split(matrix, [mul for _, mul in blocks])
-        kept = [part for part, (o, _) in zip(parts, blocks, strict=True) if not read or read[o]]
-        if kept:
-            matrices[ir] = jnp.concatenate(kept, axis=-1)
-    return matrices
-
-
-def _split(x: jax.Array, widths: list[int]) -> list[jax.Array]:
-    return jnp.split(x, np.cumsum(widths)[:-1], axis=-1)
 
 
 # Convolution
@@ -288,7 +214,7 @@ def convolve(
         weights = layers.radial_weights(kernels, act, edges.basis, edges.inside)
         gathered = {ir: feature[edges.senders] for ir, feature in x.items()}
         products = []
-        for bundle, c, w in zip(bundles, couplings, _split(weights, widths), strict=True):
+        for bundle, c, w in zip(bundles, couplings, layers.split(weights, widths), strict=True):
             rotations = jnp.einsum("ey,yma->ema", edges.harmonics, c)
             senders = gathered[bundle[0].source][..., bundle[0].channels]
             w = w.reshape(-1, len(bundle), bundle[0].width)
@@ -376,7 +302,7 @@ def gate(blocks: Irreps, hidden: Features) -> Features:
     _, gated = _parted(blocks)
     n_scalars = sum(mul for mul, ir in blocks if ir == SCALAR)
     activated = even(hidden[SCALAR])
-    gates = _split(activated[..., n_scalars:], [mul for mul, _ in gated])
+    gates = layers.split(activated[..., n_scalars:], [mul for mul, _ in gated])
     out = {SCALAR: activated[..., :n_scalars]}
     for ir in hidden.keys() - {SCALAR}:
         if ir.l == 0:
@@ -414,9 +340,9 @@ class NequIPLayer(nn.Module):
         residual = SpeciesLinear(
             entering, hidden, self.num_species, name="FullyConnectedTensorProduct_0"
         )(x, species, read)
-        x = Linear(entering, feature_blocks(config, self.index), name="Linear_0")(x)
+        x = layers.Linear(entering, feature_blocks(config, self.index), name="Linear_0")(x)
         messages, sums = self._convolution(x, edges, receivers, kept)
-        mixed = Linear(messages, hidden, name="Linear_1")(sums, read)
+        mixed = layers.Linear(messages, hidden, name="Linear_1")(sums, read)
         added = {ir: mixed[ir] + residual[ir] if ir in residual else mixed[ir] for ir in mixed}
         return gate(Irreps([block for block in leaving if block.ir in kept]), added)
 
@@ -430,7 +356,7 @@ class NequIPLayer(nn.Module):
         variances = (config.scalar_mlp_std,) * len(hidden) + (1.0,)
         stds = tuple(math.sqrt(v / n) for v, n in zip(variances, widths[:-1], strict=True))
         kernels = layers.RadialKernels(widths, stds, scaled=False, name="MLP_0")()
-        act = layers.activation(config.radial_net_nonlinearity)
+        act = layers.ACTIVATIONS[config.radial_net_nonlinearity]
         computed = [path for path in paths if path.source in x and path.irrep in kept]
         sums = convolve(computed, x, kernels, act, edges, receivers)
         existing = reached_irreps(config, self.index)
@@ -465,15 +391,15 @@ class NequIP(nn.Module):
         blocks, edges = feature_blocks(config, 0), self._edges(graph)
         one_hot = jax.nn.one_hot(species, self.num_species, dtype=edges.basis.dtype)[:, None, :]
         elements = Irreps([(self.num_species, SCALAR)])
-        x = Linear(elements, blocks, name="Linear_0")({SCALAR: one_hot})
+        x = layers.Linear(elements, blocks, name="Linear_0")({SCALAR: one_hot})
         for i in range(config.num_layers):
             layer = NequIPLayer(
                 config, self.num_species, self.avg_num_neighbors, i, name=f"NequipLayer_{i}"
             )
             x = layer(x, species, edges, jnp.asarray(graph.receivers))
         half = Irreps([([mul for mul, ir in blocks if ir == SCALAR][-1] // 2, SCALAR)])
-        x = Linear(existing_blocks(config, config.num_layers), half, name="Linear_1")(x)
-        return Linear(half, Irreps("0e"), name="Linear_2")(x)[SCALAR][:, 0, 0]
+        x = layers.Linear(existing_blocks(config, config.num_layers), half, name="Linear_1")(x)
+        return layers.Linear(half, Irreps("0e"), name="Linear_2")(x)[SCALAR][:, 0, 0]
 
     def _edges(self, graph: Graph) -> Edges:
         config, vectors = self.config, edge_vectors(graph)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 
 import e3nn_jax as e3nn
 import jax
@@ -39,13 +38,15 @@ def monomial_indices(dimension: int, order: int) -> list[tuple[int, ...]]:
     return list(itertools.combinations_with_replacement(range(dimension), order))
 
 
-def reduced_couplings(irreps: str, order: int, irrep_out: str, symmetric: bool) -> Reduced:
+def reduced_couplings(
+    factors: tuple[Irrep, ...], order: int, irrep_out: Irrep, symmetric: bool
+) -> Reduced:
     """Couplings of ``order`` equal factors to one irrep, in the published order of paths.
 
     The basis is a set of linearly independent paths as they are, because these are sparse.
 
     Args:
-        irreps: the factors' irreps, ascending, each of multiplicity 1.
+        factors: the factors' irreps, ascending, each of multiplicity 1.
         order: number of factors ν.
         irrep_out: irrep of the result.
         symmetric: paths are the permutation-symmetric couplings only, not all successive ones.
@@ -53,10 +54,8 @@ def reduced_couplings(irreps: str, order: int, irrep_out: str, symmetric: bool) 
     Returns:
         The couplings, reduced.
     """
-    factors = tuple(ir for _, ir in e3nn.Irreps(irreps))
-    if symmetric:
-        return _symmetric_couplings(factors, order, Irrep(irrep_out))
-    return _successive_couplings(factors, order, Irrep(irrep_out))
+    couplings = _symmetric_couplings if symmetric else _successive_couplings
+    return couplings(factors, order, irrep_out)
 
 
 @functools.lru_cache
@@ -154,7 +153,7 @@ def powers(x: jax.Array, order: int) -> jax.Array:
     return functools.reduce(lambda product, index: product * x[index], rest, x[first])
 
 
-def polynomials(x: jax.Array, basis: np.ndarray) -> list[jax.Array]:
+def polynomials(x: jax.Array, order: int, basis: np.ndarray) -> list[jax.Array]:
     """Couplings of equal powers of x, Σ_p basis[p, r, m] · monomial_p(x).
 
     Few coefficients are written out, term by term: compilers fuse the sum into one pass over the
@@ -163,13 +162,13 @@ def polynomials(x: jax.Array, basis: np.ndarray) -> list[jax.Array]:
 
     Args:
         x: (d, n) components first.
-        basis: (n_monomials, rank, 2L+1) coefficients on monomials of one order.
+        order: of the powers.
+        basis: (n_monomials, rank, 2L+1) coefficients on monomials of that order.
 
     Returns:
         For every r an array (2L+1, n).
     """
     n_monomials, rank, dim_out = basis.shape
-    order = next(k for k in itertools.count(1) if _n_monomials(x.shape[0], k) == n_monomials)
     if np.count_nonzero(np.abs(basis) > 1e-12) > MAX_TERMS:
         matrix = jnp.asarray(basis.reshape(n_monomials, -1), x.dtype)
         return list((matrix.T @ powers(x, order)).reshape(rank, dim_out, -1))
@@ -197,10 +196,6 @@ class _Products(dict):
         return product
 
 
-def _n_monomials(dimension: int, order: int) -> int:
-    return math.comb(dimension + order - 1, order)
-
-
 class SymmetricContraction(nn.Module):
     """Powers of node features up to ``correlation`` with weights per species and channel.
 
@@ -212,14 +207,14 @@ class SymmetricContraction(nn.Module):
         symmetric: weights on permutation-symmetric couplings only.
     """
 
-    irreps_in: tuple[str, ...]
-    irreps_out: tuple[str, ...]
+    irreps_in: tuple[Irrep, ...]
+    irreps_out: tuple[Irrep, ...]
     correlation: int
     num_species: int
     symmetric: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, species: jax.Array) -> dict[str, jax.Array]:
+    def __call__(self, x: jax.Array, species: jax.Array) -> dict[Irrep, jax.Array]:
         """Contract.
 
         Args:
@@ -231,11 +226,10 @@ class SymmetricContraction(nn.Module):
         """
         n_nodes, dimension, channels = x.shape
         components = jnp.moveaxis(x, 1, 0).reshape(dimension, -1)
-        out: dict[str, jax.Array] = {}
+        out: dict[Irrep, jax.Array] = {}
         for order in range(self.correlation, 0, -1):
             for irrep in self.irreps_out:
-                key = (" + ".join(self.irreps_in), order, irrep, self.symmetric)
-                basis, merge = reduced_couplings(*key)
+                basis, merge = reduced_couplings(self.irreps_in, order, irrep, self.symmetric)
                 rank, n_paths = merge.shape
                 weights = self.param(
                     f"w{order}_{irrep}",
@@ -243,7 +237,7 @@ class SymmetricContraction(nn.Module):
                     (self.num_species, n_paths, channels),
                 )
                 merged = jnp.einsum("rk,skc->rsc", jnp.asarray(merge, x.dtype), weights)
-                values = polynomials(components, basis)
+                values = polynomials(components, order, basis)
                 for r in range(rank):
                     value = values[r].reshape(-1, n_nodes, channels) * merged[r][species][None]
                     out[irrep] = out[irrep] + value if irrep in out else value

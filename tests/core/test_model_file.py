@@ -269,6 +269,8 @@ def set_hyperparameter(**values):
         (lambda d: d.update(avg_num_neighbors=1e-300), "avg_num_neighbors"),
         (lambda d: d.update(avg_r_min=9.0), "avg_r_min"),
         (lambda d: d.update(avg_r_min=1e-300), "avg_r_min"),
+        (lambda d: d.update(avg_r_min=4.0999), "avg_r_min = 4.0999 Å is beyond 98% of the cutoff"),
+        (set_hyperparameter(avg_r_min=4.0999), "avg_r_min = 4.0999 Å is beyond 98% of the cutoff"),
         (lambda d: d.update(scaling_mean=1e308), "scaling_mean = 1e"),
         (lambda d: d.update(scaling_stdev=-1e308), "scaling_stdev = -1e"),
         (lambda d: d.update(scaling_stdev=0), "scaling_stdev = 0.0; .* at least 1e-08"),

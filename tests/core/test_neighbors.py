@@ -708,7 +708,7 @@ def test_the_first_list_is_compared_with_the_host(monkeypatch):
 
 def test_choice_of_backend(monkeypatch, caplog):
     """By device and size, as measured; what is asked for is taken; each choice is logged once."""
-    monkeypatch.setattr(device, "_logged", set())
+    device._log_once.cache_clear()
     monkeypatch.setattr(nvalchemi, "trusted", lambda: True)
     wide, narrow, periodic = np.eye(3) * 99, np.eye(3) * 1.2 * CUTOFF, np.ones(3, bool)
 

@@ -385,16 +385,17 @@ def test_reduced_couplings_are_those_of_all_factors(irreps, order):
     x = np.random.default_rng(order).normal(size=factors.dim)
     monomials = [np.prod(x[list(index)]) for index in monomial_indices(factors.dim, order)]
     counts = powers([(ir.l, ir.p) for _, ir in factors], order)
+    separate = tuple(ir for _, ir in factors)
     for _, ir in factors:
         basis = e3nn.reduced_tensor_product_basis([factors] * order, keep_ir=[ir])
         expected = np.asarray(basis.chunks[0])
         for _ in range(order):
             expected = np.tensordot(x, expected, axes=(0, 0))
-        reduced, merge = reduced_couplings(irreps, order, str(ir), False)
+        reduced, merge = reduced_couplings(separate, order, ir, False)
         result = np.einsum("p,prm,rk->km", monomials, reduced, merge)
         np.testing.assert_allclose(result, expected, atol=1e-12 * np.abs(expected).max())
         assert merge.shape == (reduced.shape[1], counts[ir.l, ir.p])
-        symmetric, identity = reduced_couplings(irreps, order, str(ir), True)
+        symmetric, identity = reduced_couplings(separate, order, ir, True)
         assert symmetric.shape == reduced.shape
         np.testing.assert_array_equal(identity, np.eye(reduced.shape[1]))
 
@@ -438,6 +439,13 @@ def test_values_that_are_not_supported_are_refused_by_name(config, values, messa
         config(**values)
 
 
-def test_radial_basis_cannot_be_normalised_beyond_the_cutoff():
-    with pytest.raises(ConfigError, match=r"avg_r_min = 4\.0"):
-        build_network(MACEConfig(), num_species=2, cutoff=4.0, avg_num_neighbors=5.0, avg_r_min=4.0)
+@pytest.mark.parametrize("r_min", [4.0, 3.9999, 3.93])
+def test_the_radial_basis_cannot_be_normalised_almost_at_the_cutoff(r_min):
+    sizes = {"num_species": 2, "cutoff": 4.0, "avg_num_neighbors": 5.0}
+    soft = MACEConfig(radial_envelope="soft_envelope")
+    with pytest.raises(ConfigError, match=rf"avg_r_min = {r_min} Å is beyond 98% of the cutoff"):
+        build_network(soft, **sizes, avg_r_min=r_min)
+    with pytest.raises(ConfigError, match=f"avg_r_min = {r_min}"):
+        build_network(MACEConfig(avg_r_min=r_min), **sizes, avg_r_min=1.0)
+    build_network(MACEConfig(avg_r_min=1.0), **sizes, avg_r_min=r_min)  # the configuration wins
+    build_network(NequIPConfig(), **sizes, avg_r_min=r_min)  # does not read it

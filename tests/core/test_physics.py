@@ -153,7 +153,7 @@ class Subject:
 
     def __init__(self, potential, dtype):
         self.potential, self.double = potential, dtype == "float64"
-        self.cutoff, self.layers = potential.cutoff, potential.config.receptive_layers
+        self.cutoff, self.layers = potential.cutoff, potential.config.num_layers
         self.exact_atoms = potential.config.architecture == "mace"
         self.engine = Engine(potential, dtype)
         room = Shape(40, 8 * round(1.37 * self.cutoff**3), 8)

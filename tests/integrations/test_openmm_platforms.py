@@ -26,6 +26,7 @@ from mlip_md.formats import own
 from mlip_md.integrations import openmm_force
 from mlip_md.integrations.ase import MLIPCalculator
 from mlip_md.integrations.md import MDSettings, files, report, run_md
+from mlip_md.integrations.openmm import MLIPPotentialImpl
 from mlip_md.integrations.openmm_force import open_potential
 
 PEPTIDE = Path(__file__).parents[2] / "examples" / "alanine_dipeptide.pdb"
@@ -204,7 +205,7 @@ def test_non_periodic_part_of_a_periodic_system_is_refused(model, peptide):
             ml.createMixedSystem(topology, mm, range(22), interpolate=interpolate, periodic=False)
     bare = topology_of(molecule_atoms())
     with pytest.raises(ConfigError, match="periodic=True or periodic=False"):
-        ml._impl.addForces(bare, openmm.System(), range(8), 0)
+        MLIPPotentialImpl("mlip-md", model).addForces(bare, openmm.System(), range(8), 0)
 
 
 def test_nan_forces_stop_the_simulation(platform, model, monkeypatch):

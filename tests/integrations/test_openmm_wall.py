@@ -83,8 +83,7 @@ def test_atoms_at_one_point_have_a_finite_repulsion(model, crowd):
 
 def test_mixed_systems_have_the_wall(model):
     atoms = molecule_atoms()
-    topology = topology_of(atoms)
-    topology._bonds.clear()  # no link atoms
+    topology = topology_of(atoms, bonds=np.zeros((0, 2), int))  # no link atoms
     mm = openmm.System()
     for _ in atoms:
         mm.addParticle(12.0)

@@ -10,7 +10,7 @@ from ase.build import molecule
 
 from mlip_md.trainer.data import LabeledStructure, iterate
 from mlip_md.trainer.data.filters import (
-    FilterCounts,
+    CurationReport,
     apply_filters,
     has_single_bonds,
     make_filters,
@@ -33,10 +33,9 @@ def pushed(*forces):
 
 
 def curate(structures, **options):
-    counts = FilterCounts()
-    return list(
-        apply_filters(structures, make_filters(CurationConfig(**options)), counts)
-    ), counts.report()
+    report = CurationReport()
+    filters = make_filters(CurationConfig(**options))
+    return list(apply_filters(structures, filters, report)), report
 
 
 @pytest.mark.parametrize(

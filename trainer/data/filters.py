@@ -31,7 +31,7 @@ BOND_RADII = covalent_radii.copy()
 BOND_RADII[_IONS] = -np.inf
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class CurationReport:
     """How many structures each filter removed; a structure counts under the first that hits it.
 
@@ -42,29 +42,14 @@ class CurationReport:
         examples: names of the first structures that each filter removed.
     """
 
-    total: int
-    kept: int
-    removed: dict[str, int]
-    examples: dict[str, tuple[str, ...]]
-
-    def __str__(self) -> str:
-        parts = [f"{name}: {count}" for name, count in self.removed.items()]
-        return f"kept {self.kept} of {self.total} structures (removed {', '.join(parts) or 'none'})"
-
-
-@dataclasses.dataclass
-class FilterCounts:
-    """Counts that grow while structures pass through ``apply_filters``."""
-
+    total: int = 0
     kept: int = 0
     removed: dict[str, int] = dataclasses.field(default_factory=dict)
     examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
-    def report(self) -> CurationReport:
-        """What was counted so far."""
-        examples = {name: tuple(names) for name, names in self.examples.items()}
-        total = self.kept + sum(self.removed.values())
-        return CurationReport(total, self.kept, dict(self.removed), examples)
+    def __str__(self) -> str:
+        parts = [f"{name}: {count}" for name, count in self.removed.items()]
+        return f"kept {self.kept} of {self.total} structures (removed {', '.join(parts) or 'none'})"
 
 
 def make_filters(config: CurationConfig | None) -> Filters:
@@ -94,19 +79,20 @@ def make_filters(config: CurationConfig | None) -> Filters:
 
 
 def apply_filters(
-    structures: Iterable[LabeledStructure], filters: Filters, counts: FilterCounts
+    structures: Iterable[LabeledStructure], filters: Filters, report: CurationReport
 ) -> Iterator[LabeledStructure]:
-    """Yield the structures that pass all filters, and count the others by the first they fail."""
+    """Yield the structures that pass all filters; the report grows with every structure."""
     for name in filters:
-        counts.removed.setdefault(name, 0)
+        report.removed.setdefault(name, 0)
     for structure in structures:
+        report.total += 1
         hit = next((name for name, passes in filters.items() if not passes(structure)), None)
         if hit is None:
-            counts.kept += 1
+            report.kept += 1
             yield structure
             continue
-        counts.removed[hit] += 1
-        examples = counts.examples.setdefault(hit, [])
+        report.removed[hit] += 1
+        examples = report.examples.setdefault(hit, [])
         if len(examples) < 3:
             examples.append(structure.name)
 

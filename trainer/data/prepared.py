@@ -19,7 +19,7 @@ from mlip_md.constants import SPLITS
 from mlip_md.elements import symbol
 from mlip_md.errors import ConfigError, DataError
 from mlip_md.files import write_text
-from mlip_md.trainer.data.filters import CurationReport, FilterCounts, apply_filters, make_filters
+from mlip_md.trainer.data.filters import CurationReport, apply_filters, make_filters
 from mlip_md.trainer.data.readers import iterate
 from mlip_md.trainer.data.split import split_groups
 from mlip_md.trainer.data.statistics import (
@@ -29,7 +29,7 @@ from mlip_md.trainer.data.statistics import (
     warn_of_open_energies,
 )
 from mlip_md.trainer.data.store import GraphStore, new_folder, open_store
-from mlip_md.trainer.data.structures import LabeledStructure
+from mlip_md.trainer.data.structures import LabeledStructure, refusing_unreadable
 from mlip_md.trainer.recipe.compare import find_differences
 from mlip_md.trainer.recipe.schema import AtomicEnergies, DataConfig
 
@@ -104,7 +104,7 @@ def open_prepared(folder: str | Path) -> PreparedData:
         DataError: if it is no such folder, of another version, or damaged.
     """
     folder = Path(folder)
-    try:
+    with refusing_unreadable(folder, "not a folder of prepared data"):
         index = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
         if index["format_version"] not in (1, FORMAT_VERSION):
             raise DataError(
@@ -116,10 +116,6 @@ def open_prepared(folder: str | Path) -> PreparedData:
         statistics = Statistics.from_dict(index["statistics"])
         rows = {name: np.load(folder / f"{name}.npy") for name in index["parts"]}
         reports = {name: CurationReport(**report) for name, report in index["curation"].items()}
-    except DataError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder}: not a folder of prepared data ({error})") from error
     store = open_store(folder / "graphs")
     if sum(len(r) for r in rows.values()) != len(store):
         raise DataError(f"{folder}: its parts do not make up the whole; prepare the data again")
@@ -228,7 +224,7 @@ class _Reading:
         filters = make_filters(config.curate)
         for part, paths in enumerate(self.files):
             for path in paths:
-                counts = FilterCounts()
+                report = CurationReport()
                 read = iterate(
                     path,
                     on_bad=config.on_bad,
@@ -236,10 +232,10 @@ class _Reading:
                     forces_key=config.forces_key,
                     seen=seen,
                 )
-                for structure in apply_filters(read, filters, counts):
+                for structure in apply_filters(read, filters, report):
                     self.part.append(self._part_of(structure, part))
                     yield structure
-                self.reports[str(path)] = counts.report()
+                self.reports[str(path)] = report
         if not self.part:
             reports = "; ".join(f"{path}: {report}" for path, report in self.reports.items())
             raise DataError(f"no structure is left to work with ({reports})")

@@ -14,7 +14,6 @@ import itertools
 import json
 import logging
 import re
-import zlib
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -28,7 +27,7 @@ import numpy as np
 from mlip_md.constants import ANGSTROM_PER_NM, BOHR, HARTREE, KJ_PER_KCAL, KJ_PER_MOL_PER_EV, SPLITS
 from mlip_md.elements import LARGEST_ATOMIC_NUMBER
 from mlip_md.errors import DataError
-from mlip_md.trainer.data.structures import LabeledStructure
+from mlip_md.trainer.data.structures import LabeledStructure, refusing_unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +139,7 @@ def recognize(path: str | Path) -> str:
     if h5py.is_hdf5(path):
         with _open_hdf5(path) as file:
             return _recognize_hdf5(file, path)
-    with _reading(path, "neither HDF5 nor text"), _open_text(path) as stream:
+    with refusing_unreadable(path, "neither HDF5 nor text"), _open_text(path) as stream:
         first = stream.readline().strip()
     if first.isdecimal():
         return "extxyz"
@@ -164,7 +163,7 @@ def read_atomic_energies(path: str | Path) -> dict[int, float] | None:
     if recognize(path) == "extxyz":
         atoms = [s for s in iterate(path) if len(s) == 1 and s.cell is None and s.charge == 0]
         return {int(s.atomic_numbers[0]): s.energy for s in atoms} or None
-    with _open_hdf5(path) as file, _reading(path):
+    with _open_hdf5(path) as file, refusing_unreadable(path):
         for name, unit in ATOMIC_ENERGY_ATTRIBUTES.items():
             if name in file.attrs:
                 what = f"{path}: attribute {name}"
@@ -181,22 +180,6 @@ def formal_charge(smiles: str) -> int:
             size = int(match.group(2)) if match.group(2) else len(match.group(1))
             total += size if match.group(1)[0] == "+" else -size
     return total
-
-
-@contextlib.contextmanager
-def _reading(name: object, what: str = "damaged or not readable") -> Iterator[None]:
-    """Raise whatever a damaged file raises while it is read as a DataError with its name.
-
-    h5py has no error class of its own; which of these it raises depends on where the damage is.
-    """
-    try:
-        yield
-    except DataError:
-        raise
-    except (
-        OSError, EOFError, zlib.error, MemoryError, RuntimeError, LookupError, TypeError, ValueError
-    ) as error:  # fmt: skip
-        raise DataError(f"{name}: {what} ({error})") from error
 
 
 def _open_text(path: Path) -> TextIO:
@@ -258,14 +241,14 @@ def _parse_energies(text: str, unit: float, name: str) -> dict[int, float]:
 
 @contextlib.contextmanager
 def _open_hdf5(path: Path) -> Iterator[h5py.File]:
-    with _reading(path):
+    with refusing_unreadable(path):
         file = h5py.File(path, "r")
     with file:
         yield file
 
 
 def _groups(file: h5py.File, path: Path) -> Iterator[tuple[str, _Group]]:
-    with _reading(path):
+    with refusing_unreadable(path):
         for key in file:
             item = file[key]  # items() would pass over what cannot be opened
             if isinstance(item, h5py.Group):
@@ -309,7 +292,7 @@ class _Group:
 
     def __init__(self, group: h5py.Group, name: str) -> None:
         self.name, self._group = name, group
-        with _reading(name):
+        with refusing_unreadable(name):
             self._attributes, self._members = set(group.attrs), set(group)
 
     def __contains__(self, key: str) -> bool:
@@ -337,7 +320,7 @@ class _Group:
         key = self.first(*keys)
         if key is None:
             return None
-        with _reading(f"{self.name}: {key}"):
+        with refusing_unreadable(f"{self.name}: {key}"):
             item = self._item(key)
             if getattr(item, "shape", ()) is None or isinstance(item, h5py.Group | h5py.Datatype):
                 raise DataError(f"{self.name}: {key} is {_kind(item)}; a value is needed")
@@ -362,7 +345,7 @@ class _Group:
             units: allowed units, and what they are in ours; None for numbers without a unit.
             default: unit where none is stated.
         """
-        with _reading(f"{self.name}: {key}"):
+        with refusing_unreadable(f"{self.name}: {key}"):
             item = self._item(key)
             if not isinstance(item, h5py.HLObject | h5py.Empty):
                 item = np.asarray(item)
@@ -464,18 +447,14 @@ def _spice_group(group: _Group, key: str) -> Iterator[Fields]:
 
 def _charge(group: _Group, smiles: str | None) -> int:
     charge = group.value("total_charge", "charge")
-    if charge is None:
-        return 0 if smiles is None else formal_charge(smiles)
-    return _whole(charge, group.name)
+    return formal_charge(smiles or "") if charge is None else _whole(charge, group.name)
 
 
 def _whole(charge: Any, name: str) -> int:
-    try:
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         (value,) = set(np.ravel(np.asarray(charge, np.float64)).tolist())
         if value == round(value):
             return int(value)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise DataError(f"{name}: total charge {charge!r} is not a whole number") from error
     raise DataError(f"{name}: total charge {charge!r} is not a whole number")
 
 
@@ -537,7 +516,7 @@ def _iterate_extxyz(
 
 def _frames(path: Path) -> Iterator[str]:
     """Text of each frame; ASE's own search for frames is quadratic in gzipped files."""
-    with _reading(path), _open_text(path) as stream:
+    with refusing_unreadable(path), _open_text(path) as stream:
         for index, line in enumerate(filter(str.strip, stream)):
             if not line.strip().isdecimal():
                 raise DataError(f"{path}:[{index}]: {line[:40]!r} is not a number of atoms")
@@ -546,11 +525,8 @@ def _frames(path: Path) -> Iterator[str]:
 
 def _label(atoms: ase.Atoms, keys: tuple[str, ...]) -> Any:
     results = atoms.calc.results if atoms.calc is not None else {}
-    for key in keys:
-        for place in (atoms.info, atoms.arrays, results):
-            if key in place:
-                return place[key]
-    return None
+    places = (atoms.info, atoms.arrays, results)
+    return next((place[key] for key in keys for place in places if key in place), None)
 
 
 def _extxyz_fields(
@@ -593,10 +569,8 @@ def _stress(atoms: ase.Atoms, name: str) -> np.ndarray | None:
         stress, factor = _label(atoms, VIRIAL_KEYS), -1.0 / atoms.cell.volume
     if stress is None or not atoms.pbc.all():
         return None
-    try:
+    with refusing_unreadable(name, "the stress label is no array of numbers"):
         stress = np.asarray(stress, np.float64)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{name}: the stress label is no array of numbers ({error})") from error
     if stress.shape == (6,):  # Voigt order xx yy zz yz xz xy
         stress = stress[[0, 5, 4, 5, 1, 3, 4, 3, 2]]
     if stress.size != 9:

@@ -51,20 +51,18 @@ class Statistics:
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON values."""
-        values = dataclasses.asdict(self)
-        values["atomic_energies"] = self.atomic_energies.tolist()
-        values["elements"] = list(self.elements)
-        values["undetermined"] = list(self.undetermined)
-        return values
+        return dataclasses.asdict(self) | {
+            "atomic_energies": self.atomic_energies.tolist(),
+            "elements": list(self.elements),
+            "undetermined": list(self.undetermined),
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Statistics:
         """Inverse of ``to_dict``."""
-        fields = dict(values)
-        fields["elements"] = tuple(fields["elements"])
-        fields["undetermined"] = tuple(fields["undetermined"])
-        fields["atomic_energies"] = np.array(fields["atomic_energies"], np.float64)
-        return cls(**fields)
+        arrays = {"atomic_energies": np.array(values["atomic_energies"], np.float64)}
+        tuples = {name: tuple(values[name]) for name in ("elements", "undetermined")}
+        return cls(**{**values, **tuples, **arrays})
 
 
 def compute_statistics(

@@ -28,7 +28,7 @@ from mlip_md.elements import LARGEST_ATOMIC_NUMBER, symbol
 from mlip_md.errors import DataError
 from mlip_md.files import write_text
 from mlip_md.neighbors import check_cutoff, host_edges
-from mlip_md.trainer.data.structures import LabeledStructure
+from mlip_md.trainer.data.structures import LabeledStructure, refusing_unreadable
 
 SHORTEST_DISTANCE = 0.1
 """Å; atoms nearer than this are a mistake (the shortest bond, H-H, is 0.74 Å)."""
@@ -37,7 +37,9 @@ FORMAT_VERSION = 1
 CHUNK = 2048
 """Structures handled at a time."""
 
-FLAT = ("positions", "atomic_numbers", "forces", "senders", "receivers", "shifts")
+OF_ATOMS = ("positions", "atomic_numbers", "forces")
+OF_EDGES = ("senders", "receivers", "shifts")
+FLAT = (*OF_ATOMS, *OF_EDGES)
 OPTIONAL = ("shifts", "cell", "stress", "stress_mask")
 Arrays = dict[str, np.ndarray]
 
@@ -129,10 +131,10 @@ class GraphStore:
         cutoff = check_cutoff(cutoff)
         allowed = None if elements is None else tuple(sorted({int(z) for z in elements}))
         if folder is None:
-            store = _spooled(structures, cutoff, allowed, None).store(allowed, cutoff)
+            store = _Spool(structures, cutoff, allowed).store()
         else:
             with new_folder(Path(folder)) as partial:
-                _spooled(structures, cutoff, allowed, partial).write(allowed, cutoff)
+                _Spool(structures, cutoff, allowed, partial).write(partial)
             store = open_store(folder)
         return store if atomic_energies is None else store.with_atomic_energies(atomic_energies)
 
@@ -184,11 +186,6 @@ class GraphStore:
         lookup[list(self.elements)] = np.arange(len(self.elements))
         return lookup
 
-    @property
-    def species(self) -> np.ndarray:
-        """(N,) int32, indices into the elements."""
-        return self.species_of[self.atomic_numbers]
-
     def chunks(self) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
         """Some structures at a time: their slice, and indices of their atoms and edges."""
         for first in range(0, len(self), CHUNK):
@@ -209,19 +206,14 @@ class GraphStore:
         return np.concatenate(counts).astype(np.float64)
 
     @functools.cached_property
-    def reference_energy(self) -> np.ndarray:
-        """(n,) float64 eV, the sum of E0 over each structure's atoms."""
+    def interaction_energy(self) -> np.ndarray:
+        """(n,) float32 eV: total energy minus the sum of E0, subtracted in float64."""
         if self.atomic_energies is None:
             raise DataError(
                 "the store has no atomic energies (E0) yet, so there are no energy labels; compute "
                 "statistics and call with_atomic_energies first"
             )
-        return self.compositions @ self.atomic_energies
-
-    @functools.cached_property
-    def interaction_energy(self) -> np.ndarray:
-        """(n,) float32 eV: total minus reference energy, subtracted in float64."""
-        return (self.energy - self.reference_energy).astype(np.float32)
+        return (self.energy - self.compositions @ self.atomic_energies).astype(np.float32)
 
     def degrees(self) -> np.ndarray:
         """Number of neighbors of every atom of every structure, in their order; (sum of atoms,)."""
@@ -242,7 +234,7 @@ def open_store(folder: str | Path) -> GraphStore:
         DataError: if it is no store, of another version, or damaged.
     """
     folder = Path(folder)
-    try:
+    with refusing_unreadable(folder, "not a readable graph store"):
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         if index["format_version"] != FORMAT_VERSION:
             raise DataError(
@@ -256,10 +248,6 @@ def open_store(folder: str | Path) -> GraphStore:
         with open(folder / "structures.jsonl", encoding="utf-8") as stream:
             origins = [_origin(*json.loads(line)) for line in stream]
         return _store(arrays, origins, tuple(index["elements"]), float(index["cutoff"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{folder}: not a readable graph store ({error})") from error
 
 
 def ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -269,23 +257,6 @@ def ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 # Making graphs
-
-
-def _spooled(
-    structures: Iterable[LabeledStructure],
-    cutoff: float,
-    elements: tuple[int, ...] | None,
-    folder: Path | None,
-) -> _Spool:
-    spool = _Spool(folder)
-    iterator = iter(structures)
-    while chunk := list(itertools.islice(iterator, CHUNK)):
-        graphs = [_graph(structure, cutoff, elements) for structure in chunk]
-        block = {name: np.concatenate([g[name] for g in graphs]) for name in graphs[0]}
-        spool.add(block, [(s.name, s.subset, s.group) for s in chunk])
-    if not spool.origins:
-        raise DataError("there are no structures to make graphs of")
-    return spool
 
 
 def _unknown_elements(name: str, unknown: Iterable[int], known: Iterable[int]) -> DataError:
@@ -332,55 +303,60 @@ def _graph(structure: LabeledStructure, cutoff: float, elements: tuple[int, ...]
 class _Spool:
     """Collects arrays block by block, in memory or in files, and makes a store of them."""
 
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        structures: Iterable[LabeledStructure],
+        cutoff: float,
+        elements: tuple[int, ...] | None,
+        folder: Path | None = None,
+    ) -> None:
+        self.cutoff, self.folder = cutoff, folder
         self.origins: list[tuple[str, str, str]] = []
-        self.blocks: dict[str, list[Any]] = {}
+        self.blocks: dict[str, list[np.ndarray | Path]] = {}
         self.kinds: dict[str, np.dtype] = {}
+        present: set[int] = set()
+        iterator = iter(structures)
+        while chunk := list(itertools.islice(iterator, CHUNK)):
+            graphs = [_graph(structure, cutoff, elements) for structure in chunk]
+            self._add({name: np.concatenate([g[name] for g in graphs]) for name in graphs[0]})
+            self.origins += [(s.name, s.subset, s.group) for s in chunk]
+            present.update(*(s.atomic_numbers.tolist() for s in chunk))
+        if not self.origins:
+            raise DataError("there are no structures to make graphs of")
+        self.elements = elements or tuple(sorted(present))
 
-    def add(self, block: Arrays, origins: list[tuple[str, str, str]]) -> None:
+    def _add(self, block: Arrays) -> None:
         if np.abs(block["shifts"]).max(initial=0) < 128:
             block["shifts"] = block["shifts"].astype(np.int8)
         for name, array in block.items():
-            if name in OPTIONAL and not array.any():
-                self.blocks.setdefault(name, []).append(array.shape)  # zeros, not kept
+            blocks = self.blocks.setdefault(name, [])
+            if name in OPTIONAL and not array.any():  # a zero that fills the shape without memory
+                blocks.append(np.broadcast_to(np.zeros((), array.dtype), array.shape))
                 continue
             kind = self.kinds.get(name, array.dtype)
             self.kinds[name] = np.promote_types(kind, array.dtype)
-            self.blocks.setdefault(name, []).append(self._kept(name, array))
-        self.origins += origins
+            if self.folder is None or name not in FLAT:
+                blocks.append(array)
+            else:
+                path = self.folder / f"{name}.{len(blocks)}.npy"
+                np.save(path, array)
+                blocks.append(path)
 
-    def _kept(self, name: str, array: np.ndarray) -> Any:
-        if self.folder is None or name not in FLAT:
-            return array
-        path = self.folder / f"{name}.{len(self.blocks.get(name, ()))}.block"
-        array.tofile(path)
-        return path, array.dtype, array.shape
+    def _block(self, name: str, block: np.ndarray | Path) -> np.ndarray:
+        array = np.load(block) if isinstance(block, Path) else block
+        return np.ascontiguousarray(array, self.kinds[name])
 
-    def _block(self, name: str, block: Any) -> np.ndarray:
-        kind = self.kinds[name]
-        if isinstance(block, np.ndarray):
-            return block.astype(kind, copy=False)
-        if isinstance(block[0], Path):
-            path, dtype, shape = block
-            return np.fromfile(path, dtype).reshape(shape).astype(kind, copy=False)
-        return np.zeros(block, kind)
-
-    def store(self, elements: tuple[int, ...] | None, cutoff: float) -> GraphStore:
+    def store(self) -> GraphStore:
         """The store, in memory."""
         arrays = {
             name: np.concatenate([self._block(name, block) for block in self.blocks.pop(name)])
             for name in self.kinds
         }
-        kinds = elements or tuple(np.unique(arrays["atomic_numbers"]).tolist())
-        return _store(arrays, self.origins, kinds, cutoff)
+        return _store(arrays, self.origins, self.elements, self.cutoff)
 
-    def write(self, elements: tuple[int, ...] | None, cutoff: float) -> None:
+    def write(self, folder: Path) -> None:
         """Write everything to the folder."""
-        assert self.folder is not None  # whoever writes has given one
-        folder = self.folder
         specs: dict[str, Any] = {}
-        present: set[int] = set()
         for name, kind in self.kinds.items():
             length, shape = 0, ()
             with open(folder / f"{name}.bin", "wb") as file:
@@ -388,10 +364,8 @@ class _Spool:
                     array = self._block(name, block)
                     array.tofile(file)
                     length, shape = length + len(array), array.shape[1:]
-                    if name == "atomic_numbers":
-                        present |= set(np.unique(array).tolist())
-                    if not isinstance(block, np.ndarray) and isinstance(block[0], Path):
-                        block[0].unlink()
+                    if isinstance(block, Path):
+                        block.unlink()
             specs[name] = {"dtype": kind.str, "shape": [length, *shape]}
         with open(folder / "structures.jsonl", "w", encoding="utf-8") as stream:
             stream.writelines(json.dumps(origin) + "\n" for origin in self.origins)
@@ -399,8 +373,8 @@ class _Spool:
         index = {
             "format_version": FORMAT_VERSION,
             "units": {"length": "Å", "energy": "eV"},
-            "elements": elements or sorted(present),
-            "cutoff": cutoff,
+            "elements": self.elements,
+            "cutoff": self.cutoff,
             "arrays": specs,
             "sha256": {name: _sha256(folder / name) for name in files},
         }

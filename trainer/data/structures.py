@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import zlib
+from collections.abc import Iterator
 
 import numpy as np
 
 from mlip_md.elements import LARGEST_ATOMIC_NUMBER
 from mlip_md.errors import DataError
+
+
+@contextlib.contextmanager
+def refusing_unreadable(name: object, what: str = "damaged or not readable") -> Iterator[None]:
+    """Raise whatever a damaged file or a wrong label raises as a DataError with its name.
+
+    h5py has no error class of its own; which of these it raises depends on where the damage is.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except (
+        OSError, EOFError, zlib.error, MemoryError, RuntimeError, LookupError, TypeError, ValueError
+    ) as error:  # fmt: skip
+        raise DataError(f"{name}: {what} ({error})") from error
 
 
 def _array(value: object, shape: tuple[int, ...], what: str, name: str) -> np.ndarray:

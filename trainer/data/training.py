@@ -11,21 +11,14 @@ import numpy as np
 
 from mlip_md.elements import symbol
 from mlip_md.errors import ConfigError, DataError
-from mlip_md.trainer.data.batching import (
-    Batch,
-    BatchBudget,
-    make_batch,
-    plan_epoch,
-)
+from mlip_md.trainer.data.batching import Batch, BatchBudget, make_batch, plan_epoch
 from mlip_md.trainer.data.prepared import is_prepared, open_prepared_for, prepare
 from mlip_md.trainer.data.statistics import Statistics
-from mlip_md.trainer.data.store import GraphStore
+from mlip_md.trainer.data.store import OF_ATOMS, OF_EDGES, GraphStore
 from mlip_md.trainer.recipe.schema import Recipe
 
-OF_ATOMS = ("positions", "atomic_numbers", "forces")
-OF_EDGES = ("senders", "receivers", "shifts")
 OF_STRUCTURES = ("num_atoms", "num_edges", "interaction_energy", "cell", "stress", "stress_mask")
-"""Arrays of a store that a training depends on, by what their rows stand for."""
+"""Arrays of a store that a training depends on, besides the flat ones."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -65,8 +65,11 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[Recip
     """
     path = recipe_path(name_or_path)
     tree = _read_yaml(_text(path), path.name)
-    lines = dict(_find_places(tree))
-    _refuse_tags(tree, Origins(path.name, lines))
+    found = list(_walk(tree))
+    lines = {keys: place for keys, _, place in found}
+    written = Origins(path.name, lines)
+    for keys, value, _ in found:
+        _refuse_tag(value, written.prefix(keys))
     values = _plain(tree)
     changed = frozenset(_apply_override(values, override) for override in overrides)
     origins = Origins(path.name, lines, changed)
@@ -128,36 +131,30 @@ def _problem(error: Exception) -> str:
     return str(text).splitlines()[0]
 
 
-def _find_places(
-    tree: Any, path: tuple[str | int, ...] = ()
-) -> Iterator[tuple[tuple[str | int, ...], tuple[int, int]]]:
-    if isinstance(tree, CommentedMap):
-        for key, value in tree.items():
-            line, column = _place(tree, key)
-            yield (*path, key), (line + 1, column + 1)
-            yield from _find_places(value, (*path, key))
-    elif isinstance(tree, CommentedSeq):
-        for index, value in enumerate(tree):
-            line, column = tree.lc.item(index)
-            yield (*path, index), (line + 1, column + 1)
-            yield from _find_places(value, (*path, index))
+def _walk(
+    tree: Any, path: tuple[str | int, ...] = (), place: tuple[int, int] = (0, 0)
+) -> Iterator[tuple[tuple[str | int, ...], Any, tuple[int, int]]]:
+    """A tree and all values in it: their keys, they themselves, line and column of each, from 1."""
+    yield path, tree, (place[0] + 1, place[1] + 1)
+    items = tree.items() if isinstance(tree, CommentedMap) else ()
+    items = enumerate(tree) if isinstance(tree, CommentedSeq) else items
+    for key, value in items:
+        yield from _walk(value, (*path, key), _place(tree, key))
 
 
-def _place(tree: CommentedMap, key: Any) -> tuple[int, int]:
+def _place(tree: CommentedMap | CommentedSeq, key: Any) -> tuple[int, int]:
     """Line and column of a key, from 0; of a merged one (``<<: *anchor``), where it is written."""
+    if isinstance(tree, CommentedSeq):
+        return tree.lc.item(key)
     holders = [tree, *tree.merge]
     return next((m.lc.key(key) for m in holders if key in (m.lc.data or ())), (tree.lc.line, 0))
 
 
-def _refuse_tags(value: Any, origins: Origins, path: tuple[str | int, ...] = ()) -> None:
-    """Refuse YAML's tags, which nothing here would obey."""
+def _refuse_tag(value: Any, place: str) -> None:
+    """Refuse a tag of YAML, which nothing here would obey."""
     tag = getattr(value, "tag", None)
     if isinstance(value, TaggedScalar) or (tag is not None and tag.value is not None):
-        raise ConfigError(f"{origins.prefix(path)}: the tag {tag} means nothing here; remove it")
-    items = value.items() if isinstance(value, CommentedMap) else ()
-    items = enumerate(value) if isinstance(value, CommentedSeq) else items
-    for key, part in items:
-        _refuse_tags(part, origins, (*path, key))
+        raise ConfigError(f"{place}: the tag {tag} means nothing here; remove it")
 
 
 def _plain(value: Any) -> Any:

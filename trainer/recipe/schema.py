@@ -13,12 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from mlip_md.elements import ATOMIC_NUMBERS, LARGEST_ATOMIC_NUMBER, symbol
 from mlip_md.errors import ConfigError
-from mlip_md.networks.config import (
-    CUTOFF,
-    NetworkConfig,
-    config_from_dict,
-    config_to_dict,
-)
+from mlip_md.networks.config import CUTOFF, NetworkConfig, config_from_dict, config_to_dict
 from mlip_md.networks.config import AtomicEnergies as AtomicEnergies  # data sees recipes only
 
 MAX_SEED = 2**63 - 1

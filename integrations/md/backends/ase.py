@@ -13,31 +13,35 @@ from ase.md.nose_hoover_chain import IsotropicMTKNPT
 from ase.md.verlet import VelocityVerlet
 from ase.optimize import FIRE
 
-from mlip_md.errors import ConfigError
 from mlip_md.integrations.ase import MLIPCalculator
-from mlip_md.integrations.md.backends.interface import BAR, Frame
+from mlip_md.integrations.md.backends.interface import BAR, Backend, Frame
 from mlip_md.integrations.md.settings import MDSettings
 from mlip_md.integrations.md.structures import Structure
 from mlip_md.integrations.md.velocities import (
     compute_temperature,
     count_degrees_of_freedom,
-    draw_velocities,
+    start_velocities,
 )
 from mlip_md.integrations.models import DTYPES
 
 
-class ASEBackend:
+class ASEBackend(Backend):
     """Velocity Verlet, Langevin or isotropic MTK dynamics of ASE.
 
     Args:
         settings: ensemble, temperature, time step, precision, device.
         structure: what to run.
 
+    Attributes:
+        dynamics: the integrator, once the run has started (``start`` or ``restore``).
+
     Raises:
         ConfigError: if the device does not exist here.
         ModelFileError: if the model cannot be opened.
         UnsupportedElementError: on an element that the potential does not know.
     """
+
+    dynamics: MolecularDynamics
 
     def __init__(self, settings: MDSettings, structure: Structure) -> None:
         self.settings = settings
@@ -50,11 +54,9 @@ class ASEBackend:
         self.potential.species(self.atoms.numbers)
         self.atoms.calc = self.calculator
         self.rng = np.random.default_rng(settings.seed)
-        self._dynamics: MolecularDynamics | None = None
         self._steps_before = 0
 
     def warm_up(self) -> None:
-        """Evaluate once, so that everything is compiled."""
         self.atoms.get_potential_energy()
 
     def minimize(self, force: float, steps: int) -> bool:
@@ -62,20 +64,8 @@ class ASEBackend:
         return bool(FIRE(self.atoms, logfile=None).run(fmax=force, steps=steps))
 
     def start(self) -> None:
-        """Draw velocities, or keep the file's, and set up the integrator."""
-        settings = self.settings
-        if settings.velocities == "draw":
-            draw_velocities(self.atoms, settings.ensemble, settings.temperature, self.rng)
-        else:  # without those of held coordinates
-            self.atoms.set_momenta(self.atoms.get_momenta())
-        self._dynamics = self._integrator()
-
-    @property
-    def dynamics(self) -> MolecularDynamics:
-        """The integrator, once the run has started."""
-        if self._dynamics is None:
-            raise ConfigError("the run has not been started (start or restore)")
-        return self._dynamics
+        start_velocities(self.atoms, self.settings, self.rng)
+        self.dynamics = self._integrator()
 
     def _integrator(self) -> MolecularDynamics:
         settings, timestep = self.settings, self.settings.timestep * units.fs
@@ -99,12 +89,10 @@ class ASEBackend:
             pdamp=1000 * timestep,
         )
 
-    def advance(self, steps: int) -> None:
-        """Integrate a number of steps."""
-        self.dynamics.run(steps)
+    def advance(self) -> None:
+        self.dynamics.run(1)
 
     def frame(self) -> Frame:
-        """The present state."""
         atoms, settings = self.atoms, self.settings
         potential, kinetic = atoms.get_potential_energy(), atoms.get_kinetic_energy()
         step = self._steps_before + self.dynamics.nsteps
@@ -138,42 +126,36 @@ class ASEBackend:
             "momenta": atoms.get_momenta(),
             "cell": np.array(atoms.cell),
         }
-        arrays |= {f"mtk_{name}": np.array(value) for name, value in self._mtk().items()}
+        arrays |= {name: np.array(getattr(*place)) for name, place in self._mtk().items()}
         return arrays, {"rng": self.rng.bit_generator.state}
 
-    def _mtk(self) -> dict[str, Any]:
-        """Variables of the MTK integrator beyond positions and momenta."""
-        if not isinstance(self.dynamics, IsotropicMTKNPT):
-            return {}
+    def _mtk(self) -> dict[str, tuple[Any, str]]:
+        """Where the MTK integrator has its variables beyond positions and momenta: attributes."""
         npt = self.dynamics
+        if not isinstance(npt, IsotropicMTKNPT):
+            return {}
         return {
-            "eta": npt._thermostat._eta,
-            "p_eta": npt._thermostat._p_eta,
-            "xi": npt._barostat._xi,
-            "p_xi": npt._barostat._p_xi,
-            "eps": npt._eps,
-            "p_eps": npt._p_eps,
-            "cell0": npt._cell0,
-            "volume0": npt._volume0,
+            "mtk_eta": (npt._thermostat, "_eta"),
+            "mtk_p_eta": (npt._thermostat, "_p_eta"),
+            "mtk_xi": (npt._barostat, "_xi"),
+            "mtk_p_xi": (npt._barostat, "_p_xi"),
+            "mtk_eps": (npt, "_eps"),
+            "mtk_p_eps": (npt, "_p_eps"),
+            "mtk_cell0": (npt, "_cell0"),
+            "mtk_volume0": (npt, "_volume0"),
         }
 
     def restore(self, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> None:
-        """Set up the integrator in a saved state."""
         self.atoms.set_cell(arrays["cell"])
         self.atoms.set_positions(arrays["positions"])
         self.atoms.set_momenta(arrays["momenta"])
         self.rng.bit_generator.state = values["rng"]
-        self._dynamics = self._integrator()
+        self.dynamics = self._integrator()
         self._steps_before = int(values["step"])
-        if isinstance(self._dynamics, IsotropicMTKNPT):
-            npt = self._dynamics
-            npt._thermostat._eta, npt._thermostat._p_eta = arrays["mtk_eta"], arrays["mtk_p_eta"]
-            npt._barostat._xi, npt._barostat._p_xi = arrays["mtk_xi"], arrays["mtk_p_xi"]
-            npt._eps, npt._p_eps = float(arrays["mtk_eps"]), float(arrays["mtk_p_eps"])
-            npt._cell0, npt._volume0 = arrays["mtk_cell0"], float(arrays["mtk_volume0"])
+        for name, place in self._mtk().items():
+            setattr(*place, arrays[name] if arrays[name].ndim else float(arrays[name]))
 
     def describe(self) -> dict[str, Any]:
-        """Engine, integrator, precision."""
         return {
             "engine": f"ASE {ase.__version__}",
             "integrator": type(self.dynamics).__name__,
@@ -181,5 +163,4 @@ class ASEBackend:
         }
 
     def compilations(self) -> int:
-        """How often the potential has been compiled so far."""
         return self.calculator.engine.num_compilations

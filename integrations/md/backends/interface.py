@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from ase import units
+from ase import Atoms, units
 
 from mlip_md.integrations.md.structures import Structure
 from mlip_md.potential import Potential
@@ -28,7 +28,7 @@ class Frame(NamedTuple):
         conserved: eV, the quantity that the equations of motion conserve, or None.
         temperature: K.
         pressure: eV/Å³ with its kinetic part, or None without a periodic cell.
-        forces: (n, 3) eV/Å of the potential, on held atoms too, or None where they are not told.
+        forces: (n, 3) eV/Å of the potential, on held atoms too.
     """
 
     step: int
@@ -41,11 +41,19 @@ class Frame(NamedTuple):
     conserved: float | None
     temperature: float
     pressure: float | None
-    forces: np.ndarray | None = None
+    forces: np.ndarray
+
+    def place(self, atoms: Atoms) -> Atoms:
+        """A copy of atoms, at the positions and in the cell of this frame."""
+        placed = atoms.copy()
+        placed.positions = self.positions
+        if self.cell.any():
+            placed.cell = self.cell
+        return placed
 
 
 class Backend(Protocol):
-    """An engine that integrates the equations of motion of one structure.
+    """An engine that integrates the equations of motion of one structure; engines derive from it.
 
     Every method may raise NonFiniteError, StructureError or SimulationError where the potential
     has no number or the engine stops, and KeyboardInterrupt.
@@ -63,8 +71,8 @@ class Backend(Protocol):
     def start(self) -> None:
         """Draw velocities, or keep the file's, and set up the integrator."""
 
-    def advance(self, steps: int) -> None:
-        """Integrate a number of steps."""
+    def advance(self) -> None:
+        """Integrate one step."""
 
     def frame(self) -> Frame:
         """The present state."""

@@ -22,7 +22,7 @@ from openmm import unit
 
 from mlip_md.constants import ANGSTROM_PER_NM, KJ_PER_MOL_PER_EV
 from mlip_md.errors import ConfigError, SimulationError, StructureError
-from mlip_md.integrations.md.backends.interface import Frame
+from mlip_md.integrations.md.backends.interface import Backend, Frame
 from mlip_md.integrations.md.settings import MDSettings, explain_choices
 from mlip_md.integrations.md.structures import (
     Structure,
@@ -33,7 +33,7 @@ from mlip_md.integrations.md.structures import (
 from mlip_md.integrations.md.velocities import (
     compute_temperature,
     count_degrees_of_freedom,
-    draw_velocities,
+    start_velocities,
 )
 from mlip_md.integrations.md.volume_moves import MOVE_INTERVAL, VolumeMoves
 from mlip_md.integrations.models import DTYPES
@@ -65,7 +65,7 @@ def reduce_cell(structure: Structure) -> Structure:
     return reduce_structure(structure)
 
 
-class OpenMMBackend:
+class OpenMMBackend(Backend):
     """Verlet or Langevin dynamics of OpenMM, with Monte Carlo moves of the volume for npt.
 
     Args:
@@ -83,7 +83,7 @@ class OpenMMBackend:
         self.settings = settings
         self.structure = reduce_cell(structure)
         self.potential = open_potential(settings.model)
-        self.atoms = self.structure.atoms.copy()
+        self.atoms = self.structure.atoms
         self._periodic = bool(self.atoms.pbc.any())
         species = self.potential.species(self.atoms.numbers)
         self._reference = float(self.potential.reference_energies(species).sum())
@@ -98,19 +98,15 @@ class OpenMMBackend:
             {"dtype": DTYPES[settings.precision], "device": settings.device},
         )
         _ = self._force.engine  # what it refuses is refused here, not at the first step
-        self._moves: VolumeMoves | None = None
-        labels = np.zeros(0)
+        labels = None
         if settings.ensemble == "npt":
-            self.structure.atoms.positions, labels = whole_molecules(self.structure.atoms)
-            self.atoms.positions = self.structure.atoms.positions
+            self.atoms.positions, labels = whole_molecules(self.atoms)
         self._simulation = self._make_simulation()
-        if settings.ensemble == "npt":
+        self._context = self._simulation.context
+        self._moves: VolumeMoves | None = None
+        if labels is not None:
             self._moves = VolumeMoves(
-                self._simulation.context,
-                labels,
-                settings.pressure,
-                settings.temperature,
-                settings.seed,
+                self._context, labels, settings.pressure, settings.temperature, settings.seed
             )
 
     def _make_simulation(self) -> openmm.app.Simulation:
@@ -130,7 +126,7 @@ class OpenMMBackend:
         platform = None if settings.platform is None else _find_platform(settings.platform)
         with _as_simulation_error():
             simulation = openmm.app.Simulation(topology, system, integrator, platform)
-        self._set_positions(simulation, self.atoms.positions, self.atoms.cell.array)
+        self._set_positions(simulation.context, self.atoms.positions, self.atoms.cell.array)
         return simulation
 
     def _masses(self, topology: openmm.app.Topology) -> np.ndarray:
@@ -153,17 +149,15 @@ class OpenMMBackend:
         return integrator
 
     def _set_positions(
-        self, simulation: openmm.app.Simulation, positions: np.ndarray, cell: np.ndarray
+        self, context: openmm.Context, positions: np.ndarray, cell: np.ndarray
     ) -> None:
         if self._periodic:
-            vectors = [openmm.Vec3(*row) for row in cell / ANGSTROM_PER_NM]
-            simulation.context.setPeriodicBoxVectors(*vectors)
-        simulation.context.setPositions(positions / ANGSTROM_PER_NM)
+            context.setPeriodicBoxVectors(*(cell / ANGSTROM_PER_NM))
+        context.setPositions(positions / ANGSTROM_PER_NM)
 
     def warm_up(self) -> None:
-        """Evaluate once, so that everything is compiled."""
         with _as_simulation_error():
-            self._simulation.context.getState(energy=True, forces=True)
+            self._context.getState(energy=True, forces=True)
 
     def minimize(self, force: float, steps: int) -> bool:
         """Relax the positions (L-BFGS) until forces are below ``force`` (eV/Å); False if not."""
@@ -173,31 +167,18 @@ class OpenMMBackend:
         return result.converged or result.iterations < steps
 
     def start(self) -> None:
-        """Draw velocities, or keep the file's."""
-        settings = self.settings
-        state = self._simulation.context.getState(positions=True)
+        positions = self._context.getState(positions=True).getPositions(asNumpy=True)._value
         atoms = self.atoms.copy()
-        atoms.positions = state.getPositions(asNumpy=True)._value * ANGSTROM_PER_NM
-        rng = np.random.default_rng(settings.seed)
-        if settings.velocities == "draw":
-            draw_velocities(atoms, settings.ensemble, settings.temperature, rng)
-        else:  # without those of held coordinates
-            atoms.set_momenta(atoms.get_momenta())
-        velocities = atoms.get_velocities() * units.fs / NM_PER_PS
-        self._simulation.context.setVelocities(velocities)
+        atoms.positions = positions * ANGSTROM_PER_NM
+        start_velocities(atoms, self.settings, np.random.default_rng(self.settings.seed))
+        self._context.setVelocities(atoms.get_velocities() * units.fs / NM_PER_PS)
 
-    def advance(self, steps: int) -> None:
-        """Integrate a number of steps; for npt with a move of the volume every so often."""
+    def advance(self) -> None:
+        """Integrate one step; for npt with a move of the volume every so often."""
         with _as_simulation_error():
-            if self._moves is None:
-                self._simulation.step(steps)
-                return
-            end = self._simulation.currentStep + steps
-            while self._simulation.currentStep < end:
-                step = self._simulation.currentStep
-                self._simulation.step(min(MOVE_INTERVAL - step % MOVE_INTERVAL, end - step))
-                if self._simulation.currentStep % MOVE_INTERVAL == 0:
-                    self._moves.attempt()
+            self._simulation.step(1)
+            if self._moves is not None and self._simulation.currentStep % MOVE_INTERVAL == 0:
+                self._moves.attempt()
 
     def _read_motion(self, state: openmm.State) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Positions (n, 3) Å, velocities (n, 3) Å/fs, and cell (3, 3) Å, zeros without one."""
@@ -208,10 +189,9 @@ class OpenMMBackend:
         return positions, np.array(state.getVelocities(asNumpy=True)._value) * NM_PER_PS, cell
 
     def frame(self) -> Frame:
-        """The present state."""
         settings = self.settings
         with _as_simulation_error():
-            state = self._simulation.context.getState(
+            state = self._context.getState(
                 positions=True, velocities=True, energy=True, forces=True
             )
         positions, velocities, cell = self._read_motion(state)
@@ -256,12 +236,10 @@ class OpenMMBackend:
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """OpenMM's checkpoint (exact), and positions and velocities for other platforms."""
-        context = self._simulation.context
-        motion = self._read_motion(context.getState(positions=True, velocities=True))
-        arrays = dict(zip(("positions", "velocities", "cell"), motion, strict=True)) | {
-            "checkpoint": np.frombuffer(context.createCheckpoint(), np.uint8),
-        }
-        values: dict[str, Any] = {"platform": context.getPlatform().getName()}
+        motion = self._read_motion(self._context.getState(positions=True, velocities=True))
+        arrays = dict(zip(("positions", "velocities", "cell"), motion, strict=True))
+        arrays["checkpoint"] = np.frombuffer(self._context.createCheckpoint(), np.uint8)
+        values: dict[str, Any] = {"platform": self._context.getPlatform().getName()}
         if self._moves is not None:
             arrays["molecules"] = self._moves.labels
             values["moves"] = self._moves.state()
@@ -269,10 +247,9 @@ class OpenMMBackend:
 
     def restore(self, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> None:
         """Go on from a checkpoint; on another machine or platform, with fresh thermostat noise."""
-        context = self._simulation.context
         try:
-            if values["platform"] == context.getPlatform().getName():
-                context.loadCheckpoint(arrays["checkpoint"].tobytes())
+            if values["platform"] == self._context.getPlatform().getName():
+                self._context.loadCheckpoint(arrays["checkpoint"].tobytes())
             else:
                 self._restore_motion(arrays, values["step"])
         except openmm.OpenMMException as error:
@@ -290,27 +267,23 @@ class OpenMMBackend:
 
     def _restore_motion(self, arrays: dict[str, np.ndarray], step: int) -> None:
         """Positions and velocities, and a seed that does not repeat the noise of the start."""
-        context = self._simulation.context
         integrator = self._simulation.integrator
         if isinstance(integrator, openmm.LangevinMiddleIntegrator):
             integrator.setRandomNumberSeed((self.settings.seed + step) % (2**31 - 1) + 1)
-            context.reinitialize()
-        self._set_positions(self._simulation, arrays["positions"], arrays["cell"])
-        context.setVelocities(arrays["velocities"] / NM_PER_PS)
+            self._context.reinitialize()
+        self._set_positions(self._context, arrays["positions"], arrays["cell"])
+        self._context.setVelocities(arrays["velocities"] / NM_PER_PS)
 
     def describe(self) -> dict[str, Any]:
-        """Engine, integrator, platform."""
-        context = self._simulation.context
         return {
             "engine": f"OpenMM {openmm.version.short_version}",
             "integrator": type(self._simulation.integrator).__name__
             + (" and Monte Carlo barostat" if self._moves else ""),
-            "platform": context.getPlatform().getName(),
+            "platform": self._context.getPlatform().getName(),
             "precision": self.settings.precision,
         }
 
     def compilations(self) -> int:
-        """How often the potential has been compiled so far."""
         return self._force.engine.num_compilations
 
 

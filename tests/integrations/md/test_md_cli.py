@@ -63,7 +63,8 @@ def test_command_line(cluster, tmp_path, monkeypatch):
 )
 def test_speeds_are_written_without_exponents(capsys, speed, text):
     nothing = np.zeros((1, 3))
-    frame = Frame(1, 0.0005, nothing, nothing, np.zeros((3, 3)), 0.0, 0.0, None, 300.0, None)
+    cell = np.zeros((3, 3))
+    frame = Frame(1, 0.0005, nothing, nothing, cell, 0.0, 0.0, None, 300.0, None, nothing)
     with TerminalObserver(MDSettings(), "one atom") as observer:
         observer.begin(Path("folder"), 0, 1)
         observer.update(frame, speed)

@@ -58,7 +58,7 @@ def test_ctrl_c_comes_through_openmm_as_text(cluster, text, monkeypatch):
 
     monkeypatch.setattr(openmm.app.Simulation, "step", fail)
     with pytest.raises(KeyboardInterrupt):
-        backend.advance(1)
+        backend.advance()
 
 
 def test_a_run_gives_its_own_advice(cluster, monkeypatch):

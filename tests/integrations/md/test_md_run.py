@@ -90,6 +90,8 @@ def test_npt_relaxes_the_volume(crystal, tmp_path, engine):
         tmp_path / "run",
     )  # fmt: skip
     log = files.read_log(folder / files.LOG)
+    volumes = [frame.get_volume() for frame in ase.io.read(folder / files.TRAJECTORY_ASE, ":")]
+    np.testing.assert_allclose(volumes, log["volume_A3"], rtol=1e-6)
     half = len(log["step"]) // 2
     # A static compression curve says which volume belongs to this pressure.
     scales = np.linspace(0.94, 1.02, 33)
