@@ -11,7 +11,6 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import e3nn_jax as e3nn
 import jax
@@ -20,17 +19,14 @@ import numpy as np
 from e3nn_jax import Irrep, Irreps
 from flax import linen as nn
 
-Edges = TypeVar("Edges")
-Messages = TypeVar("Messages")
-
 SCALAR = Irrep("0e")
 
 Features = dict[Irrep, jax.Array]
 """Node features by irrep: (n_nodes, 2l+1, channels), channels of equal irreps side by side in the
 order of the configuration. In NequIP irreps that are zero, or that nothing reads, are left out."""
 
-MESSAGE_MEMORY = 32 * 2**20
-"""Bytes that the messages of one chunk of edges may take before edges are split further."""
+MATRIX_MEMORY = 32 * 2**20
+"""Bytes that the matrices of one chunk of nodes may take before nodes are split further."""
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -327,7 +323,7 @@ def species_linear(x: jax.Array, weights: jax.Array, species: jax.Array) -> jax.
         return x @ by_species[species]
 
     n_nodes = x.shape[0]
-    chunk = max(64, MESSAGE_MEMORY // (by_species[0].size * x.dtype.itemsize))
+    chunk = max(64, MATRIX_MEMORY // (by_species[0].size * x.dtype.itemsize))
     if n_nodes <= chunk:
         return mapped((x, species))
     n_chunks = -(-n_nodes // chunk)
@@ -339,57 +335,3 @@ def _chunked(array: jax.Array, n_chunks: int, chunk: int, fill: int) -> jax.Arra
     padding = ((0, n_chunks * chunk - array.shape[0]),) + ((0, 0),) * (array.ndim - 1)
     padded = jnp.pad(array, padding, constant_values=fill)
     return padded.reshape(n_chunks, chunk, *array.shape[1:])
-
-
-def sum_messages(
-    messages: Callable[[Edges], Messages],
-    edges: Edges,
-    receivers: jax.Array,
-    n_nodes: int,
-    floats_per_edge: int,
-) -> Messages:
-    """Sum messages over the edges that arrive at each node, in chunks of bounded memory.
-
-    Beyond ``MESSAGE_MEMORY`` the edges are taken in chunks whose messages are computed again in
-    the backward pass, so that they never exist all at once.
-
-    Args:
-        messages: maps edge arrays (n, ...) to message arrays (n, ...); may close over nodes.
-        edges: pytree of edge arrays (n_edges, ...).
-        receivers: (n_edges,) int, ascending.
-        n_nodes: number of nodes.
-        floats_per_edge: size of one edge's messages.
-
-    Returns:
-        Pytree of (n_nodes, ...): sums at the receivers.
-    """
-    n_edges = receivers.shape[0]
-    itemsize = jax.tree_util.tree_leaves(edges)[0].dtype.itemsize
-    chunk = max(256, MESSAGE_MEMORY // (floats_per_edge * itemsize))
-
-    def summed(edges: Edges, receivers: jax.Array) -> Messages:
-        add = functools.partial(
-            jax.ops.segment_sum,
-            segment_ids=receivers,
-            num_segments=n_nodes,
-            indices_are_sorted=True,
-        )
-        return jax.tree_util.tree_map(add, messages(edges))
-
-    if n_edges <= chunk:
-        return summed(edges, receivers)
-    n_chunks = -(-n_edges // chunk)
-    # Filled edges arrive at node n_nodes, which does not exist: the sum drops them.
-    chunked = functools.partial(_chunked, n_chunks=n_chunks, chunk=chunk)
-    pieces = (
-        jax.tree_util.tree_map(lambda array: chunked(array, fill=0), edges),
-        chunked(receivers, fill=n_nodes),
-    )
-    shapes = jax.eval_shape(lambda: summed(*jax.tree_util.tree_map(lambda a: a[0], pieces)))
-    zeros = jax.tree_util.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    summed = jax.checkpoint(summed)
-
-    def add_chunk(total: Messages, piece: tuple[Edges, jax.Array]) -> tuple[Messages, None]:
-        return jax.tree_util.tree_map(jnp.add, total, summed(*piece)), None
-
-    return jax.lax.scan(add_chunk, zeros, pieces)[0]

@@ -1,0 +1,205 @@
+"""Messages from edges to nodes: what they read, and their sums in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import traverse_util
+
+from mlip_md.graph import Graph
+from mlip_md.networks import layers
+from mlip_md.networks.convolution import Pairs, Plan, convolve
+from mlip_md.networks.radial_tables import convolve_by_table
+
+MEMORY = 32 * 2**20
+"""Bytes that the messages of one turn may take before the edges are split further."""
+
+Basis = Callable[[jax.Array], jax.Array]
+"""Radial basis (n, num_bessel) of distances (n,) in Å."""
+
+
+class Edges(NamedTuple):
+    """What messages read of the edges.
+
+    Attributes:
+        pairs: who sends to whom.
+        lengths: (n_edges,) Å.
+        species: (n_edges,) int, species of the sender · number of species + that of the receiver.
+        harmonics: (n_edges, (l_max+1)²) Y_l of the directions, those of l from l² on.
+        basis: (n_edges, num_bessel) radial basis.
+        cutoff: Å.
+        basis_of: what the basis is computed by.
+    """
+
+    pairs: Pairs
+    lengths: jax.Array
+    species: jax.Array
+    harmonics: jax.Array
+    basis: jax.Array
+    cutoff: float
+    basis_of: Basis
+
+
+Weigh = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""Radial weights (n, columns) of basis, inside (n, 1) and pairs of species (n,)."""
+
+
+Names = tuple[str, ...]
+
+
+class RadialFunction(NamedTuple):
+    """What a layer weighs its messages by, for ``radial_tables``.
+
+    Attributes:
+        plan: of its convolution.
+        weights: radial weights (n, columns) of lengths (n,) and pairs of species (n,).
+    """
+
+    plan: Plan
+    weights: Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def read_edges(
+    graph: Graph, directions: jax.Array, cutoff: float, basis: Basis, l_max: int, num_species: int
+) -> Edges:
+    """What messages read of a graph's edges.
+
+    Args:
+        graph: the graph.
+        directions: (n_edges, 3) Å, that harmonics are of.
+        cutoff: Å.
+        basis: the radial basis.
+        l_max: highest degree of the harmonics.
+        num_species: number of elements.
+    """
+    senders, receivers = jnp.asarray(graph.senders), jnp.asarray(graph.receivers)
+    species = jnp.asarray(graph.species)
+    lengths = jnp.sqrt(jnp.sum(directions**2, axis=-1))
+    harmonics = layers.spherical_harmonics(directions, range(l_max + 1))
+    return Edges(
+        Pairs(senders, receivers, lengths < cutoff),
+        lengths,
+        species[senders] * num_species + species[receivers],
+        jnp.concatenate(list(harmonics.values()), axis=-1),
+        basis(lengths),
+        cutoff,
+        basis,
+    )
+
+
+def sum_messages(
+    module: nn.Module,
+    plan: Plan,
+    x: Sequence[jax.Array],
+    edges: Edges,
+    weigh: Weigh,
+) -> list[jax.Array]:
+    """Messages summed over the edges that arrive at each node.
+
+    Args:
+        module: the layer; where it is given a table in its collection "tables", the table takes
+            the place of the radial network.
+        plan: what couples to what.
+        x: features, one array (n_nodes, 2l+1, channels) per source.
+        edges: the edges.
+        weigh: radial network.
+
+    Returns:
+        One array (n_nodes, 2l+1, channels) per target.
+    """
+
+    def weights(lengths: jax.Array, species: jax.Array) -> jax.Array:
+        return weigh(edges.basis_of(lengths), (lengths < edges.cutoff)[:, None], species)
+
+    if not module.is_initializing():
+        module.sow("functions", "radial", RadialFunction(plan, weights))
+    if module.has_variable("tables", "coefficients"):
+        coefficients = module.get_variable("tables", "coefficients")
+        index = edges.species if len(coefficients) > 1 else jnp.zeros_like(edges.species)
+        return convolve_by_table(
+            plan,
+            edges.pairs,
+            x,
+            edges.harmonics,
+            edges.lengths,
+            coefficients,
+            index,
+            cutoff=edges.cutoff,
+            rows=len(x[0]),
+        )
+    return _sum_in_turns(plan, x, edges, weigh)
+
+
+def _sum_in_turns(
+    plan: Plan, x: Sequence[jax.Array], edges: Edges, weigh: Weigh
+) -> list[jax.Array]:
+    """Beyond ``MEMORY`` in turns over ranges of edges that arrive at a range of nodes.
+
+    Each turn writes its own rows only, and its radial weights are computed again in the backward
+    pass. Ranges end at multiples of a number of edges and at multiples of a number of nodes, so
+    that both are bounded and their number is known beforehand.
+    """
+    (_, receivers, inside), n_nodes = edges.pairs, len(x[0])
+    n_edges, itemsize = len(receivers), edges.basis.dtype.itemsize
+    most_edges = max(256, MEMORY // (plan.message_size * itemsize))
+    if n_edges <= most_edges:
+        weights = weigh(edges.basis, inside[:, None], edges.species)
+        return convolve(plan, edges.pairs, x, edges.harmonics, weights, n_nodes)
+    most_rows = min(n_nodes, most_edges // 4)
+    by_edges = jnp.arange(0, n_edges, most_edges)
+    by_rows = jnp.searchsorted(receivers, jnp.arange(most_rows, n_nodes, most_rows))
+    starts = jnp.sort(jnp.concatenate([by_edges, by_rows.astype(by_edges.dtype)]))
+    stops = jnp.append(starts[1:], n_edges)
+    filled = [
+        jnp.concatenate([array, jnp.zeros((most_edges, *array.shape[1:]), array.dtype)])
+        for array in (*edges.pairs, edges.harmonics, edges.basis, edges.species)
+    ]
+
+    @jax.checkpoint
+    def sums_of(start: jax.Array, stop: jax.Array, first: jax.Array) -> list[jax.Array]:
+        senders, receivers, inside, harmonics, basis, species = (
+            jax.lax.dynamic_slice_in_dim(array, start, most_edges) for array in filled
+        )
+        here = jnp.arange(most_edges) < stop - start
+        rows = jnp.where(here, receivers - first, most_rows - 1)
+        pairs = Pairs(senders, rows, inside & here)
+        weights = weigh(basis, pairs.inside[:, None], species)
+        return convolve(plan, pairs, x, harmonics, weights, most_rows)
+
+    def add(
+        totals: list[jax.Array], piece: tuple[jax.Array, jax.Array]
+    ) -> tuple[list[jax.Array], None]:
+        start, stop = piece
+        first = receivers[jnp.minimum(start, n_edges - 1)] // most_rows * most_rows
+        first = jnp.minimum(first, n_nodes - most_rows)
+        rows = first + jnp.arange(most_rows)
+        added = [
+            total.at[rows].add(more, indices_are_sorted=True, unique_indices=True)
+            for total, more in zip(totals, sums_of(start, stop, first), strict=True)
+        ]
+        return added, None
+
+    zeros = [
+        jnp.zeros((n_nodes, 2 * block.degree + 1, block.channels), edges.basis.dtype)
+        for block in plan.targets
+    ]
+    return jax.lax.scan(add, zeros, (starts, stops))[0]
+
+
+def radial_functions(
+    network: nn.Module, variables: Any, graph: Graph
+) -> dict[Names, RadialFunction]:
+    """The radial function of every layer, by the names of its modules.
+
+    Args:
+        network: the network.
+        variables: its weights; the functions compute in their dtype.
+        graph: any; the network is evaluated on it.
+    """
+    _, found = network.apply(variables, graph, mutable=["functions"])
+    flat = traverse_util.flatten_dict(found["functions"])
+    return {names[:-1]: functions[0] for names, functions in flat.items()}
