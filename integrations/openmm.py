@@ -31,6 +31,7 @@ from mlip_md.integrations.charges import check_stated, stated_in_topology
 from mlip_md.integrations.models import DEFAULT_MODEL, DTYPES, lasting_name
 from mlip_md.integrations.openmm_force import MLForce, open_potential
 from mlip_md.integrations.openmm_minimize import minimize as minimize
+from mlip_md.integrations.statements import lacks_hydrogens
 
 logger = logging.getLogger(__name__)
 
@@ -193,13 +194,17 @@ class MLIPPotentialImpl(MLPotentialImpl):
             TypeError: on an unknown keyword.
             ConfigError: on a value that is not allowed.
             UnsupportedElementError: on an element that the potential does not know.
-            StructureError: on atoms without element, listed twice or not there, and on formal
-                charges of a topology that is no macromolecule.
+            StructureError: on atoms without element, listed twice or not there, on residues
+                without hydrogens, and on formal charges of a topology that is no macromolecule.
         """
         options = force_options(args)
         particles = None if atoms is None else _indices(atoms)
         atomic_numbers = _atomic_numbers(topology, particles)
         self.potential.species(atomic_numbers)
+        if particles is None:
+            names = (residue.name for residue in topology.residues())
+            if problem := lacks_hydrogens(atomic_numbers, names):
+                raise StructureError(problem)
         for text in _check_charge(topology, particles):
             logger.warning("%s", text)
         periodic = _is_periodic(topology, system, particles, options.periodic)

@@ -199,6 +199,19 @@ def test_createsystem_refuses_formal_charges(tmp_path, potential):
     assert system.getNumForces() == 1
 
 
+def test_createsystem_refuses_residues_without_any_hydrogen(potential):
+    from mlip_md.integrations.openmm import MLIPPotentialImpl
+
+    topology = openmm.app.Topology()
+    residue = topology.addResidue("GLY", topology.addChain())
+    for _ in range(2):
+        topology.addAtom("C", openmm.app.element.carbon, residue)
+    implementation = MLIPPotentialImpl("mlip-md")
+    with pytest.raises(StructureError, match="residues GLY and not one hydrogen"):
+        implementation.addForces(topology, openmm.System(), None, 0)
+    implementation.addForces(topology, openmm.System(), [0, 1], 0, periodic=False)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_velocities_of_the_file_start_a_run(edited, cluster, tmp_path, engine):
     given = np.random.default_rng(1).normal(size=(27, 3)) * 0.01
