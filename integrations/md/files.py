@@ -83,8 +83,9 @@ def check_sizes(folder: Path, sizes: dict[str, int]) -> None:
 class RunFiles:
     """The growing files of a run: log and trajectories, for mdtraj (with the PDB) and for ASE.
 
-    The log and the trajectory for ASE are in the frame of the run; the PDB and the trajectory for
-    mdtraj, whose formats have no room for other cells, are turned into that of the reduced cell.
+    The trajectory for ASE is in the frame of the structure's file, with its cell vectors; the PDB
+    and the trajectory for mdtraj, whose formats have no room for other cells, are turned into that
+    of the reduced cell.
 
     DCD files know the time of their first frame and a constant interval; a last frame between two
     reports has its own time in the log, in the trajectory for ASE and in XTC files only.
