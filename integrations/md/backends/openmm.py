@@ -218,14 +218,22 @@ class OpenMMBackend(Backend):
             potential=potential,
             kinetic=kinetic,
             conserved=potential + kinetic if settings.ensemble == "nve" else None,
-            temperature=compute_temperature(
-                kinetic, count_degrees_of_freedom(self.atoms, settings.ensemble)
-            ),
+            temperature=compute_temperature(kinetic, self._degrees(positions, velocities)),
             pressure=pressure,
             forces=np.array(state.getForces(asNumpy=True)._value)
             @ rotation
             / (KJ_PER_MOL_PER_EV * ANGSTROM_PER_NM),
         )
+
+    def _degrees(self, positions: np.ndarray, velocities: np.ndarray) -> int:
+        """Number of free momenta; of velocities of the file also those that are conserved."""
+        settings, atoms = self.settings, self.atoms
+        if settings.velocities == "file":
+            atoms = atoms.copy()
+            atoms.positions = positions
+            atoms.set_velocities(velocities / units.fs)
+        drawn = settings.velocities == "draw"
+        return count_degrees_of_freedom(atoms, settings.ensemble, drawn=drawn)
 
     def _pressure(
         self, positions: np.ndarray, cell: np.ndarray, interaction: float, kinetic: float

@@ -225,6 +225,27 @@ def test_velocities_of_the_file_start_a_run(edited, cluster, tmp_path, engine):
         settings(path, velocities="file", minimize=True)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_motion_of_the_whole_counts_where_the_file_has_it(edited, tmp_path, engine):
+    def drift(atoms):
+        atoms.set_velocities(np.full((27, 3), 0.01))
+
+    def rest(atoms):
+        draw_velocities(atoms, "nve", 300, np.random.default_rng(0))
+
+    def turn(atoms):
+        away = atoms.positions - atoms.get_center_of_mass()
+        atoms.set_velocities(0.01 * np.cross([0.0, 0.0, 1.0], away))
+
+    for change, free in ((drift, 78), (rest, 75), (turn, 78)):
+        path = edited(change)
+        changes = {"velocities": "file", "ensemble": "nve", "steps": 1, "report_interval": 1}
+        folder = run_md(settings(path, engine=engine, **changes), tmp_path / change.__name__)
+        log = files.read_log(folder / files.LOG)
+        wanted = 2 * log["kinetic_eV"][0] / (free * ase.units.kB)
+        np.testing.assert_allclose(log["temperature_K"][0], wanted, rtol=1e-6)
+
+
 def test_one_frame_of_several_is_run(cluster, tmp_path):
     atoms = ase.io.read(cluster)
     other = atoms.copy()
