@@ -16,7 +16,7 @@ import numpy as np
 from ase import Atoms, units
 
 from mlip_md.errors import CheckpointError, OutputError
-from mlip_md.files import replacing
+from mlip_md.files import replacing, sync
 from mlip_md.integrations.md.backends.interface import BAR, Frame
 from mlip_md.integrations.md.settings import MDSettings
 from mlip_md.integrations.md.structures import (
@@ -172,6 +172,16 @@ class RunFiles:
     def sizes(self) -> dict[str, int]:
         """Bytes of each growing file as they are now."""
         return {name: (self.folder / name).stat().st_size for name in self._names}
+
+    def sync(self) -> None:
+        """Put what has been written on the disk: a restart file must not outlive its frames.
+
+        Raises:
+            OutputError: if it cannot be done.
+        """
+        for name in self._names:
+            with self._naming(name):
+                sync(self.folder / name)
 
     def close(self) -> None:
         """Close all files."""

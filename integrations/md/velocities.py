@@ -9,7 +9,6 @@ from ase.md.velocitydistribution import Stationary, ZeroRotation, thermalize_mom
 from mlip_md.integrations.md.settings import MDSettings
 from mlip_md.integrations.md.structures import fixed_axes
 
-
 _AT_REST = 1e-3
 """Share of the kinetic energy below which a motion of the whole is none."""
 
