@@ -262,6 +262,12 @@ class MLIPPotentialImpl(MLPotentialImpl):
         particles = _indices(atoms)
         self.potential.species(_atomic_numbers(topology, particles))
         _check_charge(topology, particles)
+        if charge := _charge_in_system(topology, system, particles):
+            logger.warning(
+                "the System gives the ML atoms a total charge of %+d; this model has no input for "
+                "charges and computes them as the neutral groups that it learnt",
+                charge,
+            )
         args["periodic"] = _is_periodic(topology, system, particles, options.periodic)
         complete, sites = _without_bare_sites(topology)
         made = MechanicalEmbedding().createMixedSystem(
@@ -327,6 +333,21 @@ def _check_charge(topology: openmm.app.Topology, particles: list[int] | None) ->
     modelled = atoms if particles is None else [atoms[i] for i in particles]
     residues = {atom.residue.index: atom.residue.name for atom in modelled}
     return check_stated(stated_in_topology(topology, particles), residues.values())
+
+
+def _charge_in_system(
+    topology: openmm.app.Topology, system: openmm.System, particles: list[int]
+) -> int:
+    """Total charge that a force field gives whole molecules; 0 for parts, which have none."""
+    modelled = set(particles)
+    if any(len(modelled & {atom.index for atom in bond}) == 1 for bond in topology.bonds()):
+        return 0
+    total = 0.0
+    for force in system.getForces():
+        if isinstance(force, openmm.NonbondedForce):
+            there = [i for i in particles if i < force.getNumParticles()]
+            total += sum(force.getParticleParameters(i)[0]._value for i in there)
+    return round(total)
 
 
 def _is_periodic(
