@@ -21,8 +21,8 @@ import mlip_md
 from mlip_md.devices import device_name
 from mlip_md.engine import Engine, Result
 from mlip_md.errors import ConfigError, ModelFileError, StructureError
-from mlip_md.integrations.charges import charge_or_spin
 from mlip_md.integrations.models import DEFAULT_MODEL
+from mlip_md.integrations.statements import problem_of
 from mlip_md.potential import Potential
 
 
@@ -32,8 +32,8 @@ class MLIPCalculator(Calculator):
     Works with any ``Atoms`` (no structure is needed to make one), can be pickled and copied, may be
     shared by threads (they take turns), and never changes the ``Atoms`` it is given. Stress is
     there for cells of rank 3 only. A total charge or spin in ``atoms.info`` is refused unless it
-    is that of a neutral singlet; per-atom ``initial_charges`` and ``initial_magmoms``, which ASE's
-    tools set freely, are ignored.
+    is that of a neutral singlet; so is disorder that ASE's readers hand on; per-atom
+    ``initial_charges`` and ``initial_magmoms``, which ASE's tools set freely, are ignored.
 
     Args:
         potential_or_path: a ``Potential``, or what ``mlip_md.load`` opens (name of a bundled
@@ -152,7 +152,8 @@ class MLIPCalculator(Calculator):
 
         Raises:
             StructureError: on non-finite positions, atoms on top of each other, periodicity
-                without a cell, no atoms, or a charge or spin in ``atoms.info``.
+                without a cell, no atoms, or what ``atoms`` state beside (charge, spin, disorder,
+                alternatives, residues without hydrogens, names of other elements).
             UnsupportedElementError: on an element that the potential does not know.
             NonFiniteError: if the potential gave NaN or infinity.
         """
@@ -160,17 +161,17 @@ class MLIPCalculator(Calculator):
             raise StructureError("no atoms to calculate; attach the calculator: atoms.calc = ...")
         with self._lock:
             self.results = {}
-            if problem := charge_or_spin(atoms.info):
+            if problem := problem_of(atoms):
                 raise StructureError(problem)
             result = self.engine.evaluate(*_inputs(atoms))
             self.atoms = atoms.copy()
             self.results = _read_only(_properties(result))
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
-        """What changed since the last calculation; a charge or spin in ``info`` counts too."""
+        """What changed since the last calculation; what ``calculate`` refuses counts too."""
         changes = super().check_state(atoms, tol=tol)
         # There are results of neutral singlets only.
-        if not changes and charge_or_spin(atoms.info):
+        if not changes and problem_of(atoms):
             changes.append("info")
         return changes
 
@@ -193,7 +194,7 @@ class MLIPCalculator(Calculator):
         for index, atoms in enumerate(structures):
             if not isinstance(atoms, Atoms):
                 raise StructureError(f"structure {index}: a {type(atoms).__name__} is no Atoms")
-            if problem := charge_or_spin(atoms.info):
+            if problem := problem_of(atoms):
                 raise StructureError(f"structure {index}: {problem}")
             inputs.append(_inputs(atoms))
         return [_properties(result) for result in self.engine.evaluate_batch(inputs)]

@@ -31,6 +31,7 @@ from mlip_md.integrations.charges import check_stated, stated_in_topology
 from mlip_md.integrations.models import DEFAULT_MODEL, DTYPES, lasting_name
 from mlip_md.integrations.openmm_force import MLForce, open_potential
 from mlip_md.integrations.openmm_minimize import minimize as minimize
+from mlip_md.integrations.statements import lacks_hydrogens
 
 logger = logging.getLogger(__name__)
 
@@ -193,13 +194,17 @@ class MLIPPotentialImpl(MLPotentialImpl):
             TypeError: on an unknown keyword.
             ConfigError: on a value that is not allowed.
             UnsupportedElementError: on an element that the potential does not know.
-            StructureError: on atoms without element, listed twice or not there, and on formal
-                charges of a topology that is no macromolecule.
+            StructureError: on atoms without element, listed twice or not there, on residues
+                without hydrogens, and on formal charges of a topology that is no macromolecule.
         """
         options = force_options(args)
         particles = None if atoms is None else _indices(atoms)
         atomic_numbers = _atomic_numbers(topology, particles)
         self.potential.species(atomic_numbers)
+        if particles is None:
+            names = (residue.name for residue in topology.residues())
+            if problem := lacks_hydrogens(atomic_numbers, names):
+                raise StructureError(problem)
         for text in _check_charge(topology, particles):
             logger.warning("%s", text)
         periodic = _is_periodic(topology, system, particles, options.periodic)
@@ -257,6 +262,12 @@ class MLIPPotentialImpl(MLPotentialImpl):
         particles = _indices(atoms)
         self.potential.species(_atomic_numbers(topology, particles))
         _check_charge(topology, particles)
+        if charge := _charge_in_system(topology, system, particles):
+            logger.warning(
+                "the System gives the ML atoms a total charge of %+d; this model has no input for "
+                "charges and computes them as the neutral groups that it learnt",
+                charge,
+            )
         args["periodic"] = _is_periodic(topology, system, particles, options.periodic)
         complete, sites = _without_bare_sites(topology)
         made = MechanicalEmbedding().createMixedSystem(
@@ -322,6 +333,21 @@ def _check_charge(topology: openmm.app.Topology, particles: list[int] | None) ->
     modelled = atoms if particles is None else [atoms[i] for i in particles]
     residues = {atom.residue.index: atom.residue.name for atom in modelled}
     return check_stated(stated_in_topology(topology, particles), residues.values())
+
+
+def _charge_in_system(
+    topology: openmm.app.Topology, system: openmm.System, particles: list[int]
+) -> int:
+    """Total charge that a force field gives whole molecules; 0 for parts, which have none."""
+    modelled = set(particles)
+    if any(len(modelled & {atom.index for atom in bond}) == 1 for bond in topology.bonds()):
+        return 0
+    total = 0.0
+    for force in system.getForces():
+        if isinstance(force, openmm.NonbondedForce):
+            there = [i for i in particles if i < force.getNumParticles()]
+            total += sum(force.getParticleParameters(i)[0]._value for i in there)
+    return round(total)
 
 
 def _is_periodic(

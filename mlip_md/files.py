@@ -35,10 +35,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         if not path.parent.is_dir():
             raise FileNotFoundError(f"there is no folder {path.parent}")
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
         if os.name == "posix":
-            _sync(path.parent)
+            sync(path.parent)
     except OutputError:
         raise
     except OSError as error:
@@ -51,7 +51,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Put what was written into a file or folder on the disk.
+
+    Raises:
+        OSError: if the file system refuses.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -77,7 +77,7 @@ FAST = {
         ("test_training_loss.py::test_classes_of_the_adaptive_huber_loss",),
     ),
     "a charge in info ignored": Mistake(
-        "integrations/ase.py", "if not changes and charge_or_spin(atoms.info):", "if False:",
+        "integrations/ase.py", "if not changes and problem_of(atoms):", "if False:",
         ("test_ase_calculator.py::test_charge_in_info_is_not_overlooked",),
     ),
     "shear stresses in another order": Mistake(

@@ -16,7 +16,7 @@ import numpy as np
 from ase import Atoms, units
 
 from mlip_md.errors import CheckpointError, OutputError
-from mlip_md.files import replacing
+from mlip_md.files import replacing, sync
 from mlip_md.integrations.md.backends.interface import BAR, Frame
 from mlip_md.integrations.md.settings import MDSettings
 from mlip_md.integrations.md.structures import (
@@ -83,8 +83,9 @@ def check_sizes(folder: Path, sizes: dict[str, int]) -> None:
 class RunFiles:
     """The growing files of a run: log and trajectories, for mdtraj (with the PDB) and for ASE.
 
-    The log and the trajectory for ASE are in the frame of the run; the PDB and the trajectory for
-    mdtraj, whose formats have no room for other cells, are turned into that of the reduced cell.
+    The trajectory for ASE is in the frame of the structure's file, with its cell vectors; the PDB
+    and the trajectory for mdtraj, whose formats have no room for other cells, are turned into that
+    of the reduced cell.
 
     DCD files know the time of their first frame and a constant interval; a last frame between two
     reports has its own time in the log, in the trajectory for ASE and in XTC files only.
@@ -171,6 +172,16 @@ class RunFiles:
     def sizes(self) -> dict[str, int]:
         """Bytes of each growing file as they are now."""
         return {name: (self.folder / name).stat().st_size for name in self._names}
+
+    def sync(self) -> None:
+        """Put what has been written on the disk: a restart file must not outlive its frames.
+
+        Raises:
+            OutputError: if it cannot be done.
+        """
+        for name in self._names:
+            with self._naming(name):
+                sync(self.folder / name)
 
     def close(self) -> None:
         """Close all files."""

@@ -9,7 +9,7 @@ import numpy as np
 from mlip_md.errors import StructureError
 from mlip_md.integrations.md.settings import MDSettings
 from mlip_md.integrations.md.structures import Structure, bonds
-from mlip_md.integrations.md.structures.description import is_deuterium
+from mlip_md.integrations.md.structures.description import is_isotope
 
 
 def prepare(settings: MDSettings, structure: Structure) -> Structure:
@@ -37,7 +37,7 @@ def prepare(settings: MDSettings, structure: Structure) -> Structure:
 def repartition_masses(structure: Structure, hydrogen: float) -> np.ndarray:
     """Masses in which hydrogen weighs more and the heavy atom bonded to it less.
 
-    The total stays; deuterium and hydrogen without heavy neighbour stay too.
+    The total stays; deuterium, tritium and hydrogen without heavy neighbour stay too.
 
     Args:
         structure: with its bonds, or those that distances imply.
@@ -52,7 +52,7 @@ def repartition_masses(structure: Structure, hydrogen: float) -> np.ndarray:
     atoms = structure.atoms
     masses, numbers = atoms.get_masses(), atoms.numbers
     pairs = bonds(atoms) if structure.bonds is None else structure.bonds
-    light = (numbers == 1) & ~is_deuterium(atoms)
+    light = (numbers == 1) & ~is_isotope(atoms, "D") & ~is_isotope(atoms, "T")
     done = set()
     for i, j in (*pairs.tolist(), *pairs[:, ::-1].tolist()):
         if light[i] and numbers[j] > 1 and i not in done:

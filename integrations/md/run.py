@@ -436,6 +436,7 @@ class _Run:
 
     def _save_restart(self) -> None:
         if self._good is not None:
+            self.files.sync()
             restart.write_restart(self.folder / restart.RESTART, *self._good)
         self._saved = time.perf_counter()
 

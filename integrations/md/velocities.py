@@ -9,21 +9,44 @@ from ase.md.velocitydistribution import Stationary, ZeroRotation, thermalize_mom
 from mlip_md.integrations.md.settings import MDSettings
 from mlip_md.integrations.md.structures import fixed_axes
 
+_AT_REST = 1e-3
+"""Share of the kinetic energy below which a motion of the whole is none."""
 
-def count_degrees_of_freedom(atoms: Atoms, ensemble: str) -> int:
+
+def count_degrees_of_freedom(atoms: Atoms, ensemble: str, *, drawn: bool = True) -> int:
     """Number of momenta that are free, at least 1.
 
     Thermostats touch all that are not held by a constraint. nve conserves the total ones, unless
-    something is held, which takes momentum up.
+    something is held, which takes momentum up; they count where they are not zero.
+
+    Args:
+        atoms: with the present momenta, unless they were drawn.
+        ensemble: "nve", "nvt" or "npt".
+        drawn: whether the velocities are those of ``draw_velocities``, and in nve at rest in total.
     """
     held = int(fixed_axes(atoms).sum())
     count = 3 * len(atoms) - held
     if ensemble == "nve" and not held:
-        count -= 3
-        if not atoms.pbc.any():
+        drifting, turning = (False, False) if drawn else _motion_of_the_whole(atoms)
+        count -= 0 if drifting else 3
+        if not (atoms.pbc.any() or turning):
             moments = atoms.get_moments_of_inertia()
             count -= int(np.sum(moments > 1e-6 * max(float(moments.max()), 1e-12)))
     return max(count, 1)
+
+
+def _motion_of_the_whole(atoms: Atoms) -> tuple[bool, bool]:
+    """Whether atoms drift, and turn about their centre of mass, more than rounding explains."""
+    limit = _AT_REST * atoms.get_kinetic_energy()
+    momentum = atoms.get_momenta().sum(axis=0)
+    drift = momentum @ momentum / (2.0 * atoms.get_masses().sum())
+    inner = atoms.copy()
+    inner.set_velocities(atoms.get_velocities() - momentum / atoms.get_masses().sum())
+    angular = inner.get_angular_momentum()
+    moments, axes = atoms.get_moments_of_inertia(vectors=True)
+    there = moments > 1e-6 * max(float(moments.max()), 1e-12)
+    turn = 0.5 * float(np.sum((axes @ angular)[there] ** 2 / moments[there]))
+    return bool(drift > limit), bool(turn > limit)
 
 
 def compute_temperature(kinetic: float, degrees_of_freedom: int) -> float:

@@ -378,6 +378,7 @@ def test_host_files(calculator, crystal, tmp_path):
         (lambda a: a.info.update(charge=np.nan), StructureError, "charge"),
         (lambda a: a.info.update(uhf=1), StructureError, "uhf"),
         (lambda a: a.info.update(total_spin=1), StructureError, "total_spin"),
+        (lambda a: a.info.update(occupancy={"0": {"C": 0.5}}), StructureError, "disorder"),
     ],
 )
 def test_bad_structures_are_refused(calculator, molecule, change, error, text):

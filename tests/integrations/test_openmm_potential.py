@@ -214,6 +214,26 @@ def test_a_box_that_only_the_topology_has(model, crystal):
             assert system.usesPeriodicBoundaryConditions() == periodic
 
 
+@pytest.mark.parametrize(("charge", "said"), [(-1.0, True), (0.0, False), (1e-3, False)])
+def test_a_charge_that_the_system_gives_the_ml_atoms_is_said(model, caplog, charge, said):
+    atoms = Atoms("OHHOHH", np.arange(18.0).reshape(6, 3))
+    topology = topology_of(atoms)
+    every = list(topology.atoms())
+    for i, j in ((0, 1), (0, 2)):
+        topology.addBond(every[i], every[j])
+    mm, nonbonded = openmm.System(), openmm.NonbondedForce()
+    mm.addForce(nonbonded)
+    for i in range(6):
+        mm.addParticle(12.0)
+        nonbonded.addParticle(charge / 3 if i < 3 else 0.4, 0.1, 0.0)
+    ml = MLPotential("mlip-md", modelPath=model)
+    ml.createMixedSystem(topology, mm, [0, 1, 2])
+    assert ("total charge of -1" in caplog.text) == said
+    caplog.clear()
+    ml.createMixedSystem(topology, mm, [0])  # a part of a molecule has no charge of its own
+    assert "total charge" not in caplog.text
+
+
 def test_sites_without_element_may_surround_the_ml_atoms(model, molecule):
     """Four-site water: OpenMM-ML asks every atom for its number to make link atoms."""
     topology = topology_of(molecule)

@@ -1,7 +1,10 @@
-"""Elements from names, and charges and spins that somebody states."""
+"""Elements from names, and what files, ``Atoms`` and topologies state beside elements."""
 
 import numpy as np
 import pytest
+from ase import Atoms
+from ase.build import molecule
+from ase.io import read
 from openmm import app
 from test_structures_reading import DATA
 
@@ -23,6 +26,7 @@ from mlip_md.integrations.residue_names import (
     named_element,
     stated_element,
 )
+from mlip_md.integrations.statements import lacks_hydrogens, problem_of
 
 
 @pytest.mark.parametrize(
@@ -136,3 +140,71 @@ def test_a_protein_with_charged_residues_is_warned_of(tmp_path):
     assert "charge" not in structure.atoms.info
     assert structure.check_charge() == list(structure.report.notes)
     assert len(structure.report.notes) == 1
+
+
+def gro_of(residue, names, positions):
+    lines = [f"    1{residue:<5s}{n:>5s}{i:5d}" for i, n in enumerate(names, 1)]
+    rows = ("".join(f"{x / 10:8.3f}" for x in position) for position in positions)
+    body = "\n".join(map("".join, zip(lines, rows, strict=True)))
+    return f"one\n{len(names)}\n{body}\n   2.0   2.0   2.0\n"
+
+
+def test_elements_that_ase_guesses_from_gro_names_are_compared_with_them(tmp_path):
+    path = tmp_path / "c.gro"
+    positions = molecule("CH3Cl").positions
+    path.write_text(gro_of("LIG", ["C1", "CL1", "H1", "H2", "H3"], positions))
+    atoms = read(path)
+    assert atoms.get_chemical_formula() == "C2H3"  # ASE's reader, which this is about
+    assert "atom 1, CL1 of residue LIG, is C among the elements and Cl by" in problem_of(atoms)
+    atoms.symbols[1] = "Cl"
+    assert problem_of(atoms) is None
+    path.write_text(gro_of("SOL", ["OW", "HW1", "HW2"], molecule("H2O").positions))
+    assert problem_of(read(path)) is None
+
+
+def cif_of(*sites):
+    cell = "".join(f"_cell_length_{k} 9\n" for k in "abc")
+    cell += "".join(f"_cell_angle_{k} 90\n" for k in ("alpha", "beta", "gamma"))
+    keys = ("label", "type_symbol", "fract_x", "fract_y", "fract_z", "occupancy")
+    loop = "".join(f"_atom_site_{key}\n" for key in keys)
+    return f"data_x\n{cell}loop_\n{loop}" + "\n".join(sites) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("sites", "text"),
+    [
+        (("C1 C 0 0 0 1.0", "H1 H 0 0 0.12 0.5"), "H 0.5 on one site"),
+        (("C1 C 0 0 0 1.0", "X1 Cl 0 0 0.2 0.6", "X2 Br 0 0 0.2 0.4"), "Cl 0.6 and Br 0.4 on"),
+        (("C1 C 0 0 0 1.0", "O1 O 0 0 0.12 1.0"), None),
+    ],
+)
+def test_disorder_that_ase_reads_of_cif_files(tmp_path, sites, text):
+    (tmp_path / "x.cif").write_text(cif_of(*sites))
+    problem = problem_of(read(tmp_path / "x.cif"))
+    assert problem is None if text is None else text in problem
+
+
+def residues_of(atoms, name, occupancy=None):
+    atoms.set_array("residuenames", np.array([name] * len(atoms)))
+    if occupancy is not None:
+        atoms.set_array("occupancy", np.array(occupancy))
+    return atoms
+
+
+def test_alternate_locations_that_ase_keeps_both():
+    water = molecule("H2O")
+    both = water + water
+    both.positions[3:] += [0.3, 0, 0]
+    residues_of(both, "HOH", [0.6] * 3 + [0.4] * 3)
+    assert "atoms 0 and 3 are alternatives" in problem_of(both)
+    assert problem_of(residues_of(water, "HOH", [0.6] * 3)) is None
+
+
+def test_residues_without_any_hydrogen():
+    bare = Atoms("NC", [[0, 0, 0], [1.4, 0, 0]])
+    assert "has residues GLY and not one hydrogen" in problem_of(residues_of(bare, "GLY"))
+    assert problem_of(residues_of(molecule("CH4"), "GLY")) is None
+    for name in ("LIG", "CN", "C", "U"):
+        assert lacks_hydrogens(np.array([6, 7]), [name]) is None
+    assert "residues DA" in lacks_hydrogens(np.array([6, 7]), ["LIG", "DA"])
+    assert lacks_hydrogens(np.array([6]), ["HOH"]) is None

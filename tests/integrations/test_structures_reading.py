@@ -13,9 +13,12 @@ from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms, FixBondLength, FixCartesian, FixedLine, FixedPlane
 from ase.io import write
+from openmm.app import PDBFile
 
 from mlip_md.errors import StructureError
 from mlip_md.integrations.md.structures import (
+    AtomLabel,
+    Structure,
     bonds,
     fixed_axes,
     make_topology,
@@ -72,11 +75,7 @@ def test_atoms_of_one_name_are_all_read(put, names):
     ethanol = molecule("CH3CH2OH")
     called = list(ethanol.symbols) if names == "symbols" else ["X1"] * 9
     structure = read_structure(put("a.pdb", pdb_of(ethanol, called)))
-    assert (
-        structure.atoms.symbols.tolist()
-        if False
-        else list(structure.atoms.symbols) == list(ethanol.symbols)
-    )
+    assert list(structure.atoms.symbols) == list(ethanol.symbols)
     np.testing.assert_allclose(structure.atoms.positions, ethanol.positions, atol=6e-4)
     assert structure.topology.getNumAtoms() == 9
     assert structure.topology.getNumBonds() == 8
@@ -87,6 +86,40 @@ def test_water_of_one_name_has_its_bonds(put):
     water = molecule("H2O")
     structure = read_structure(put("w.pdb", pdb_of(water, ["O", "H", "H"], "HOH")))
     assert structure.bonds.tolist() == [[0, 1], [0, 2]]
+
+
+def test_repeated_names_are_numbered_where_others_read_them(put, tmp_path):
+    ethanol = molecule("CH3CH2OH")
+    structure = read_structure(put("a.pdb", pdb_of(ethanol, ["C1", "C", "O", *"HHHHHH"])))
+    wanted = ["C1", "C", "O", *(f"H{i}" for i in range(1, 7))]
+    assert [atom.name for atom in structure.topology.atoms()] == wanted
+    assert [label.name for label in structure.labels][3:] == ["H"] * 6  # as the file has them
+    write_structure(tmp_path / "b.pdb", structure)
+    assert [a.name for a in PDBFile(str(tmp_path / "b.pdb")).topology.atoms()] == wanted
+
+
+def test_names_differ_in_four_letters_however_many_there_are(tmp_path):
+    grid = np.stack(np.meshgrid(*3 * [np.arange(12.0)], indexing="ij"), axis=-1).reshape(-1, 3)
+    # No molecule's atoms follow one another: all are one residue.
+    atoms = Atoms("O2H1726", 5 * grid)
+    atoms.positions[-2:] = atoms.positions[:2] + 0.55
+    write_structure(tmp_path / "b.pdb", Structure("b", atoms))
+    assert PDBFile(str(tmp_path / "b.pdb")).topology.getNumAtoms() == 1728
+
+
+def test_ten_thousand_residues_stay_apart(tmp_path):
+    labels = tuple(AtomLabel("NE", "NE", str(i)) for i in range(1, 10003))
+    atoms = Atoms("Ne10002", np.arange(10002)[:, None] * [0.03, 0, 0])
+    write_structure(tmp_path / "n.pdb", Structure("n", atoms, labels=labels))
+    assert len(read_structure(tmp_path / "n.pdb").residues) == 10002
+
+
+@pytest.mark.parametrize("pbc", ["T T T", "F T F"])
+def test_periodicity_without_a_cell_is_refused(put, pbc):
+    text = f'3\nProperties=species:S:1:pos:R:3 pbc="{pbc}"\n{WATER}'
+    refused(put("p.extxyz", text), "is periodic along .* and has no cell there; give one")
+    flat = f'3\nLattice="9 0 0 0 9 0 0 0 0" Properties=species:S:1:pos:R:3 pbc="T T F"\n{WATER}'
+    assert len(read_structure(put("f.extxyz", flat)).atoms) == 3
 
 
 def test_ase_writes_what_we_read(tmp_path):
@@ -231,13 +264,15 @@ def test_packed_pdb_is_written(tmp_path, suffix, opened):
 
 
 def test_heavy_hydrogens_are_no_isotopes(put, tmp_path):
-    text = "2\nProperties=species:S:1:pos:R:3:masses:R:1\nH 0 0 0 3.016\nH .74 0 0 2.014\n"
-    structure = read_structure(put("a.extxyz", text))
+    rows = "H 0 0 0 3.024\nH .74 0 0 2.014\nH 5 0 0 3.016\n"
+    structure = read_structure(
+        put("a.extxyz", f"3\nProperties=species:S:1:pos:R:3:masses:R:1\n{rows}")
+    )
     symbols = [atom.element.symbol for atom in make_topology(structure).atoms()]
-    assert symbols == ["H", "D"]
+    assert symbols == ["H", "D", "H"]  # OpenMM has no tritium
     write_structure(tmp_path / "a.pdb", structure)
     again = read_structure(tmp_path / "a.pdb").atoms
-    np.testing.assert_allclose(again.get_masses(), [1.008, 2.014], atol=1e-3)
+    np.testing.assert_allclose(again.get_masses(), [1.008, 2.014, 3.016], atol=1e-3)
 
 
 # --- cells, symmetry, disorder, hydrogens ---------------------------------------------------------

@@ -112,7 +112,10 @@ class ASEBackend(Backend):
             kinetic=float(kinetic),
             conserved=conserved,
             temperature=compute_temperature(
-                kinetic, count_degrees_of_freedom(atoms, settings.ensemble)
+                kinetic,
+                count_degrees_of_freedom(
+                    atoms, settings.ensemble, drawn=settings.velocities == "draw"
+                ),
             ),
             pressure=pressure,
             forces=atoms.get_forces(apply_constraint=False),

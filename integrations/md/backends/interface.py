@@ -15,7 +15,7 @@ BAR = 1e5 * units.Pascal
 
 
 class Frame(NamedTuple):
-    """The state of a run at one step.
+    """The state of a run at one step, in the frame of the structure's file.
 
     Attributes:
         step: number of steps done.

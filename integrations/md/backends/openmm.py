@@ -27,6 +27,7 @@ from mlip_md.integrations.md.settings import MDSettings, explain_choices
 from mlip_md.integrations.md.structures import (
     Structure,
     make_topology,
+    reduce_lattice,
     reduce_structure,
     whole_molecules,
 )
@@ -82,6 +83,12 @@ class OpenMMBackend(Backend):
     def __init__(self, settings: MDSettings, structure: Structure) -> None:
         self.settings = settings
         self.structure = reduce_cell(structure)
+        # OpenMM computes in the frame of a reduced cell; what it gives out is turned back.
+        self._rotation, self._vectors = np.eye(3), np.eye(3)
+        if structure.atoms.pbc.any():
+            cell = structure.atoms.cell.array
+            reduced, self._rotation = reduce_lattice(cell)
+            self._vectors = np.rint(cell @ self._rotation.T @ np.linalg.inv(reduced))
         self.potential = open_potential(settings.model)
         self.atoms = self.structure.atoms
         self._periodic = bool(self.atoms.pbc.any())
@@ -189,7 +196,7 @@ class OpenMMBackend(Backend):
         return positions, np.array(state.getVelocities(asNumpy=True)._value) * NM_PER_PS, cell
 
     def frame(self) -> Frame:
-        settings = self.settings
+        settings, rotation = self.settings, self._rotation
         with _as_simulation_error():
             state = self._context.getState(
                 positions=True, velocities=True, energy=True, forces=True
@@ -205,19 +212,28 @@ class OpenMMBackend(Backend):
         return Frame(
             step=step,
             time=step * settings.timestep * 1e-3,
-            positions=positions,
-            velocities=velocities,
-            cell=cell,
+            positions=positions @ rotation,
+            velocities=velocities @ rotation,
+            cell=self._vectors @ cell @ rotation,
             potential=potential,
             kinetic=kinetic,
             conserved=potential + kinetic if settings.ensemble == "nve" else None,
-            temperature=compute_temperature(
-                kinetic, count_degrees_of_freedom(self.atoms, settings.ensemble)
-            ),
+            temperature=compute_temperature(kinetic, self._degrees(positions, velocities)),
             pressure=pressure,
             forces=np.array(state.getForces(asNumpy=True)._value)
+            @ rotation
             / (KJ_PER_MOL_PER_EV * ANGSTROM_PER_NM),
         )
+
+    def _degrees(self, positions: np.ndarray, velocities: np.ndarray) -> int:
+        """Number of free momenta; of velocities of the file also those that are conserved."""
+        settings, atoms = self.settings, self.atoms
+        if settings.velocities == "file":
+            atoms = atoms.copy()
+            atoms.positions = positions
+            atoms.set_velocities(velocities / units.fs)
+        drawn = settings.velocities == "draw"
+        return count_degrees_of_freedom(atoms, settings.ensemble, drawn=drawn)
 
     def _pressure(
         self, positions: np.ndarray, cell: np.ndarray, interaction: float, kinetic: float
@@ -235,10 +251,14 @@ class OpenMMBackend(Backend):
         return 2.0 * kinetic / (3.0 * volume) - float(np.trace(result.stress)) / 3.0
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """OpenMM's checkpoint (exact), and positions and velocities for other platforms."""
+        """OpenMM's checkpoint (exact), and positions and velocities for other platforms.
+
+        All in the frame of the reduced cell, with what leads back to that of the file.
+        """
         motion = self._read_motion(self._context.getState(positions=True, velocities=True))
         arrays = dict(zip(("positions", "velocities", "cell"), motion, strict=True))
         arrays["checkpoint"] = np.frombuffer(self._context.createCheckpoint(), np.uint8)
+        arrays |= {"rotation": self._rotation, "vectors": self._vectors}
         values: dict[str, Any] = {"platform": self._context.getPlatform().getName()}
         if self._moves is not None:
             arrays["molecules"] = self._moves.labels
@@ -261,6 +281,9 @@ class OpenMMBackend(Backend):
             )
             self._restore_motion(arrays, values["step"])
         self._simulation.currentStep = int(values["step"])
+        # Runs of version 0.1.0 stay in the frame that their files have.
+        self._rotation = arrays.get("rotation", self._rotation)
+        self._vectors = arrays.get("vectors", self._vectors)
         if self._moves is not None:
             self._moves.labels = arrays["molecules"]
             self._moves.restore(values["moves"])

@@ -101,14 +101,22 @@ def _lone_ion(numbers: np.ndarray, name: str) -> bool:
 
 
 def check_cell(source: Source, atoms: Atoms) -> None:
-    """Refuse a cell that cannot hold the atoms.
+    """Refuse a cell that is missing where the structure is periodic, or cannot hold the atoms.
 
     Raises:
-        StructureError: on a density above that of any matter.
+        StructureError: on vectors that span nothing, and a density above that of any matter.
     """
     from ase.units import _amu
 
-    if not atoms.pbc.any() or atoms.cell.rank < 3:
+    if not atoms.pbc.any():
+        return
+    if np.linalg.matrix_rank(atoms.cell.array[atoms.pbc]) < atoms.pbc.sum():
+        along = ", ".join(np.array(["a", "b", "c"])[atoms.pbc])
+        raise source.refusal(
+            f"is periodic along {along} and has no cell there; give one (Lattice), or say that it "
+            "is not periodic (pbc)"
+        )
+    if atoms.cell.rank < 3:
         return
     density = atoms.get_masses().sum() * _amu * 1e27 / abs(atoms.cell.volume)
     if density > MAX_DENSITY:

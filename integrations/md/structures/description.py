@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Sequence
+import itertools
+import string
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -299,12 +302,54 @@ def make_atoms(symbols: Sequence[str], positions: Any, **keywords: Any) -> Atoms
     return atoms
 
 
-def is_deuterium(atoms: Atoms) -> np.ndarray:
-    """Whether each atom (n,) is hydrogen with the mass of deuterium."""
+def is_isotope(atoms: Atoms, symbol: str) -> np.ndarray:
+    """Whether each atom (n,) is hydrogen with the mass of "D" or "T"."""
     from mlip_md.integrations.residue_names import ISOTOPE_MASSES
 
     # Other masses near it are hydrogen made heavier, which no isotope's name may tell.
-    return (atoms.numbers == 1) & (np.abs(atoms.get_masses() - ISOTOPE_MASSES["D"]) < 2e-3)
+    return (atoms.numbers == 1) & (np.abs(atoms.get_masses() - ISOTOPE_MASSES[symbol]) < 2e-3)
+
+
+def distinct_names(labels: Sequence[AtomLabel]) -> list[AtomLabel]:
+    """Labels whose names differ within each residue in the four letters that PDB files have.
+
+    Of atoms with one name in one residue most readers keep the first only. Names that differ stay;
+    the others get numbers, in base 36 where there are too many.
+    """
+    found, start = [], 0
+    for end in range(1, len(labels) + 1):
+        if end == len(labels) or labels[end].residue != labels[start].residue:
+            found += _number_names(labels[start:end])
+            start = end
+    return found
+
+
+def _number_names(labels: Sequence[AtomLabel]) -> list[AtomLabel]:
+    """``distinct_names`` of one residue."""
+    times = collections.Counter(label.name[:4] for label in labels)
+    if max(times.values()) == 1:
+        return list(labels)
+    taken = {name for name, count in times.items() if count == 1}
+    stems = {name: name.rstrip("0123456789") or name for name in times}
+    tags = {stem: _tags() for stem in stems.values()}
+    found = []
+    for label in labels:
+        short = label.name[:4]
+        if times[short] > 1:
+            stem = stems[short]
+            new = (stem[: 4 - len(tag)] + tag for tag in tags[stem])
+            name = next((name for name in new if name not in taken), label.name)
+            taken.add(name)
+            label = label._replace(name=name)
+        found.append(label)
+    return found
+
+
+def _tags() -> Iterator[str]:
+    """1, 2 ... 999, and then three letters and digits, a letter first."""
+    yield from map(str, range(1, 1000))
+    digits = string.digits + string.ascii_uppercase
+    yield from map("".join, itertools.product(string.ascii_uppercase, digits, digits))
 
 
 def set_masses(atoms: Atoms, masses: dict[int, float]) -> None:

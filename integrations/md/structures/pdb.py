@@ -16,7 +16,8 @@ from mlip_md.integrations.md.structures.description import (
     AtomLabel,
     Content,
     Structure,
-    is_deuterium,
+    distinct_names,
+    is_isotope,
 )
 from mlip_md.integrations.md.structures.records import Record, make_content
 from mlip_md.integrations.md.structures.text import Line, Source
@@ -155,12 +156,13 @@ def format_pdb(structure: Structure, atoms: Atoms | None = None) -> str:
             together with the atoms.
 
     Returns:
-        The text. A structure without residues gets one per molecule, with names that differ.
+        The text. A structure without residues gets one per molecule. Atoms of one residue get
+        names that differ.
     """
     from mlip_md.integrations.md.structures.topology import labels_of
 
     atoms = structure.atoms if atoms is None else atoms
-    labels = structure.labels or labels_of(atoms)
+    labels = distinct_names(structure.labels or labels_of(atoms))
     lines, positions = [], atoms.get_positions()
     if atoms.pbc.any() and atoms.cell.rank == 3:
         a, b, c, alpha, beta, gamma = atoms.cell.cellpar()
@@ -190,7 +192,7 @@ def _rotation(atoms: Atoms) -> np.ndarray:
 
 
 def _terminus(label: AtomLabel, serial: int) -> str:
-    place = f"{label.residue_name:<4.4s}{label.chain:1.1s}{label.residue_id:>4.4s}"
+    place = f"{label.residue_name:<4.4s}{label.chain:1.1s}{label.residue_id[-4:]:>4s}"
     return f"TER   {_serial(serial):>5s}      {place}{label.insertion_code:1.1s}".rstrip()
 
 
@@ -218,7 +220,7 @@ def _atom_line(
     x, y, z = (_coordinate(value) for value in position)
     return (
         f"{kind}{_serial(serial):>5s} {name} {label.residue_name:<4.4s}{label.chain:1.1s}"
-        f"{label.residue_id:>4.4s}{label.insertion_code:1.1s}   {x}{y}{z}{1.0:6.2f}"
+        f"{label.residue_id[-4:]:>4s}{label.insertion_code:1.1s}   {x}{y}{z}{1.0:6.2f}"
         f"{0.0:6.2f}          {symbol.upper():>2s}{sign}"
     )
 
@@ -230,7 +232,10 @@ def _coordinate(value: float) -> str:
 
 
 def _symbol(atoms: Atoms, index: int) -> str:
-    return "D" if is_deuterium(atoms)[index] else str(atoms.symbols[index])
+    for isotope in "DT":
+        if is_isotope(atoms[[index]], isotope)[0]:
+            return isotope
+    return str(atoms.symbols[index])
 
 
 def _connect_lines(

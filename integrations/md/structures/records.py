@@ -13,9 +13,7 @@ from mlip_md.integrations.charges import Stated
 from mlip_md.integrations.md.structures.description import AtomLabel, Content, make_atoms
 from mlip_md.integrations.md.structures.text import Source
 from mlip_md.integrations.residue_names import named_element, stated_element
-
-_TOO_NEAR = 0.7
-"""Å; sites that are partly occupied and nearer than this are alternatives to each other."""
+from mlip_md.integrations.statements import find_alternatives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,11 +192,8 @@ def _look_at_occupancies(
     partly = np.flatnonzero((occupancies > 0) & (occupancies < 1))
     if not len(partly):
         return
-    from scipy.spatial import cKDTree
-
-    pairs = cKDTree(positions[partly]).query_pairs(_TOO_NEAR)
-    if pairs:
-        first, second = (records[int(partly[i])] for i in min(pairs))
+    if pair := find_alternatives(positions, occupancies):
+        first, second = (records[i] for i in pair)
         raise source.refusal(
             f"and line {second.line} hold alternatives, {first.label} and {second.label}, which "
             "are partly occupied and no alternate locations by name; keep one of them",

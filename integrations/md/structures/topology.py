@@ -13,7 +13,8 @@ from mlip_md.errors import StructureError
 from mlip_md.integrations.md.structures.description import (
     AtomLabel,
     Structure,
-    is_deuterium,
+    distinct_names,
+    is_isotope,
 )
 from mlip_md.integrations.md.structures.molecules import bonds, molecules
 from mlip_md.integrations.md.structures.orientation import reduce_lattice
@@ -49,7 +50,8 @@ def build_topology(
 
     Args:
         atoms: elements; hydrogen with the mass of an isotope becomes that.
-        labels: (n,) atoms of one residue follow one another.
+        labels: (n,) atoms of one residue follow one another; names that are repeated in one get
+            numbers.
         pairs: (m, 2) bonds.
         formal_charges: (n,) or None.
 
@@ -61,7 +63,8 @@ def build_topology(
     topology = openmm.app.Topology()
     chain = residue = before = None
     made = []
-    for index, (label, element) in enumerate(zip(labels, _elements(atoms), strict=True)):
+    names = distinct_names(labels)
+    for index, (label, element) in enumerate(zip(names, _elements(atoms), strict=True)):
         if before is None or label.segment != before.segment:
             chain = topology.addChain(label.chain or None)
         if before is None or label.residue != before.residue:
@@ -78,7 +81,7 @@ def build_topology(
 def _elements(atoms: Atoms) -> list[Any]:
     from openmm.app import Element
 
-    heavy = is_deuterium(atoms)
+    heavy = is_isotope(atoms, "D")  # OpenMM has no tritium
     return [
         Element.getBySymbol("D" if is_heavy else symbol)
         for symbol, is_heavy in zip(atoms.symbols, heavy, strict=True)
@@ -124,7 +127,7 @@ def _standard_bonds(atoms: Atoms, labels: Sequence[AtomLabel]) -> set[tuple[int,
         if before is None or label.residue != before.residue:
             names_seen = set()
         # Of two atoms with one name no table can say which is meant.
-        name = f"{name}?{len(renamed)}" if name in names_seen else name
+        name = f"?{len(renamed)}" if name in names_seen else name
         names_seen.add(name)
         before = label
         renamed.append(label._replace(name=name, residue_name=residue))

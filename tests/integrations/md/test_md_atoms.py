@@ -199,6 +199,19 @@ def test_createsystem_refuses_formal_charges(tmp_path, potential):
     assert system.getNumForces() == 1
 
 
+def test_createsystem_refuses_residues_without_any_hydrogen(potential):
+    from mlip_md.integrations.openmm import MLIPPotentialImpl
+
+    topology = openmm.app.Topology()
+    residue = topology.addResidue("GLY", topology.addChain())
+    for _ in range(2):
+        topology.addAtom("C", openmm.app.element.carbon, residue)
+    implementation = MLIPPotentialImpl("mlip-md")
+    with pytest.raises(StructureError, match="residues GLY and not one hydrogen"):
+        implementation.addForces(topology, openmm.System(), None, 0)
+    implementation.addForces(topology, openmm.System(), [0, 1], 0, periodic=False)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_velocities_of_the_file_start_a_run(edited, cluster, tmp_path, engine):
     given = np.random.default_rng(1).normal(size=(27, 3)) * 0.01
@@ -210,6 +223,27 @@ def test_velocities_of_the_file_start_a_run(edited, cluster, tmp_path, engine):
         run_md(settings(cluster, engine=engine, velocities="file"), tmp_path / "other")
     with pytest.raises(ConfigError, match="--no-minimize"):
         settings(path, velocities="file", minimize=True)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_motion_of_the_whole_counts_where_the_file_has_it(edited, tmp_path, engine):
+    def drift(atoms):
+        atoms.set_velocities(np.full((27, 3), 0.01))
+
+    def rest(atoms):
+        draw_velocities(atoms, "nve", 300, np.random.default_rng(0))
+
+    def turn(atoms):
+        away = atoms.positions - atoms.get_center_of_mass()
+        atoms.set_velocities(0.01 * np.cross([0.0, 0.0, 1.0], away))
+
+    for change, free in ((drift, 78), (rest, 75), (turn, 78)):
+        path = edited(change)
+        changes = {"velocities": "file", "ensemble": "nve", "steps": 1, "report_interval": 1}
+        folder = run_md(settings(path, engine=engine, **changes), tmp_path / change.__name__)
+        log = files.read_log(folder / files.LOG)
+        wanted = 2 * log["kinetic_eV"][0] / (free * ase.units.kB)
+        np.testing.assert_allclose(log["temperature_K"][0], wanted, rtol=1e-6)
 
 
 def test_one_frame_of_several_is_run(cluster, tmp_path):

@@ -209,6 +209,24 @@ def test_the_restart_file_is_there_from_the_start_and_kept_fresh(
         np.testing.assert_array_equal(first.xyz, second.xyz)
 
 
+def test_frames_are_on_the_disk_before_the_restart_file_counts_them(cluster, tmp_path, monkeypatch):
+    synced, kept = {}, []
+
+    def sync(path):
+        synced[path.name] = path.stat().st_size
+
+    def write(path, arrays, values):
+        assert all(synced[name] >= size for name, size in values["sizes"].items())
+        kept.append(values["sizes"])
+
+    monkeypatch.setattr(files, "sync", sync)
+    monkeypatch.setattr(run, "RESTART_SECONDS", 0.0)
+    monkeypatch.setattr(restart, "write_restart", write)
+    run_md(settings(cluster), tmp_path / "run")
+    assert len(kept) == 42
+    assert kept[-1].keys() == synced.keys()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")
 @pytest.mark.parametrize("trajectory_format", ["dcd", "xtc"])
 def test_a_full_disk_is_told_and_tears_no_frame(cluster, tmp_path, trajectory_format):

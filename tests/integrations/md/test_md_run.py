@@ -8,6 +8,7 @@ import mdtraj
 import numpy as np
 import pytest
 from ase import Atoms
+from ase.build import bulk
 from ase.cell import Cell
 from md_cases import ENGINES, set_engine, settings
 from pair_engine import PairEngine
@@ -391,11 +392,42 @@ def test_any_cell_in_any_engine(tmp_path, engine, cell, kind):
     np.testing.assert_allclose(
         image_distances(10 * top.xyz[0], 10 * top.unitcell_vectors[0]), start, atol=0.02
     )
-    np.testing.assert_allclose(
-        image_distances(frames[0].positions, frames[0].cell.array), start, atol=1e-5
-    )
-    if engine == "ase":
-        np.testing.assert_allclose(frames[0].cell.array, CELLS[cell], atol=1e-6)
+    np.testing.assert_allclose(frames[0].positions, places, atol=1e-5)
+    for frame in frames:
+        np.testing.assert_allclose(frame.cell.array, CELLS[cell], atol=1e-6)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_ase_trajectory_is_in_the_frame_of_the_file(tmp_path, cell):
+    path = tmp_path / "cell.extxyz"
+    places = [[0.3, 0.2, 0.1], [2.4, 0.4, 0.2], [0.8, 2.3, 0.3], [-9.0, 14.0, 5.0]]
+    given = Atoms("C4", places, cell=CELLS[cell], pbc=True)
+    given.set_velocities(0.01 * np.arange(12).reshape(4, 3))
+    given.write(path)
+    runs = []
+    for engine in ENGINES:
+        changes = {"velocities": "file", "ensemble": "nve", "timestep": 0.05}
+        folder = run_md(settings(str(path), engine=engine, **changes), tmp_path / engine)
+        restart_md(folder, steps=10)
+        runs.append(ase.io.read(folder / files.TRAJECTORY_ASE, ":"))
+    for frame, other in zip(*runs, strict=True):
+        for array in ("positions", "momenta"):
+            np.testing.assert_allclose(frame.arrays[array], other.arrays[array], atol=2e-3)
+        np.testing.assert_allclose(frame.get_forces(), other.get_forces(), atol=2e-2)
+    np.testing.assert_allclose(runs[1][0].get_velocities(), given.get_velocities(), atol=1e-6)
+
+
+def test_a_volume_that_moves_keeps_the_shape_of_the_cell_in_the_file(tmp_path):
+    path = tmp_path / "cell.extxyz"
+    atoms = bulk("C", "fcc", a=2.95).repeat(3)  # primitive: no vector along x
+    atoms.write(path)
+    changes = {"engine": "openmm", "ensemble": "npt", "pressure": 1e4, "steps": 60}
+    folder = run_md(settings(str(path), **changes), tmp_path / "run")
+    cells = [frame.cell.array for frame in ase.io.read(folder / files.TRAJECTORY_ASE, ":")]
+    scales = [(abs(np.linalg.det(cell)) / atoms.get_volume()) ** (1 / 3) for cell in cells]
+    assert len(set(scales)) > 1
+    for cell, scale in zip(cells, scales, strict=True):
+        np.testing.assert_allclose(cell, scale * atoms.cell.array, atol=1e-5)
 
 
 def test_dcd_starts_when_the_log_does(cluster, tmp_path):
