@@ -354,7 +354,7 @@ def _sum_messages(form: _Form, at: Factors) -> list[jax.Array]:
     (y,), (r,) = at["y"], at["r"]
     y = jnp.where(inside[:, None], y, 0)
     gathered = [feature[senders] for feature in at["x"]]
-    pieces: dict[Path, jax.Array] = {}
+    by_path, pieces = _split_columns(plan, r), {}
     for bundle in _bundles(plan):
         first, degree = bundle[0], plan.targets[bundle[0].target].degree
         couplings = layers.couplings_side_by_side(
@@ -362,7 +362,7 @@ def _sum_messages(form: _Form, at: Factors) -> list[jax.Array]:
         )
         rotations = jnp.einsum("ey,yma->ema", y, jnp.asarray(couplings, y.dtype))
         x = gathered[first.source][..., first.channel : first.channel + first.width]
-        weights = jnp.stack([r[:, p.column : p.column + p.width] for p in bundle], axis=1)
+        weights = jnp.stack([by_path[path] for path in bundle], axis=1)
         messages = layers.weighted(layers.contract(rotations, x), weights)
         sums = jax.ops.segment_sum(messages, receivers, form.sizes[1], indices_are_sorted=True)
         sums = sums.reshape(len(sums), 2 * degree + 1, len(bundle), first.width)
@@ -372,6 +372,13 @@ def _sum_messages(form: _Form, at: Factors) -> list[jax.Array]:
         jnp.concatenate([pieces[p] for p in sorted(paths, key=lambda p: p.position)], axis=-1)
         for paths in by_target
     ]
+
+
+def _split_columns(plan: Plan, r: jax.Array) -> dict[Path, jax.Array]:
+    """Radial weights (n_edges, width) of each path, by one split: its transpose is one copy."""
+    paths = sorted(plan.paths, key=lambda path: path.column)
+    ends = [end for path in paths for end in (path.column, path.column + path.width)]
+    return dict(zip(paths, jnp.split(r, ends, axis=1)[1::2], strict=True))
 
 
 def _bundles(plan: Plan) -> list[list[Path]]:

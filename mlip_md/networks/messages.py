@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,10 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from mlip_md.graph import Graph
 from mlip_md.networks import layers
-from mlip_md.networks.convolution import Pairs, Plan, convolve
+from mlip_md.networks.convolution import Pairs, Plan, batch_in_turn, convolve
 from mlip_md.networks.radial_tables import convolve_by_table
 
 MEMORY = 32 * 2**20
@@ -146,7 +149,8 @@ def _sum_in_turns(
     (_, receivers, inside), n_nodes = edges.pairs, len(x[0])
     n_edges, itemsize = len(receivers), edges.basis.dtype.itemsize
     most_edges = max(256, MEMORY // (plan.message_size * itemsize))
-    if n_edges <= most_edges:
+    most_edges = -(-n_edges // max(1, -(-n_edges // most_edges)))  # turns of equal size
+    if n_edges == most_edges:
         weights = weigh(edges.basis, inside[:, None], edges.species)
         return convolve(plan, edges.pairs, x, edges.harmonics, weights, n_nodes)
     most_rows = min(n_nodes, most_edges // 4)
@@ -176,18 +180,49 @@ def _sum_in_turns(
         start, stop = piece
         first = receivers[jnp.minimum(start, n_edges - 1)] // most_rows * most_rows
         first = jnp.minimum(first, n_nodes - most_rows)
-        rows = first + jnp.arange(most_rows)
-        added = [
-            total.at[rows].add(more, indices_are_sorted=True, unique_indices=True)
-            for total, more in zip(totals, sums_of(start, stop, first), strict=True)
-        ]
-        return added, None
+        sums = sums_of(start, stop, first)
+        return [add_rows(t, more, first) for t, more in zip(totals, sums, strict=True)], None
 
     zeros = [
         jnp.zeros((n_nodes, 2 * block.degree + 1, block.channels), edges.basis.dtype)
         for block in plan.targets
     ]
     return jax.lax.scan(add, zeros, (starts, stops))[0]
+
+
+def add_rows(total: jax.Array, more: jax.Array, first: jax.Array) -> jax.Array:
+    """Add rows to those of an array from ``first`` on, in place where the compiler can.
+
+    A primitive, because its derivative in ``total`` is nothing at all, which JAX would not find out
+    of the slices that it is made of.
+    """
+    return add_rows_p.bind(total, more, first)[0]
+
+
+def _define_add_rows(total: jax.Array, more: jax.Array, first: jax.Array) -> list[jax.Array]:
+    here = jax.lax.dynamic_slice_in_dim(total, first, len(more))
+    return [jax.lax.dynamic_update_slice_in_dim(total, here + more, first, axis=0)]
+
+
+def _add_rows_jvp(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
+    first, directions = primals[2], [ad.instantiate_zeros(t) for t in tangents[:2]]
+    return add_rows_p.bind(*primals), add_rows_p.bind(*directions, first)
+
+
+def _add_rows_transpose(cotangents: Sequence[Any], _total: Any, more: Any, first: Any) -> list[Any]:
+    cotangent = ad.instantiate_zeros(cotangents[0])
+    rows = more.aval.shape[0] if ad.is_undefined_primal(more) else len(more)
+    return [cotangent, jax.lax.dynamic_slice_in_dim(cotangent, first, rows), None]
+
+
+add_rows_p = Primitive("mlip_md_add_rows")
+add_rows_p.multiple_results = True
+add_rows_p.def_abstract_eval(lambda total, _more, _first: [total])
+add_rows_p.def_impl(_define_add_rows)
+mlir.register_lowering(add_rows_p, mlir.lower_fun(_define_add_rows, multiple_results=True))
+ad.primitive_jvps[add_rows_p] = _add_rows_jvp
+ad.primitive_transposes[add_rows_p] = _add_rows_transpose
+batching.primitive_batchers[add_rows_p] = functools.partial(batch_in_turn, add_rows_p)
 
 
 def radial_functions(

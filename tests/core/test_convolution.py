@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlip_md.networks import layers
+from mlip_md.networks import layers, messages
 from mlip_md.networks.convolution import Block, Pairs, Path, Plan, convolve
+from mlip_md.networks.messages import Edges, _sum_in_turns
 
 N_NODES, N_EDGES = 5, 17
 
@@ -187,3 +188,42 @@ def test_no_edges_give_zeros():
     none = Pairs(*(jnp.zeros(0, t) for t in (jnp.int32, jnp.int32, bool)))
     sums = convolve(PLAN, none, x, y[:0], r[:0], N_NODES)
     assert all(s.shape[0] == N_NODES and not np.any(s) for s in sums)
+
+
+@pytest.mark.parametrize("memory", [1, 2000])
+def test_turns_of_bounded_memory_change_nothing(monkeypatch, memory):
+    """Sums, forces and second derivatives, forward and backward, with empty and full rows."""
+    pairs, x, y, _ = inputs()
+    rng = np.random.default_rng(3)
+    many = 900
+    receivers = jnp.asarray(np.sort(rng.choice([0, 1, 2, 3, 40, 41, 99], many)))
+    pairs = Pairs(
+        jnp.asarray(rng.integers(0, 5, many)), receivers, jnp.asarray(rng.random(many) < 0.9)
+    )
+    x = [jnp.concatenate([a] * 20) for a in x]
+    y = jnp.asarray(rng.normal(size=(many, PLAN.harmonics)))
+    basis = jnp.asarray(rng.normal(size=(many, 3)))
+    kernel = jnp.asarray(rng.normal(size=(3, PLAN.columns)))
+
+    def found():
+        def total(scale):
+            edges = Edges(
+                pairs, basis[:, 0], receivers, jnp.sin(y * scale), basis * scale, 1.0, abs
+            )
+            sums = _sum_in_turns(
+                PLAN, [a * scale for a in x], edges, lambda b, i, _: b @ kernel * i
+            )
+            return sum(jnp.sum(jnp.sin(s)) for s in sums), sums
+
+        def value(scale):
+            return total(scale)[0]
+
+        return jax.jit(lambda s: (total(s)[1], jax.grad(value)(s), jax.jacfwd(jax.grad(value))(s)))(
+            jnp.array(0.8)
+        )
+
+    whole = found()
+    monkeypatch.setattr(messages, "MEMORY", memory)
+    text = str(jax.make_jaxpr(lambda: found()[1])())
+    assert "scan" in text
+    close(found(), whole)
