@@ -121,11 +121,11 @@ def convolve(
     Returns:
         One array (rows, 2l+1, channels) per target.
     """
-    form = _Form(plan, pairs, (len(x[0]), rows))
+    form = Form(plan, pairs, (len(x[0]), rows))
     return form.gradient({"x": x, "y": [y], "r": [r]}, ("g",))["g"]
 
 
-class _Form(NamedTuple):
+class Form(NamedTuple):
     """Φ over some edges.
 
     Attributes:
@@ -140,7 +140,7 @@ class _Form(NamedTuple):
 
     def gradient(self, at: Factors, wrt: Names) -> dict[str, list[Any]]:
         """∂Φ/∂k for k in ``wrt``; a factor that is alone in it need not be given."""
-        operands = _listed(at, _needed(wrt))
+        operands = in_order(at, _needed(wrt))
         return self.by_factor(
             wrt, gradient_p.bind(*self.pairs, *operands, plan=self.plan, wrt=wrt, sizes=self.sizes)
         )
@@ -148,7 +148,7 @@ class _Form(NamedTuple):
     def tangent(self, at: Factors, along: Factors, wrt: Names) -> dict[str, list[Any]]:
         """Change of ∂Φ/∂k, k in ``wrt``, along directions of the factors in ``along``."""
         active = _names(along)
-        operands = _listed(at, _needed(wrt, active)) + _listed(along, active)
+        operands = in_order(at, _needed(wrt, active)) + in_order(along, active)
         found = tangent_p.bind(
             *self.pairs, *operands, plan=self.plan, wrt=wrt, active=active, sizes=self.sizes
         )
@@ -189,7 +189,8 @@ def _names(factors: Factors) -> Names:
     return tuple(name for name in FACTORS if name in factors)
 
 
-def _listed(factors: Factors, names: Names) -> list[Any]:
+def in_order(factors: Factors, names: Names) -> list[Any]:
+    """Arrays of some factors, one after the other."""
     return [array for name in names for array in factors[name]]
 
 
@@ -213,7 +214,7 @@ gradient_p = Primitive("mlip_md_convolution_gradient")
 tangent_p = Primitive("mlip_md_convolution_tangent")
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """A primitive's operands, told apart.
 
     Attributes:
@@ -222,25 +223,26 @@ class _Call(NamedTuple):
         along: directions.
     """
 
-    form: _Form
+    form: Form
     at: dict[str, list[Any]]
     along: dict[str, list[Any]]
 
 
-def _call(
+def split_operands(
     operands: Sequence[Any],
     plan: Plan,
     wrt: Names,
     sizes: tuple[int, int],
     active: Names | None = None,
-) -> _Call:
-    form = _Form(plan, Pairs(*operands[:3]), sizes)
+) -> Call:
+    """What a primitive was bound to."""
+    form = Form(plan, Pairs(*operands[:3]), sizes)
     at = form.by_factor(needed := _needed(wrt, active), operands[3:])
-    return _Call(form, at, form.by_factor(active or (), operands[3 + len(_listed(at, needed)) :]))
+    return Call(form, at, form.by_factor(active or (), operands[3 + len(in_order(at, needed)) :]))
 
 
 def _abstract(*operands: Any, **params: Any) -> list[Any]:
-    call = _call(operands, **params)
+    call = split_operands(operands, **params)
     dtype = operands[-1].dtype
     shapes = [shape for name in params["wrt"] for shape in call.form.shapes(name)]
     return [jax.core.ShapedArray(shape, dtype) for shape in shapes]
@@ -258,19 +260,19 @@ def _nonzero(factors: Factors) -> dict[str, list[Any]]:
 def _gradient_jvp(
     primals: Sequence[Any], tangents: Sequence[Any], **params: Any
 ) -> tuple[list[Any], list[Any]]:
-    form, at, _ = _call(primals, **params)
+    form, at, _ = split_operands(primals, **params)
     wrt = params["wrt"]
-    changes = _nonzero(_call(tangents, **params).at)
+    changes = _nonzero(split_operands(tangents, **params).at)
     found = form.gradient(at, wrt)
-    return _listed(found, wrt), _listed(form.tangent(at, changes, wrt), wrt)
+    return in_order(found, wrt), in_order(form.tangent(at, changes, wrt), wrt)
 
 
 def _tangent_jvp(
     primals: Sequence[Any], tangents: Sequence[Any], **params: Any
 ) -> tuple[list[Any], list[Any]]:
-    form, at, along = _call(primals, **params)
+    form, at, along = split_operands(primals, **params)
     wrt = params["wrt"]
-    _, at_changes, along_changes = _call(tangents, **params)
+    _, at_changes, along_changes = split_operands(tangents, **params)
     changes = _nonzero(at_changes)
     total: dict[str, list[Any]] = {}
     if directions := _nonzero(along_changes):
@@ -281,18 +283,18 @@ def _tangent_jvp(
         if rest and others:
             _add(total, form.tangent({**at, name: direction}, others, rest))
     total = {name: total.get(name) or form.zeros(name, along) for name in wrt}
-    return _listed(form.tangent(at, along, wrt), wrt), _listed(total, wrt)
+    return in_order(form.tangent(at, along, wrt), wrt), in_order(total, wrt)
 
 
 def _tangent_transpose(cotangents: Sequence[Any], *operands: Any, **params: Any) -> list[Any]:
-    form, at, _ = _call(operands, **params)
+    form, at, _ = split_operands(operands, **params)
     active = params["active"]
     given = _nonzero(form.by_factor(params["wrt"], cotangents))
     if _names(given) == ("g",) and "g" not in active:
         found = form.gradient({**at, **given}, active)
     else:
         found = form.tangent(at, given, active)
-    linear = _listed(found, active)
+    linear = in_order(found, active)
     return [None] * (len(operands) - len(linear)) + linear
 
 
@@ -329,8 +331,9 @@ ad.primitive_transposes[tangent_p] = _tangent_transpose
 # The definition in JAX
 
 
-def _define_gradient(*operands: Any, **params: Any) -> list[jax.Array]:
-    form, at, _ = _call(operands, **params)
+def define_gradient(*operands: Any, **params: Any) -> list[jax.Array]:
+    """What ``gradient_p`` is."""
+    form, at, _ = split_operands(operands, **params)
     wrt: Names = params["wrt"]
     varied = tuple(name for name in wrt if name != "g")
     if not varied:
@@ -339,16 +342,17 @@ def _define_gradient(*operands: Any, **params: Any) -> list[jax.Array]:
     start = {name: at.get(name) or form.zeros(name, at) for name in varied}
     sums, pull = jax.vjp(lambda factors: _sum_messages(form, {**at, **factors}), start)
     found = {**pull(list(at["g"]))[0], "g": sums}
-    return _listed(found, wrt)
+    return in_order(found, wrt)
 
 
-def _define_tangent(*operands: Any, **params: Any) -> list[jax.Array]:
-    form, at, along = _call(operands, **params)
+def define_tangent(*operands: Any, **params: Any) -> list[jax.Array]:
+    """What ``tangent_p`` is."""
+    form, at, along = split_operands(operands, **params)
     wrt: Names = params["wrt"]
-    return _listed(form.terms(at, along, wrt), wrt)
+    return in_order(form.terms(at, along, wrt), wrt)
 
 
-def _sum_messages(form: _Form, at: Factors) -> list[jax.Array]:
+def _sum_messages(form: Form, at: Factors) -> list[jax.Array]:
     """∂Φ/∂g: paths from one block to messages of one degree are computed side by side."""
     plan, (senders, receivers, inside) = form.plan, form.pairs
     (y,), (r,) = at["y"], at["r"]
@@ -390,5 +394,5 @@ def _bundles(plan: Plan) -> list[list[Path]]:
     return [list(bundle) for _, bundle in itertools.groupby(sorted(plan.paths, key=key), key)]
 
 
-mlir.register_lowering(gradient_p, mlir.lower_fun(_define_gradient, multiple_results=True))
-mlir.register_lowering(tangent_p, mlir.lower_fun(_define_tangent, multiple_results=True))
+mlir.register_lowering(gradient_p, mlir.lower_fun(define_gradient, multiple_results=True))
+mlir.register_lowering(tangent_p, mlir.lower_fun(define_tangent, multiple_results=True))

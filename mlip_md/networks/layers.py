@@ -11,6 +11,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import e3nn_jax as e3nn
 import jax
@@ -305,7 +306,8 @@ def split(x: jax.Array, widths: list[int]) -> list[jax.Array]:
 def species_linear(x: jax.Array, weights: jax.Array, species: jax.Array) -> jax.Array:
     """Linear maps chosen by the species of each node.
 
-    Nodes are taken in chunks, because every one of them needs a matrix of its own.
+    Nodes are put into blocks of one species, so that a matrix serves a block and not a node; many
+    blocks are taken in turns of bounded memory.
 
     Args:
         x: (n_nodes, 2l+1, channels).
@@ -315,23 +317,57 @@ def species_linear(x: jax.Array, weights: jax.Array, species: jax.Array) -> jax.
     Returns:
         (n_nodes, 2l+1, channels_out).
     """
-    by_species = jnp.swapaxes(weights, 0, 1)
+    n_nodes, by_species = x.shape[0], jnp.swapaxes(weights, 0, 1)
+    blocks = block_by_species(species, by_species.shape[0])
+    padded = jnp.concatenate([x, jnp.zeros((1, *x.shape[1:]), x.dtype)])
+    blocked = padded[blocks.nodes].reshape(len(blocks.species), -1, x.shape[2])
 
     @jax.checkpoint
     def mapped(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
         x, species = piece
         return x @ by_species[species]
 
-    n_nodes = x.shape[0]
-    chunk = max(64, MATRIX_MEMORY // (by_species[0].size * x.dtype.itemsize))
-    if n_nodes <= chunk:
-        return mapped((x, species))
-    n_chunks = -(-n_nodes // chunk)
-    pieces = tuple(_chunked(array, n_chunks, chunk, 0) for array in (x, species))
-    return jax.lax.map(mapped, pieces).reshape(-1, *x.shape[1:-1], weights.shape[-1])[:n_nodes]
+    turn = max(4, MATRIX_MEMORY // (by_species[0].size * x.dtype.itemsize))
+    n_turns = -(-len(blocked) // turn)
+    if n_turns == 1:
+        out = mapped((blocked, blocks.species))
+    else:
+        pieces = tuple(_in_turns(array, n_turns, turn) for array in (blocked, blocks.species))
+        out = jax.lax.map(mapped, pieces)
+    return out.reshape(-1, x.shape[1], weights.shape[-1])[blocks.places[:n_nodes]]
 
 
-def _chunked(array: jax.Array, n_chunks: int, chunk: int, fill: int) -> jax.Array:
-    padding = ((0, n_chunks * chunk - array.shape[0]),) + ((0, 0),) * (array.ndim - 1)
-    padded = jnp.pad(array, padding, constant_values=fill)
-    return padded.reshape(n_chunks, chunk, *array.shape[1:])
+class Blocks(NamedTuple):
+    """Nodes in blocks of one species each.
+
+    Attributes:
+        nodes: (n_blocks · size,) int, node at each place; the number of nodes where none is.
+        species: (n_blocks,) int.
+        places: (n_nodes,) int, place of each node.
+    """
+
+    nodes: jax.Array
+    species: jax.Array
+    places: jax.Array
+
+
+def block_by_species(species: jax.Array, num_species: int) -> Blocks:
+    """Sort nodes into blocks; their size keeps what is filled up to a fraction of the nodes."""
+    n_nodes = len(species)
+    size = 2 ** int(np.clip(math.log2(max(n_nodes, 1) / (4 * num_species)), 2, 6))
+    n_blocks = n_nodes // size + min(num_species, n_nodes)
+    counts = jnp.zeros(num_species, jnp.int32).at[species].add(1)
+    ends = jnp.cumsum(-(-counts // size))
+    order = jnp.argsort(species)
+    ordered = species[order]
+    rank = jnp.arange(n_nodes) - (jnp.cumsum(counts) - counts)[ordered]
+    starts = (ends + counts // -size)[ordered]
+    places = jnp.zeros(n_nodes, jnp.int32).at[order].set((starts * size + rank).astype(jnp.int32))
+    nodes = jnp.full(n_blocks * size, n_nodes).at[places].set(jnp.arange(n_nodes))
+    of_block = jnp.searchsorted(ends, jnp.arange(n_blocks), side="right")
+    return Blocks(nodes, jnp.minimum(of_block, num_species - 1), places)
+
+
+def _in_turns(array: jax.Array, n_turns: int, turn: int) -> jax.Array:
+    padding = ((0, n_turns * turn - array.shape[0]),) + ((0, 0),) * (array.ndim - 1)
+    return jnp.pad(array, padding).reshape(n_turns, turn, *array.shape[1:])

@@ -19,15 +19,26 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from mlip_md.networks.convolution import Pairs, Plan, batch_in_turn, convolve, run_compiled
+from mlip_md.compiler import jit
+from mlip_md.networks.convolution import (
+    Names,
+    Pairs,
+    Plan,
+    batch_in_turn,
+    convolve,
+    in_order,
+    run_compiled,
+)
 
 DEGREE = 7
 ORDERS = (DEGREE + 1) // 2
 """Derivatives that are matched at each end, the value among them."""
 LANES = 8
 """Radial weights that lie side by side in a table."""
-CELLS = (128, 192, 256, 384, 512, 768, 1024)
+CELLS = (128, 256, 512, 1024)
 """Numbers of cells that are tried."""
+PIECE = 128
+"""Distances that are evaluated together."""
 NEAREST = 0.05
 """Å; below, structures are refused as coincident, and tables extrapolate."""
 ERROR = 2.0**-24
@@ -53,19 +64,29 @@ class Fit(NamedTuple):
     slope_error: float
 
 
-def fit_radial(radial: Radial, plan: Plan, cutoff: float) -> Fit | None:
+def fit_radial(
+    radial: Radial, plan: Plan, cutoff: float, at_least: int = 0
+) -> Fit | None:
     """The smallest table that is as good as float32, or None if there is none (kinks).
 
     Args:
         radial: the function; computes in float64.
         plan: of the convolution, by whose paths the columns are put into blocks.
         cutoff: Å, where the function ends.
+        at_least: number of cells.
     """
-    jets = jax.jit(functools.partial(_derivatives, radial))
-    for cells in CELLS:
+    compiled = jit(functools.partial(_derivatives, radial))
+
+    def jets(lengths: np.ndarray) -> list[np.ndarray]:
+        """In pieces of one size: one compilation."""
+        filled = np.pad(lengths, (0, -len(lengths) % PIECE), constant_values=cutoff)
+        found = [jax.device_get(compiled(piece)) for piece in filled.reshape(-1, PIECE)]
+        return [np.concatenate(jet)[: len(lengths)] for jet in zip(*found, strict=True)]
+
+    for cells in (cells for cells in CELLS if cells >= at_least):
         width = cutoff / cells
         knots = np.linspace(0.0, cutoff, cells + 1)[1:]  # bases are not defined at 0
-        ends = [np.asarray(jet) * width**k for k, jet in enumerate(jets(knots))]
+        ends = [jet * width**k for k, jet in enumerate(jets(knots))]
         samples = [jet[side] for side in (slice(-1), slice(1, None)) for jet in ends]
         fitted = np.einsum("ds,snc->ndc", _interpolation(), np.stack(samples))
         fitted = np.concatenate([np.einsum("ds,sc->dc", _shift(), fitted[0])[None], fitted])
@@ -106,7 +127,9 @@ def _shift() -> np.ndarray:
     return np.array([[math.comb(k, j) * (-1.0) ** abs(k - j) for k in orders] for j in orders])
 
 
-def _errors(jets: Callable[..., Any], fitted: np.ndarray, width: float) -> tuple[float, float]:
+def _errors(
+    jets: Callable[[np.ndarray], list[np.ndarray]], fitted: np.ndarray, width: float
+) -> tuple[float, float]:
     """Largest errors of values and of slopes between the knots, over the largest of them."""
     worst, largest = np.zeros(2), np.zeros(2)
     for u in (0.15, 0.5, 0.85):
@@ -114,7 +137,7 @@ def _errors(jets: Callable[..., Any], fitted: np.ndarray, width: float) -> tuple
         meant = lengths > NEAREST
         exact = jets(lengths[meant])
         for order in range(2):
-            values = np.asarray(exact[order])
+            values = exact[order]
             found = np.einsum("d,ndc->nc", _powers(u, order) / width**order, fitted[meant])
             worst[order] = max(worst[order], np.abs(found - values).max())
             largest[order] = max(largest[order], np.abs(values).max())
@@ -199,10 +222,9 @@ table_pull_p = Primitive("mlip_md_table_pull")
 """Gradients in x, y and lengths of the sums times g: its transpose."""
 
 FACTORS = ("x", "y", "lengths")
-Names = tuple[str, ...]
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """Operands of a primitive, told apart.
 
     Attributes:
@@ -216,15 +238,12 @@ class _Call(NamedTuple):
     more: Sequence[Any]
 
 
-def _call(plan: Plan, operands: Sequence[Any]) -> _Call:
+def split_operands(plan: Plan, operands: Sequence[Any]) -> Call:
+    """What a primitive was bound to."""
     n = len(plan.sources)
     factors = operands[5 : n + 7]
     at = {"x": [*factors[:n]], "y": [factors[n]], "lengths": [factors[n + 1]]}
-    return _Call(operands[:5], at, operands[n + 7 :])
-
-
-def _listed(factors: dict[str, list[Any]], names: Names) -> list[Any]:
-    return [array for name in names for array in factors[name]]
+    return Call(operands[:5], at, operands[n + 7 :])
 
 
 def _directions(plan: Plan, active: Names, arrays: Sequence[Any]) -> dict[str, list[Any]]:
@@ -241,7 +260,10 @@ def _shapes_of_sums(*operands: Any, plan: Plan, rows: int, **_: Any) -> list[Any
 
 
 def _shapes_of_pull(*operands: Any, plan: Plan, wrt: Names, **_: Any) -> list[Any]:
-    return [jax.core.ShapedArray(a.shape, a.dtype) for a in _listed(_call(plan, operands).at, wrt)]
+    return [
+        jax.core.ShapedArray(a.shape, a.dtype)
+        for a in in_order(split_operands(plan, operands).at, wrt)
+    ]
 
 
 def _sums_jvp(
@@ -249,12 +271,12 @@ def _sums_jvp(
 ) -> tuple[list[Any], list[Any]]:
     given = {
         name: [ad.instantiate_zeros(t) for t in arrays]
-        for name, arrays in _call(params["plan"], tangents).at.items()
+        for name, arrays in split_operands(params["plan"], tangents).at.items()
         if not all(isinstance(t, ad.Zero) for t in arrays)
     }
     active = tuple(given)
     sums = table_sums_p.bind(*primals, **params)
-    change = table_change_p.bind(*primals, *_listed(given, active), active=active, **params)
+    change = table_change_p.bind(*primals, *in_order(given, active), active=active, **params)
     return sums, change
 
 
@@ -266,8 +288,9 @@ def _change_transpose(cotangents: Sequence[Any], *operands: Any, **params: Any) 
     return [None] * len(known) + pulled
 
 
-def _define_sums(*operands: Any, plan: Plan, cutoff: float, rows: int) -> list[jax.Array]:
-    (*pairs, index, table), at, _ = _call(plan, operands)
+def define_sums(*operands: Any, plan: Plan, cutoff: float, rows: int) -> list[jax.Array]:
+    """What ``table_sums_p`` is."""
+    (*pairs, index, table), at, _ = split_operands(plan, operands)
     (y,), (lengths,) = at["y"], at["lengths"]
     inside = pairs[2] & (lengths < cutoff)
     weights = evaluate_table(table, plan, lengths, index, cutoff)
@@ -278,22 +301,24 @@ def _vary(params: dict[str, Any], constants: Sequence[Any], at: dict[str, list[A
     """The sums as a function of some factors."""
 
     def sums(factors: dict[str, list[Any]]) -> list[jax.Array]:
-        return _define_sums(*constants, *_listed({**at, **factors}, FACTORS), **params)
+        return define_sums(*constants, *in_order({**at, **factors}, FACTORS), **params)
 
     return sums
 
 
-def _define_change(*operands: Any, active: Names, **params: Any) -> list[jax.Array]:
-    constants, at, more = _call(plan := params["plan"], operands)
+def define_change(*operands: Any, active: Names, **params: Any) -> list[jax.Array]:
+    """What ``table_change_p`` is."""
+    constants, at, more = split_operands(plan := params["plan"], operands)
     along = _directions(plan, active, more)
     point = {name: at[name] for name in active}
     return jax.jvp(_vary(params, constants, at), (point,), (along,))[1]
 
 
-def _define_pull(*operands: Any, wrt: Names, **params: Any) -> list[jax.Array]:
-    constants, at, g = _call(params["plan"], operands)
+def define_pull(*operands: Any, wrt: Names, **params: Any) -> list[jax.Array]:
+    """What ``table_pull_p`` is."""
+    constants, at, g = split_operands(params["plan"], operands)
     _, pull = jax.vjp(_vary(params, constants, at), {name: at[name] for name in wrt})
-    return _listed(pull([*g])[0], wrt)
+    return in_order(pull([*g])[0], wrt)
 
 
 def _differentiate_definition(
@@ -315,9 +340,9 @@ def _differentiate_definition(
 
 
 for _primitive, _definition, _shapes in (
-    (table_sums_p, _define_sums, _shapes_of_sums),
-    (table_change_p, _define_change, _shapes_of_sums),
-    (table_pull_p, _define_pull, _shapes_of_pull),
+    (table_sums_p, define_sums, _shapes_of_sums),
+    (table_change_p, define_change, _shapes_of_sums),
+    (table_pull_p, define_pull, _shapes_of_pull),
 ):
     _primitive.multiple_results = True
     _primitive.def_abstract_eval(_shapes)

@@ -1,0 +1,85 @@
+"""Tables of a network's radial functions, as variables beside its weights."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import traverse_util
+
+from mlip_md.graph import Graph
+from mlip_md.networks.messages import RadialFunction, radial_functions
+from mlip_md.networks.radial_tables import fit_radial
+
+MEMORY = 256 * 2**20
+"""Bytes that the tables of one layer may take."""
+
+
+def tabulate_radial(
+    network: nn.Module, params: Any, num_species: int, cutoff: float, dtype: Any
+) -> dict[str, Any]:
+    """Tables for the layers that have good ones: the collection "tables" of the network.
+
+    Args:
+        network: the network.
+        params: its weights.
+        num_species: number of elements.
+        cutoff: Å.
+        dtype: of the tables.
+
+    Returns:
+        The collection; layers without a table go on evaluating their radial network.
+    """
+    on_cpu = jax.default_device(jax.local_devices(backend="cpu")[0])
+    tables = {}
+    with jax.enable_x64(True), on_cpu:
+        weights = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf, np.float64), dict(params))
+        for names, function in radial_functions(network, weights, _one_atom()).items():
+            table = _tabulate(function, num_species**2, cutoff)
+            if table is not None:
+                tables[(*names, "coefficients")] = table.astype(dtype)
+    return traverse_util.unflatten_dict(tables)
+
+
+def _tabulate(function: RadialFunction, num_pairs: int, cutoff: float) -> np.ndarray | None:
+    """Coefficients (n_tables, blocks, cells, degree+1, lanes): one for all pairs, or one each."""
+    probe = np.repeat(np.linspace(0.2, 0.9, 3) * cutoff, num_pairs)
+    values = np.asarray(function.weights(jnp.asarray(probe), jnp.tile(jnp.arange(num_pairs), 3)))
+    by_pair = values.reshape(3, num_pairs, -1)
+    n_tables = num_pairs if np.any(by_pair != by_pair[:, :1]) else 1
+    cells, found = 0, []
+    while len(found) < n_tables:
+        weigh = functools.partial(_of_pair, function, len(found))
+        fit = fit_radial(weigh, function.plan, cutoff, at_least=cells)
+        if fit is None or fit.coefficients.size * 4 * n_tables > MEMORY:
+            return None
+        if fit.coefficients.shape[1] > cells > 0:
+            found = []  # start again: all are to have as many cells as the one that needs most
+        else:
+            found.append(fit.coefficients)
+        cells = fit.coefficients.shape[1]
+    return np.stack(found)
+
+
+def _of_pair(function: RadialFunction, pair: int, lengths: jax.Array) -> jax.Array:
+    return function.weights(lengths, jnp.full(len(lengths), pair))
+
+
+def _one_atom() -> Graph:
+    """Something to evaluate a network on."""
+    return Graph(
+        positions=np.zeros((1, 3)),
+        species=np.zeros(1, np.int32),
+        cell=np.zeros((1, 3, 3)),
+        senders=np.zeros(1, np.int32),
+        receivers=np.zeros(1, np.int32),
+        shifts=np.zeros((1, 3), np.int32),
+        node_graph=np.zeros(1, np.int32),
+        node_mask=np.ones(1, bool),
+        edge_mask=np.zeros(1, bool),
+        graph_mask=np.ones(1, bool),
+    )
