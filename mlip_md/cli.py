@@ -53,6 +53,9 @@ app = typer.Typer(
 _ONLY_IN_JSON = ("recipe.", "units.", "data.statistics.", "data.batch")
 """Parts of a potential's provenance that are long or said elsewhere in the table."""
 
+_COMPUTING = ("md", "minimize", "train", "evaluate")
+"""Commands that compile what the next process will need again."""
+
 _USE, _MAKE, _LOOK = "Use a potential", "Make a potential", "Look at models"
 
 app.command("md", rich_help_panel=_USE)(md_command)
@@ -110,6 +113,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
@@ -117,8 +121,14 @@ def _options(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error (anywhere in the line).")
     ] = False,
+    cache: Annotated[
+        bool,
+        typer.Option(help="Keep compiled programs on the disk (MLIP_MD_CACHE: where, or off)."),
+    ] = True,
 ) -> None:
-    pass
+    del version, debug  # acted on elsewhere
+    if cache and context.invoked_subcommand in _COMPUTING:
+        mlip_md.enable_cache()
 
 
 @app.command(rich_help_panel=_LOOK)

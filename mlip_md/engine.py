@@ -242,7 +242,6 @@ class Runtime:
         values = jnp.where(needs.fit(shape.search, shape.edges), values, jnp.nan)
         return Output(values, needs), kept
 
-
     def multiply_hessian(
         self, structure: CheckedStructure, vectors: NDArray[Any], shape: Shape
     ) -> NDArray[np.float64]:

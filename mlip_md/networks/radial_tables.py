@@ -64,9 +64,7 @@ class Fit(NamedTuple):
     slope_error: float
 
 
-def fit_radial(
-    radial: Radial, plan: Plan, cutoff: float, at_least: int = 0
-) -> Fit | None:
+def fit_radial(radial: Radial, plan: Plan, cutoff: float, at_least: int = 0) -> Fit | None:
     """The smallest table that is as good as float32, or None if there is none (kinks).
 
     Args:
