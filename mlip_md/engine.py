@@ -182,7 +182,7 @@ class Runtime:
         weights = jax.tree_util.tree_map(
             lambda leaf: np.asarray(leaf, self.dtype), dict(potential.params)
         )
-        if device.platform == "cpu" and dtype == "float32" and find_native().usable:
+        if device.platform == "cpu" and dtype == "float32" and find_native().available:
             tabulate = potential.network, weights, len(potential.elements), potential.cutoff
             weights["tables"] = tabulate_radial(*tabulate, self.dtype)
         with self.precision():

@@ -14,7 +14,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from mlip_md.graph import Graph
-from mlip_md.networks import layers
+from mlip_md.networks import layers, native_convolution  # noqa: F401 (registers itself)
 from mlip_md.networks.convolution import Pairs, Plan, batch_in_turn, convolve
 from mlip_md.networks.radial_tables import convolve_by_table
 

@@ -72,11 +72,19 @@ def _call(
     results: Names,
     **attributes: Any,
 ) -> Sequence[jax.Array]:
-    values = convolution.in_order(arrays, operands)
+    """Call the kernel, which knows one number of nodes: rows that are not there are zero."""
+    n_nodes = max(form.sizes)
+    whole = form._replace(sizes=(n_nodes, n_nodes))
+    values = [
+        jnp.pad(a, [(0, n_nodes - len(a)), (0, 0), (0, 0)]) if a.ndim == 3 else a
+        for a in convolution.in_order(arrays, operands)
+    ]
     dtype = values[0].dtype
-    shapes = [jax.ShapeDtypeStruct(s, dtype) for name in results for s in form.shapes(name)]
+    shapes = [jax.ShapeDtypeStruct(s, dtype) for name in results for s in whole.shapes(name)]
     call = jax.ffi.ffi_call(target, shapes)
-    return call(*_indices(form.pairs), *values, **_attributes(form.plan), **attributes)
+    found = call(*_indices(form.pairs), *values, **_attributes(form.plan), **attributes)
+    wanted = [shape for name in results for shape in form.shapes(name)]
+    return [a[: shape[0]] for a, shape in zip(found, wanted, strict=True)]
 
 
 def _indices(pairs: convolution.Pairs) -> tuple[jax.Array, ...]:
@@ -145,7 +153,7 @@ def _is_supported(plan: Plan, dtype: Any) -> bool:
     degrees = [block.degree for block in (*plan.sources, *plan.targets)]
     degrees += [path.degree for path in plan.paths]
     known = max(degrees) <= HIGHEST_DEGREE and dtype in (jnp.float32, jnp.float64)
-    return known and find_native().usable
+    return known and find_native().available
 
 
 def _lowering(native: Callable[..., Any], definition: Callable[..., Any]) -> Callable[..., Any]:

@@ -290,7 +290,7 @@ def define_sums(*operands: Any, plan: Plan, cutoff: float, rows: int) -> list[ja
     """What ``table_sums_p`` is."""
     (*pairs, index, table), at, _ = split_operands(plan, operands)
     (y,), (lengths,) = at["y"], at["lengths"]
-    inside = pairs[2] & (lengths < cutoff)
+    inside = lengths < cutoff
     weights = evaluate_table(table, plan, lengths, index, cutoff)
     return convolve(plan, Pairs(pairs[0], pairs[1], inside), at["x"], y, weights, rows)
 
