@@ -54,7 +54,7 @@ class Fit(NamedTuple):
     """A table and how good it is.
 
     Attributes:
-        coefficients: (blocks, cells, degree+1, LANES) float64, see ``convolve_by_table``.
+        coefficients: (blocks, cells, degree+1, LANES), see ``convolve_by_table``.
         error: largest error of a weight over the largest weight.
         slope_error: largest error of a derivative over the largest derivative.
     """
@@ -64,13 +64,16 @@ class Fit(NamedTuple):
     slope_error: float
 
 
-def fit_radial(radial: Radial, plan: Plan, cutoff: float, at_least: int = 0) -> Fit | None:
+def fit_radial(
+    radial: Radial, plan: Plan, cutoff: float, dtype: Any, at_least: int = 0
+) -> Fit | None:
     """The smallest table that is as good as float32, or None if there is none (kinks).
 
     Args:
         radial: the function; computes in float64.
         plan: of the convolution, by whose paths the columns are put into blocks.
         cutoff: Å, where the function ends.
+        dtype: of the coefficients.
         at_least: number of cells.
     """
     compiled = jit(functools.partial(_derivatives, radial))
@@ -83,15 +86,31 @@ def fit_radial(radial: Radial, plan: Plan, cutoff: float, at_least: int = 0) -> 
 
     for cells in (cells for cells in CELLS if cells >= at_least):
         width = cutoff / cells
-        knots = np.linspace(0.0, cutoff, cells + 1)[1:]  # bases are not defined at 0
-        ends = [jet * width**k for k, jet in enumerate(jets(knots))]
-        samples = [jet[side] for side in (slice(-1), slice(1, None)) for jet in ends]
-        fitted = np.einsum("ds,snc->ndc", _interpolation(), np.stack(samples))
-        fitted = np.concatenate([np.einsum("ds,sc->dc", _shift(), fitted[0])[None], fitted])
-        error, slope_error = _errors(jets, fitted, width)
+        knots = jets(np.linspace(0.0, cutoff, cells + 1)[1:])  # bases are not defined at 0
+        between = [(u, jets((np.arange(cells) + u) * width)) for u in (0.15, 0.5, 0.85)]
+        blocks, errors = [], np.zeros((2, 2))
+        for path in plan.paths:  # one after the other, in the memory of one
+            columns = slice(path.column, path.column + path.width)
+            fitted = _fit([jet[:, columns] for jet in knots], width)
+            exact = [(u, [jet[:, columns] for jet in found]) for u, found in between]
+            errors = np.maximum(errors, _errors(exact, fitted, width))
+            blocks += _in_blocks(fitted, dtype)
+        worst, largest = errors
+        error, slope_error = (worst / np.maximum(largest, np.finfo(float).tiny)).tolist()
         if error <= ERROR and slope_error <= SLOPE_ERROR:
-            return Fit(_in_blocks(fitted, plan), error, slope_error)
+            return Fit(np.stack(blocks), error, slope_error)
     return None
+
+
+def _fit(jets: list[np.ndarray], width: float) -> np.ndarray:
+    """Coefficients (cells, degree+1, columns) from derivatives at the ends of cells.
+
+    The first cell, whose left end is 0, extrapolates the second.
+    """
+    ends = [jet * width**k for k, jet in enumerate(jets)]
+    samples = [jet[side] for side in (slice(-1), slice(1, None)) for jet in ends]
+    fitted = np.einsum("ds,snc->ndc", _interpolation(), np.stack(samples))
+    return np.concatenate([np.einsum("ds,sc->dc", _shift(), fitted[0])[None], fitted])
 
 
 def _derivatives(radial: Radial, lengths: jax.Array) -> list[jax.Array]:
@@ -126,31 +145,26 @@ def _shift() -> np.ndarray:
 
 
 def _errors(
-    jets: Callable[[np.ndarray], list[np.ndarray]], fitted: np.ndarray, width: float
-) -> tuple[float, float]:
-    """Largest errors of values and of slopes between the knots, over the largest of them."""
-    worst, largest = np.zeros(2), np.zeros(2)
-    for u in (0.15, 0.5, 0.85):
-        lengths = (np.arange(len(fitted)) + u) * width
-        meant = lengths > NEAREST
-        exact = jets(lengths[meant])
+    exact: list[tuple[float, list[np.ndarray]]], fitted: np.ndarray, width: float
+) -> np.ndarray:
+    """[[largest error of values, of slopes], [largest value, slope]] between the knots."""
+    found = np.zeros((2, 2))
+    for u, jets in exact:
+        meant = (np.arange(len(fitted)) + u) * width > NEAREST
         for order in range(2):
-            values = exact[order]
-            found = np.einsum("d,ndc->nc", _powers(u, order) / width**order, fitted[meant])
-            worst[order] = max(worst[order], np.abs(found - values).max())
-            largest[order] = max(largest[order], np.abs(values).max())
-    error, slope_error = worst / np.maximum(largest, np.finfo(float).tiny)
-    return float(error), float(slope_error)
+            values = jets[order][meant]
+            powers = _powers(u, order) / width**order
+            wrong = np.einsum("d,ndc->nc", powers, fitted[meant]) - values
+            found[:, order] = np.maximum(
+                found[:, order], [np.abs(a).max() for a in (wrong, values)]
+            )
+    return found
 
 
-def _in_blocks(fitted: np.ndarray, plan: Plan) -> np.ndarray:
-    """Columns (cells, degree+1, columns) of each path in blocks of LANES, filled with zeros."""
-    blocks = []
-    for path in plan.paths:
-        columns = fitted[..., path.column : path.column + path.width]
-        filled = np.pad(columns, [(0, 0), (0, 0), (0, -path.width % LANES)])
-        blocks += np.split(filled, filled.shape[-1] // LANES, axis=-1)
-    return np.stack(blocks)
+def _in_blocks(fitted: np.ndarray, dtype: Any) -> list[np.ndarray]:
+    """Columns of a path in blocks of LANES (cells, degree+1, LANES), filled with zeros."""
+    filled = np.pad(fitted, [(0, 0), (0, 0), (0, -fitted.shape[-1] % LANES)])
+    return np.split(filled.astype(dtype), filled.shape[-1] // LANES, axis=-1)
 
 
 def evaluate_table(

@@ -39,13 +39,15 @@ def tabulate_radial(
     with jax.enable_x64(True), on_cpu:
         weights = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf, np.float64), dict(params))
         for names, function in radial_functions(network, weights, _one_atom()).items():
-            table = _tabulate(function, num_species**2, cutoff)
+            table = _tabulate(function, num_species**2, cutoff, dtype)
             if table is not None:
-                tables[(*names, "coefficients")] = table.astype(dtype)
+                tables[(*names, "coefficients")] = table
     return traverse_util.unflatten_dict(tables)
 
 
-def _tabulate(function: RadialFunction, num_pairs: int, cutoff: float) -> np.ndarray | None:
+def _tabulate(
+    function: RadialFunction, num_pairs: int, cutoff: float, dtype: Any
+) -> np.ndarray | None:
     """Coefficients (n_tables, blocks, cells, degree+1, lanes): one for all pairs, or one each."""
     probe = np.repeat(np.linspace(0.2, 0.9, 3) * cutoff, num_pairs)
     values = np.asarray(function.weights(jnp.asarray(probe), jnp.tile(jnp.arange(num_pairs), 3)))
@@ -54,8 +56,8 @@ def _tabulate(function: RadialFunction, num_pairs: int, cutoff: float) -> np.nda
     cells, found = 0, []
     while len(found) < n_tables:
         weigh = functools.partial(_of_pair, function, len(found))
-        fit = fit_radial(weigh, function.plan, cutoff, at_least=cells)
-        if fit is None or fit.coefficients.size * 4 * n_tables > MEMORY:
+        fit = fit_radial(weigh, function.plan, cutoff, dtype, at_least=cells)
+        if fit is None or fit.coefficients.nbytes * n_tables > MEMORY:
             return None
         if fit.coefficients.shape[1] > cells > 0:
             found = []  # start again: all are to have as many cells as the one that needs most
