@@ -1,0 +1,82 @@
+// The kernels for every instruction set that a processor of this architecture may have.
+#include "sets.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define MLIP_MD_X86 1
+#endif
+
+#define MLIP_MD_SET portable
+#define MLIP_MD_BYTES 16
+#include "kernels.h"
+#undef MLIP_MD_SET
+#undef MLIP_MD_BYTES
+
+#ifdef MLIP_MD_X86
+#ifdef __clang__
+#define MLIP_MD_PRAGMA(text) _Pragma(#text)
+#define MLIP_MD_BEGIN(names) \
+  MLIP_MD_PRAGMA(clang attribute push(__attribute__((target(names))), apply_to = function))
+#define MLIP_MD_END _Pragma("clang attribute pop")
+#else
+#define MLIP_MD_PRAGMA(text) _Pragma(#text)
+#define MLIP_MD_BEGIN(names) _Pragma("GCC push_options") MLIP_MD_PRAGMA(GCC target(names))
+#define MLIP_MD_END _Pragma("GCC pop_options")
+#endif
+
+MLIP_MD_BEGIN("avx2,fma")
+#define MLIP_MD_SET avx2
+#define MLIP_MD_BYTES 32
+#include "kernels.h"
+#undef MLIP_MD_SET
+#undef MLIP_MD_BYTES
+MLIP_MD_END
+
+#ifndef MLIP_MD_NO_AVX512
+MLIP_MD_BEGIN("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")
+#define MLIP_MD_SET avx512
+#define MLIP_MD_BYTES 64
+#include "kernels.h"
+#undef MLIP_MD_SET
+#undef MLIP_MD_BYTES
+MLIP_MD_END
+#endif
+#endif
+
+namespace mlip_md {
+
+int best_level() {
+#ifdef MLIP_MD_X86
+  __builtin_cpu_init();
+#ifndef MLIP_MD_NO_AVX512
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
+    return 2;
+#endif
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+  return 0;
+}
+
+const char* level_name(int level) {
+#ifdef MLIP_MD_X86
+  static const char* const names[] = {"SSE2", "AVX2", "AVX-512"};
+  return names[level];
+#else
+  return level == 0 ? "portable" : "";
+#endif
+}
+
+template <class T>
+Set<T> kernel_set(int level) {
+#ifdef MLIP_MD_X86
+#ifndef MLIP_MD_NO_AVX512
+  if (level == 2) return avx512::set<T>();
+#endif
+  if (level == 1) return avx2::set<T>();
+#endif
+  return portable::set<T>();
+}
+template Set<float> kernel_set<float>(int);
+template Set<double> kernel_set<double>(int);
+
+}  // namespace mlip_md
