@@ -317,9 +317,6 @@ void second(Reader& reader, const Attributes& attributes, Team& team, bool) {
       .run({{ux, y.data(), call.r}, {call.x, du.data(), call.r}, {call.x, y.data(), ur}}, team);
 }
 
-// The product of both terms needs the right harmonics with the right weights: ȳ of the first term
-// is x̄'s own, and r̄ of the second uses uy. See NATIVE notes in convolution.h.
-
 template <class Body>
 ffi::Error guarded(const Body& body) {
   try {

@@ -7,7 +7,6 @@
 // and radial weights. Every number is summed in an order that only the problem decides.
 #pragma once
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -51,18 +50,6 @@ class Buffer {
   std::unique_ptr<char[]> memory_;
   T* data_;
 };
-
-inline int coupling_index(int l1, int l2, int l3) {
-  static const auto table = [] {
-    std::array<int, 125> found{};
-    int next = 0;
-#define MLIP_MD_NUMBER(a, b, c) found[a * 25 + b * 5 + c] = ++next;
-    MLIP_MD_COUPLINGS(MLIP_MD_NUMBER)
-#undef MLIP_MD_NUMBER
-    return found;
-  }();
-  return table[l1 * 25 + l2 * 5 + l3] - 1;
-}
 
 // The graph and what a call has of its edges.
 template <class T>

@@ -231,15 +231,16 @@ constexpr typename Kernels<T>::Kind kind() {
           product<T, W, typename F::Folded, F::d2>};
 }
 
-// Two registers of channels at a time and then four channels; where there are too many components
-// for the former, or registers are of four channels at most, one register at a time.
+// One register of channels at a time, or two where few sums would wait for each other, and then four
+// channels; where that would be much code for what is seldom used, only the former.
 template <class T, class F>
 constexpr Kernels<T> kernels() {
   constexpr int full = MLIP_MD_BYTES / sizeof(T);
   if constexpr (F::d1 > 7 || F::d2 > 7 || F::d3 > 7 || MLIP_MD_BYTES == 16)
     return {F::folds, F::reverse, turn<T, F>, 1, {kind<T, full, 1, F>()}};
   else
-    return {F::folds, F::reverse, turn<T, F>, 2, {kind<T, full, 2, F>(), kind<T, 4, 1, F>()}};
+    return {F::folds, F::reverse, turn<T, F>, 2,
+            {kind<T, full, F::d3 <= 5 ? 2 : 1, F>(), kind<T, 4, 1, F>()}};
 }
 
 #define MLIP_MD_ENTRY(l1, l2, l3) kernels<T, Functions##l1##l2##l3>(),

@@ -2,8 +2,6 @@
 #pragma once
 #include <cstdint>
 
-#include "coefficients.h"
-
 namespace mlip_md {
 
 constexpr int kLanes = 8;        // edges whose rotations are made at once; columns of a table's block

@@ -1,6 +1,8 @@
 // The kernels for every instruction set that a processor of this architecture may have.
 #include "sets.h"
 
+#include "coefficients.h"
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #define MLIP_MD_X86 1
 #endif
@@ -64,6 +66,18 @@ const char* level_name(int level) {
 #else
   return level == 0 ? "portable" : "";
 #endif
+}
+
+int coupling_index(int l1, int l2, int l3) {
+  static constexpr int degrees[][3] = {
+#define MLIP_MD_DEGREES(l1, l2, l3) {l1, l2, l3},
+      MLIP_MD_COUPLINGS(MLIP_MD_DEGREES)
+#undef MLIP_MD_DEGREES
+  };
+  constexpr int number = sizeof(degrees) / sizeof(degrees[0]);
+  for (int i = 0; i < number; ++i)
+    if (degrees[i][0] == l1 && degrees[i][1] == l2 && degrees[i][2] == l3) return i;
+  return -1;
 }
 
 template <class T>
