@@ -147,9 +147,7 @@ def test_each_gradient_alone(wrt):
     all_three = case.x, case.y, case.r
     wanted = [i for i in range(3) if wrt >> i & 1]
     every = check.run("backward", case, arguments, all_three, wrt=np.int64(7))
-    some = check.run(
-        "backward", case, arguments, [all_three[i] for i in wanted], wrt=np.int64(wrt)
-    )
+    some = check.run("backward", case, arguments, [all_three[i] for i in wanted], wrt=np.int64(wrt))
     for found, i in zip(some, wanted, strict=True):
         jax.tree_util.tree_map(np.testing.assert_array_equal, found, every[i])
 
