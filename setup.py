@@ -1,4 +1,4 @@
-"""Builds the compiled convolution where a C++ compiler is present; the rest is in pyproject."""
+"""Builds the compiled convolution where a C++ compiler is there; all else: pyproject.toml."""
 
 import importlib.util
 import sys

@@ -1,11 +1,13 @@
-// The kernels, included once for each instruction set with MLIP_MD_SET, the namespace, and
-// MLIP_MD_BYTES, the size of a register. Nothing here may call a function of a shared header: it
+// The kernels, included once for each instruction set with MLIP_MD_SET, the namespace,
+// MLIP_MD_BYTES, the size of a register, and MLIP_MD_BRIEF for short code instead of fast. Nothing here may call a function of a shared header: it
 // would be compiled for this instruction set and could be taken in place of the portable one.
 
 namespace mlip_md {
 namespace MLIP_MD_SET {
 
+#ifndef MLIP_MD_BRIEF
 #include "coefficients.h"
+#endif
 
 #define MLIP_MD_INLINE inline __attribute__((always_inline))
 
@@ -156,6 +158,88 @@ void turn(const T* y, int64_t y_group, int groups, T scale, T* t) {
   }
 }
 
+// The same by loops over dense rotations and foldings, for couplings that are not written out.
+
+template <class T, int W, int O>
+void gather_any(const Sum<T>& s, int inputs) {
+  typedef Vector<T, W> V;
+  for (int c = 0; c < s.channels; c += W) {
+    V sum[O];
+    for (int o = 0; o < O; ++o) sum[o] = s.first ? V{} : load<V>(s.out + o * s.out_row + c);
+    for (int k = 0; k < s.n; ++k) {
+      const T* t = s.turns + k / kLanes * (inputs * O * kLanes) + k % kLanes;
+      const V r = load<V>(s.r[k] + c);
+      for (int i = 0; i < inputs; ++i, t += O * kLanes) {
+        const V z = r * load<V>(s.x[k] + c + i * s.x_row);
+        for (int o = 0; o < O; ++o) sum[o] += t[o * kLanes] * z;
+      }
+    }
+    for (int o = 0; o < O; ++o) store(s.out + o * s.out_row + c, sum[o]);
+  }
+}
+
+template <class T, int W, int B>
+void product_any(const Product<T>& s, int inputs) {
+  typedef Vector<T, W> V;
+  for (int k = 0; k < s.n; ++k) {
+    const T* y = s.y + k / kLanes * s.y_group + k % kLanes;
+    V sum[B] = {};
+    for (int c = 0; c < s.channels; c += W) {
+      V v[B] = {};
+      const V* h = reinterpret_cast<const V*>(s.folds + c * inputs * B);
+      for (int a = 0; a < inputs; ++a, h += B) {
+        const V x = load<V>(s.x[k] + c + a * s.x_row);
+        for (int b = 0; b < B; ++b) v[b] += x * h[b];
+      }
+      V g = y[0] * v[0];
+      for (int b = 1; b < B; ++b) g += y[b * kLanes] * v[b];
+      store(s.gr[k] + c, g);
+      const V r = load<V>(s.r[k] + c);
+      for (int b = 0; b < B; ++b) sum[b] += r * v[b];
+    }
+    for (int b = 0; b < B; ++b) s.gy[k][b] += total<T, W>(sum[b]);
+  }
+}
+
+template <class T, int W>
+void fold_any(const Term* terms, int n, int d1, int d2, const T* g, int64_t g_row, int channels,
+              T* h) {
+  typedef Vector<T, W> V;
+  for (int c = 0; c < channels; c += W) {
+    V* d = reinterpret_cast<V*>(h + c * d1 * d2);
+    for (int i = 0; i < d1 * d2; ++i) d[i] = V{};
+    for (int i = 0; i < n; ++i)
+      d[terms[i].a * d2 + terms[i].b] += T(terms[i].k) * load<V>(g + terms[i].m * g_row + c);
+  }
+}
+
+template <class T>
+void turn_any(const Term* terms, int n, int d1, int d3, const T* y, int64_t y_group, int groups,
+              T scale, T* t) {
+  typedef Vector<T, kLanes> V;
+  for (int k = 0; k < groups; ++k) {
+    V* d = reinterpret_cast<V*>(t + k * (d1 * d3 * kLanes));
+    for (int i = 0; i < d1 * d3; ++i) d[i] = V{};
+    for (int i = 0; i < n; ++i)
+      d[terms[i].a * d3 + terms[i].m] +=
+          T(terms[i].k) * scale * load<V>(y + k * y_group + terms[i].b * kLanes);
+  }
+}
+
+// What of this depends on the coupling.
+template <class T, int W, class C>
+struct AnyOf {
+  static constexpr int n = sizeof(C::terms) / sizeof(C::terms[0]);
+  static void gather(const Sum<T>& s) { gather_any<T, W, C::d3>(s, C::d1); }
+  static void product(const Product<T>& s) { product_any<T, W, C::d2>(s, C::d1); }
+  static void fold(const T* g, int64_t g_row, int channels, T* h) {
+    fold_any<T, W>(C::terms, n, C::d1, C::d2, g, g_row, channels, h);
+  }
+  static void turn(const T* y, int64_t y_group, int groups, T scale, T* t) {
+    turn_any<T>(C::terms, n, C::d1, C::d3, y, y_group, groups, scale, t);
+  }
+};
+
 template <class T, bool slopes, int D>
 void evaluate(const Polynomials<T>& s) {
   typedef Vector<T, kLanes> V;
@@ -186,7 +270,7 @@ void evaluate_degree(const Polynomials<T>& s) {
 }
 
 template <class T>
-void evaluate_any(const Polynomials<T>& s) {
+void evaluate_chosen(const Polynomials<T>& s) {
   return s.slope ? evaluate_degree<T, true>(s) : evaluate_degree<T, false>(s);
 }
 
@@ -202,6 +286,7 @@ void multiply(int n, int width, const T* a, const T* b, T* sums) {
   }
 }
 
+#ifndef MLIP_MD_BRIEF
 #define MLIP_MD_FUNCTIONS(l1, l2, l3)                                                       \
   struct Functions##l1##l2##l3 : Coupling##l1##l2##l3 {                                     \
     typedef Coupling##l1##l2##l3 Lists;                                                     \
@@ -222,7 +307,7 @@ void multiply(int n, int width, const T* a, const T* b, T* sums) {
       fold##l1##l2##l3<V, T>(s, d);                                                         \
     }                                                                                       \
   };
-MLIP_MD_COUPLINGS(MLIP_MD_FUNCTIONS)
+MLIP_MD_WRITTEN_OUT(MLIP_MD_FUNCTIONS)
 #undef MLIP_MD_FUNCTIONS
 
 template <class T, int W, int N, class F>
@@ -231,25 +316,41 @@ constexpr typename Kernels<T>::Kind kind() {
           product<T, W, typename F::Folded, F::d2>};
 }
 
-// One register of channels at a time, or two where few sums would wait for each other, and then four
-// channels; where that would be much code for what is seldom used, only the former.
+// One register of channels at a time, or two where few sums would wait for each other; what is left
+// four at a time.
 template <class T, class F>
 constexpr Kernels<T> kernels() {
   constexpr int full = MLIP_MD_BYTES / sizeof(T);
-  if constexpr (F::d1 > 7 || F::d2 > 7 || F::d3 > 7 || MLIP_MD_BYTES == 16)
-    return {F::folds, F::reverse, turn<T, F>, 1, {kind<T, full, 1, F>()}};
+  typedef typename Kernels<T>::Kind Kind;
+  constexpr Kind wide = kind<T, full, F::d3 <= 5 ? 2 : 1, F>();
+  if constexpr (full <= 4)
+    return {F::folds, F::reverse, turn<T, F>, 2, {wide, kind<T, full, 1, F>()}};
   else
-    return {F::folds, F::reverse, turn<T, F>, 2,
-            {kind<T, full, F::d3 <= 5 ? 2 : 1, F>(), kind<T, 4, 1, F>()}};
+    return {F::folds, F::reverse, turn<T, F>, 2, {wide, kind<T, 4, 1, F>()}};
 }
-
 #define MLIP_MD_ENTRY(l1, l2, l3) kernels<T, Functions##l1##l2##l3>(),
+#endif
+
+template <class T, class C>
+constexpr Kernels<T> any_kernels() {
+  constexpr int full = MLIP_MD_BYTES / sizeof(T);
+  typedef AnyOf<T, full, C> Any;
+  return {C::d1 * C::d2, C::reverse, Any::turn, 1,
+          {{full, Any::gather, Any::fold, Any::product}}};
+}
+#define MLIP_MD_ANY(l1, l2, l3) any_kernels<T, Coupling##l1##l2##l3>(),
+#ifdef MLIP_MD_BRIEF
+#define MLIP_MD_ENTRY MLIP_MD_ANY
+#endif
+
 template <class T>
 Set<T> set() {
-  static constexpr Kernels<T> couplings[] = {MLIP_MD_COUPLINGS(MLIP_MD_ENTRY)};
-  return {couplings, evaluate_any<T>, multiply<T>};
+  static constexpr Kernels<T> couplings[] = {MLIP_MD_WRITTEN_OUT(MLIP_MD_ENTRY)
+                                                 MLIP_MD_OTHERS(MLIP_MD_ANY)};
+  return {couplings, evaluate_chosen<T>, multiply<T>};
 }
 #undef MLIP_MD_ENTRY
+#undef MLIP_MD_ANY
 #undef MLIP_MD_INLINE
 
 }  // namespace MLIP_MD_SET

