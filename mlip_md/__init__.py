@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-__version__ = "0.2.0.dev0"
+from mlip_md.version import __version__
 
 __all__ = ["__version__", "load"]
 
