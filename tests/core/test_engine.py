@@ -19,7 +19,9 @@ from mlip_md.devices import find_device
 from mlip_md.engine import Engine
 from mlip_md.errors import (
     CapacityError,
+    CoincidenceError,
     ConfigError,
+    DeviceError,
     MLIPError,
     NeighborError,
     NonFiniteError,
@@ -327,6 +329,25 @@ def test_a_batch_names_the_bad_structure(engine):
     spoiled[2] = np.nan
     with pytest.raises(StructureError, match=r"structure 1: .*first atom 2"):
         engine.evaluate_batch([molecule(), (spoiled, numbers, cell, pbc)])
+
+
+def test_an_error_of_a_batch_has_what_the_error_of_one_has(engine):
+    positions, numbers, cell, pbc = molecule()
+    positions[4] = positions[1]
+    with pytest.raises(CoincidenceError) as alone:
+        engine.evaluate(positions, numbers, cell, pbc)
+    with pytest.raises(CoincidenceError) as together:
+        engine.evaluate_batch([molecule(), (positions, numbers, cell, pbc)])
+    assert str(together.value) == f"structure 1: {alone.value}"
+    assert together.value.pairs == [(1, 4)]
+    assert vars(together.value) == vars(alone.value)
+
+
+def test_an_error_of_several_parts_takes_a_place():
+    located = DeviceError("there is no tpu", "take cpu").locate("structure 3")
+    assert str(located) == "structure 3: there is no tpu. take cpu"
+    assert (located.problem, located.advice) == ("there is no tpu", "take cpu")
+    assert str(copy.copy(located)) == str(located)
 
 
 # Precision
