@@ -11,6 +11,8 @@ from flax import linen as nn
 
 from mlip_md.errors import ConfigError
 from mlip_md.graph import Graph
+from mlip_md.networks.config import CONFIGS
+from mlip_md.networks.config import Hyperparameters as Hyperparameters
 from mlip_md.networks.config import MACEConfig as MACEConfig
 from mlip_md.networks.config import NequIPConfig as NequIPConfig
 from mlip_md.networks.config import NetworkConfig as NetworkConfig
@@ -42,7 +44,8 @@ def build_network(
         energies before scaling and without E0.
 
     Raises:
-        ConfigError: if avg_r_min is too near to the cutoff or beyond it.
+        ConfigError: if avg_r_min is too near to the cutoff or beyond it, or there is no network
+            for such a configuration.
     """
     neighbors = config.avg_num_neighbors or avg_num_neighbors
     if isinstance(config, MACEConfig):
@@ -55,9 +58,13 @@ def build_network(
                 "the radial basis cannot be normalised between them; take a larger cutoff"
             )
         return MACE(config, num_species, cutoff, neighbors, r_min)
-    from mlip_md.networks.nequip import NequIP
+    if isinstance(config, NequIPConfig):
+        from mlip_md.networks.nequip import NequIP
 
-    return NequIP(config, num_species, cutoff, neighbors)
+        return NequIP(config, num_species, cutoff, neighbors)
+    raise ConfigError(
+        f"there is no network for {type(config).__name__}; there are: {', '.join(CONFIGS)}"
+    )
 
 
 class _Published(nn.Module):
