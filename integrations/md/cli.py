@@ -17,6 +17,7 @@ import typer
 
 from mlip_md.errors import ConfigError, DeviceError, StoppedError
 from mlip_md.files import check_new_file, write_bytes
+from mlip_md.formats.names import MODEL_HELP
 from mlip_md.integrations.md.observers import TerminalObserver
 from mlip_md.integrations.md.settings import (
     DEFAULT_STEPS,
@@ -33,9 +34,7 @@ if TYPE_CHECKING:
 
     from mlip_md.integrations.md.structures import Structure
 
-ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="Bundled name, .safetensors file, .zip or run folder.")
-]
+ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
 
 
 def _one_of(*choices: str) -> Any:

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from mlip_md import files
 from mlip_md.elements import symbol
 from mlip_md.errors import ModelFileError
+from mlip_md.formats.names import NAMES
 from mlip_md.formats.soundness import (
     MAX_HEADER_BYTES,
     OWN_ROOT,
@@ -43,7 +44,7 @@ from mlip_md.formats.soundness import (
 from mlip_md.potential import Potential
 from mlip_md.version import __version__
 
-ENDING = ".safetensors"
+ENDING = NAMES["mlip-md"].ending
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 MAX_FILE_BYTES = 2 * 2**30
