@@ -116,6 +116,13 @@ def test_who_imports_whom(room):
     assert wrong == []
 
 
+def test_the_picture_of_the_rooms_names_every_module():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\w+", text.split("```")[1]))
+    unnamed = [m for m in MODULES if m.split(".")[-1] not in named | {"__main__"}]
+    assert unnamed == []
+
+
 def test_the_ground_floor_stands_on_itself():
     for name in GROUND:
         for imported in imports(f"mlip_md.{name}"):
