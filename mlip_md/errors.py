@@ -93,11 +93,11 @@ class OwnershipError(MLIPError, RuntimeError):
 
 
 class CapacityError(MLIPError, MemoryError):
-    """A neighbour list would need more memory than it may have."""
+    """A neighbor list would need more memory than it may have."""
 
 
 class NeighborError(MLIPError, RuntimeError):
-    """A neighbour list on the device contradicts the host's."""
+    """A neighbor list on the device contradicts the host's."""
 
 
 class NonFiniteError(MLIPError, FloatingPointError):

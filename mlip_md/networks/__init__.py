@@ -17,7 +17,7 @@ from mlip_md.networks.config import MACEConfig as MACEConfig
 from mlip_md.networks.config import NequIPConfig as NequIPConfig
 from mlip_md.networks.config import NetworkConfig as NetworkConfig
 
-LARGEST_R_MIN = 0.98
+MAX_R_MIN = 0.98
 """Part of the cutoff; beyond it the envelope leaves float32 no digits of the radial basis."""
 
 
@@ -34,8 +34,8 @@ def build_network(
     Args:
         config: hyperparameters; their avg_num_neighbors and avg_r_min win over the arguments.
         num_species: number of elements.
-        cutoff: Å, radius of the neighbourhoods.
-        avg_num_neighbors: mean number of neighbours in the training set.
+        cutoff: Å, radius of the neighborhoods.
+        avg_num_neighbors: mean number of neighbors in the training set.
         avg_r_min: Å, mean shortest distance in the training set; None leaves the radial basis
             unscaled. Read by MACE only.
 
@@ -52,9 +52,9 @@ def build_network(
         from mlip_md.networks.mace import MACE
 
         r_min = config.avg_r_min if config.avg_r_min is not None else avg_r_min
-        if r_min is not None and r_min > LARGEST_R_MIN * cutoff:
+        if r_min is not None and r_min > MAX_R_MIN * cutoff:
             raise ConfigError(
-                f"avg_r_min = {r_min} Å is beyond {LARGEST_R_MIN:.0%} of the cutoff of {cutoff} Å: "
+                f"avg_r_min = {r_min} Å is beyond {MAX_R_MIN:.0%} of the cutoff of {cutoff} Å: "
                 "the radial basis cannot be normalised between them; take a larger cutoff"
             )
         return MACE(config, num_species, cutoff, neighbors, r_min)

@@ -640,7 +640,7 @@ def test_an_incomplete_search_gives_no_numbers(potential):
     assert run(dense, need)[0]
     assert not run(dense, need - 1)[0]
     assert not run(dense._replace(reach=(0, 1, 1)), need)[0]
-    spec = NeighborSpec(potential.cutoff, 0.5)
+    spec = NeighborSpec(potential.cutoff, 0.5, "cells", 1.2)
     cells, *_ = plan_search(spec, "cells", structure.positions, structure.cell, structure.pbc)
     whole, needs = run(cells, need)
     assert whole
