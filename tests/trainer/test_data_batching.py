@@ -258,6 +258,10 @@ def test_impossible_structures():
     near = LabeledStructure(numbers, np.array([[0, 0, 0], [0, 0, 1e-3]]), 0.0, forces, name="f:[7]")
     with pytest.raises(DataError, match=r"f:\[7\]: two atoms are 0\.0010 Å apart"):
         GraphStore.from_structures([near], CUTOFF)
+    cell = {"cell": 4 * np.eye(3), "pbc": np.ones(3, bool), "name": "f:[8]"}
+    lost = LabeledStructure(numbers, np.array([[0, 0, 0], [4e10, 0, 1]]), 0.0, forces, **cell)
+    with pytest.raises(DataError, match=r"f:\[8\]: an atom is 1\.0e\+10 cells away"):
+        GraphStore.from_structures([lost], CUTOFF)
     with pytest.raises(DataError, match="no structures"):
         GraphStore.from_structures([], CUTOFF)
     for changes, message in (
@@ -265,7 +269,8 @@ def test_impossible_structures():
         ({"forces": np.full((2, 3), np.nan)}, "forces hold NaN"),
         ({"energy": np.inf}, "energies hold NaN or infinity"),
         ({"atomic_numbers": np.array([1, 0])}, "allowed are 1 to 118"),
-        ({"pbc": np.array([True] * 3)}, "periodic but has no cell"),
+        ({"pbc": np.array([True] * 3)}, "periodic along a, b, c .* give a cell"),
+        ({"positions": np.full((2, 3), 1e13)}, "no longer resolves"),
     ):
         fields = {"atomic_numbers": numbers, "positions": np.eye(3)[:2], "energy": 0.0}
         with pytest.raises(DataError, match=message):

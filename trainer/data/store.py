@@ -27,7 +27,7 @@ import numpy as np
 from mlip_md.elements import LARGEST_ATOMIC_NUMBER, symbol
 from mlip_md.errors import DataError
 from mlip_md.files import write_text
-from mlip_md.neighbors import check_cutoff, host_edges
+from mlip_md.neighbors import check_cutoff
 from mlip_md.trainer.data.structures import LabeledStructure, refusing_unreadable
 
 SHORTEST_DISTANCE = 0.1
@@ -125,8 +125,8 @@ class GraphStore:
             The store, in the order of the structures.
 
         Raises:
-            DataError: on an element not among ``elements``, on atoms on top of each other, if there
-                is no structure, or if the folder exists.
+            DataError: on an element not among ``elements``, on atoms on top of each other or too
+                dense for a list, if there is no structure, or if the folder exists.
         """
         cutoff = check_cutoff(cutoff)
         allowed = None if elements is None else tuple(sorted({int(z) for z in elements}))
@@ -273,7 +273,7 @@ def _graph(structure: LabeledStructure, cutoff: float, elements: tuple[int, ...]
         if unknown:
             raise _unknown_elements(structure.name, sorted(unknown), elements)
     cell = np.zeros((3, 3)) if structure.cell is None else structure.cell
-    edges = host_edges(structure.positions, cell, structure.pbc, cutoff)
+    edges = structure.find_edges(cutoff)
     shortest = float(edges.lengths.min()) if len(edges.lengths) else np.inf
     if shortest < SHORTEST_DISTANCE:
         raise DataError(
