@@ -154,11 +154,6 @@ def test_damaged_folders(path, tmp_path):
     prepared(path, folder=folder)
     with pytest.raises(DataError, match="exists already"):
         prepared(path, folder=folder)
-    rows = np.load(folder / "train.npy")
-    np.save(folder / "train.npy", rows[:-1])
-    with pytest.raises(DataError, match="do not make up the whole"):
-        open_prepared(folder)
-    np.save(folder / "train.npy", rows)
     with open(folder / "graphs" / "positions.bin", "r+b") as stream:
         stream.truncate(100)
     with pytest.raises(DataError, match="has 100 bytes"):
@@ -169,6 +164,25 @@ def test_damaged_folders(path, tmp_path):
         open_prepared(folder)
     with pytest.raises(DataError, match="not a folder of prepared data"):
         open_prepared(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+def test_every_structure_is_in_one_part_once(part, path, tmp_path):
+    folder = tmp_path / "prepared"
+    prepared(path, folder, split=SPLIT)
+    file = folder / f"{part}.npy"
+    rows = np.load(file)
+    other = np.load(folder / ("test.npy" if part == "train" else "train.npy"))
+    damaged = (0 * rows, rows[:-1], rows - rows.max() - 1, rows + 0.5, other[: len(rows)])
+    for wrong in damaged:
+        np.save(file, wrong)
+        with pytest.raises(DataError, match=r"prepared is damaged: .* each of its 24 .* once"):
+            open_prepared(folder)
+    np.save(file, rows[:, None])
+    with pytest.raises(DataError, match="prepared: not a folder of prepared data"):
+        open_prepared(folder)
+    np.save(file, rows)
+    assert len(open_prepared(folder).parts[part]) == len(rows)
 
 
 def test_all_charged(tmp_path):

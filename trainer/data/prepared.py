@@ -116,9 +116,13 @@ def open_prepared(folder: str | Path) -> PreparedData:
         statistics = Statistics.from_dict(index["statistics"])
         rows = {name: np.load(folder / f"{name}.npy") for name in index["parts"]}
         reports = {name: CurationReport(**report) for name, report in index["curation"].items()}
+        together = np.sort(np.concatenate(list(rows.values())))
     store = open_store(folder / "graphs")
-    if sum(len(r) for r in rows.values()) != len(store):
-        raise DataError(f"{folder}: its parts do not make up the whole; prepare the data again")
+    if not np.array_equal(together, np.arange(len(store))):
+        raise DataError(
+            f"{folder} is damaged: its parts ({', '.join(rows)}) do not hold each of its "
+            f"{len(store)} structures exactly once; prepare the data again"
+        )
     parts = {name: _labeled(store.subset(r), statistics) for name, r in rows.items()}
     return PreparedData(parts, statistics, reports, config)
 
