@@ -1,8 +1,10 @@
 """Graph store, epoch plans and batches: nothing lost, doubled, mixed up or out of its budget."""
 
 import dataclasses
+import errno
 import gc
 import json
+import os
 import threading
 import time
 
@@ -13,7 +15,7 @@ import pytest
 from ase.build import molecule
 from ase.neighborlist import neighbor_list as ase_neighbor_list
 
-from mlip_md.errors import DataError
+from mlip_md.errors import DataError, OutputError
 from mlip_md.graph import edge_vectors
 from mlip_md.trainer.data import (
     BatchBudget,
@@ -316,6 +318,29 @@ def test_store_in_a_folder(structures, store, budget, tmp_path, monkeypatch):
     forces.unlink()
     with pytest.raises(DataError, match="not a readable graph store"):
         open_store(folder)
+
+
+def test_a_store_appears_whole_and_synced(structures, tmp_path, monkeypatch):
+    folder, synced, fsync = tmp_path / "graphs", {}, os.fsync
+
+    def watch(handle):
+        synced.setdefault(os.fstat(handle).st_ino, folder.exists())
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", watch)
+    GraphStore.from_structures(structures, CUTOFF, folder=folder)
+    files = [folder, *folder.iterdir()]
+    assert len(files) > 10
+    assert [synced.get(path.stat().st_ino) for path in files] == [False] * len(files)
+    assert synced[tmp_path.stat().st_ino] is True  # the name itself, last
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(OutputError, match=r"other could not be written \(No space left"):
+        GraphStore.from_structures(structures, CUTOFF, folder=tmp_path / "other")
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_subset(store, budget):

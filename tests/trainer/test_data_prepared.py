@@ -11,12 +11,14 @@ import pytest
 from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 
+import mlip_md
 from mlip_md.errors import ConfigError, DataError
 from mlip_md.trainer.data import (
     BatchBudget,
     is_prepared,
     make_batch,
     open_prepared,
+    open_store,
     plan_epoch,
     prepare,
 )
@@ -158,12 +160,26 @@ def test_damaged_folders(path, tmp_path):
         stream.truncate(100)
     with pytest.raises(DataError, match="has 100 bytes"):
         open_prepared(folder)
-    index = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
-    (folder / "prepared.json").write_text(json.dumps(index | {"format_version": 99}))
-    with pytest.raises(DataError, match="format version 99"):
-        open_prepared(folder)
     with pytest.raises(DataError, match="not a folder of prepared data"):
         open_prepared(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "opened"), [("prepared.json", open_prepared), ("graphs/index.json", open_store)]
+)
+def test_a_folder_of_a_newer_version_says_who_reads_it(file, opened, path, tmp_path):
+    prepared(path, tmp_path / "prepared")
+    file = tmp_path / "prepared" / file
+    index = json.loads(file.read_text(encoding="utf-8"))
+    assert index["written_by"] == f"mlip-md {mlip_md.__version__}"
+    newer = index | {"format_version": 99, "written_by": "mlip-md 9.1"}
+    for content, reader in (
+        (newer, r"mlip-md 9\.1"),
+        ({name: value for name, value in newer.items() if name != "written_by"}, "a newer mlip-md"),
+    ):
+        file.write_text(json.dumps(content), encoding="utf-8")
+        with pytest.raises(DataError, match=rf"version is 99, .* read by {reader}.* Upgrade mlip"):
+            opened(file.parent)
 
 
 @pytest.mark.parametrize("part", ["train", "validation", "test"])
