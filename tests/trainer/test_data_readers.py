@@ -13,7 +13,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from mlip_md.constants import BOHR, HARTREE
 from mlip_md.errors import DataError
-from mlip_md.trainer.data import iterate, read, read_atomic_energies
+from mlip_md.trainer.data import iterate, read, read_atomic_energies, readers
 from mlip_md.trainer.data.readers import formal_charge, recognize
 
 STIFFNESS, LENGTH = 0.35, 1.4  # hartree/bohr², bohr: a diatomic on a spring
@@ -392,6 +392,18 @@ def test_unsound_cells_are_refused_by_name_or_skipped(tmp_path, vectors, pbc, me
     with pytest.raises(DataError, match=rf"a\.xyz:\[1\]: .*{message}"):
         read(tmp_path / "a.xyz")
     assert len(read(tmp_path / "a.xyz", on_bad="skip")) == 1
+
+
+def test_a_format_is_an_entry_of_the_table(tmp_path, monkeypatch):
+    def fields(path, split, energy_key, forces_key):
+        numbers, zeros = [1], np.zeros((1, 3))
+        yield {"atomic_numbers": numbers, "positions": zeros, "energy": 2.0, "forces": zeros}
+
+    (tmp_path / "a.own").touch()
+    monkeypatch.setattr(readers, "recognize", lambda _: "own")
+    monkeypatch.setitem(readers.FORMATS, "own", readers.Format(fields, lambda _: {1: 2.0}))
+    assert [structure.energy for structure in read(tmp_path / "a.own")] == [2.0]
+    assert read_atomic_energies(tmp_path / "a.own") == {1: 2.0}
 
 
 def test_isolated_atoms(tmp_path):
