@@ -151,7 +151,14 @@ class GraphStore:
         return dataclasses.replace(self, **rows)
 
     def with_atomic_energies(self, energies: np.ndarray | Mapping[int, float]) -> GraphStore:
-        """The same store with labels relative to these E0 (eV, by species or by atomic number)."""
+        """The same store with labels relative to these E0.
+
+        Args:
+            energies: eV, (len(elements),) by species, or a map of atomic number to eV.
+
+        Raises:
+            DataError: if an element has none, or they are not finite numbers, one per element.
+        """
         if isinstance(energies, Mapping):
             missing = [symbol(z) for z in self.elements if z not in energies]
             if missing:
@@ -207,7 +214,11 @@ class GraphStore:
 
     @functools.cached_property
     def interaction_energy(self) -> np.ndarray:
-        """(n,) float32 eV: total energy minus the sum of E0, subtracted in float64."""
+        """(n,) float32 eV: total energy minus the sum of E0, subtracted in float64.
+
+        Raises:
+            DataError: if the store has no E0 yet.
+        """
         if self.atomic_energies is None:
             raise DataError(
                 "the store has no atomic energies (E0) yet, so there are no energy labels; compute "
