@@ -182,6 +182,7 @@ def prepare_command(
     from mlip_md.trainer.recipe import load_recipe
 
     prepared = load_recipe(recipe, overrides or [])[0]
+    check_new_folder(folder, "prepare")
     _say_reading(prepared.data.path)
     with _plain_warnings():
         data = prepare(prepared.data, prepared.network.atomic_energies, folder)
