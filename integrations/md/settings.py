@@ -13,6 +13,7 @@ from mlip_md.errors import CheckpointError, ConfigError
 from mlip_md.files import write_text
 from mlip_md.hints import nearest
 from mlip_md.integrations.models import DEFAULT_MODEL
+from mlip_md.integrations.versions import find_version_problem
 
 EngineName = Literal["ase", "openmm"]
 Ensemble = Literal["nve", "nvt", "npt"]
@@ -22,6 +23,8 @@ VelocityOrigin = Literal["draw", "file"]
 
 SETTINGS = "settings.json"
 """Name of the file in a run folder."""
+VERSION = 2
+"""Of that file; 1 stated none and knew fewer settings."""
 
 DEFAULT_STEPS = 2000
 LARGEST_SEED = 2**31 - 2
@@ -135,7 +138,7 @@ def read_settings(folder: Path) -> MDSettings:
 
     Raises:
         ConfigError: if there is no such folder.
-        CheckpointError: if it holds no settings or they are damaged.
+        CheckpointError: if it holds no settings, or they are damaged or of a newer version.
     """
     if not folder.is_dir():
         raise ConfigError(f"there is no folder {folder}")
@@ -143,7 +146,10 @@ def read_settings(folder: Path) -> MDSettings:
     if not path.exists():
         raise CheckpointError(f"{folder} holds no run: there is no {SETTINGS} in it")
     try:
-        return MDSettings(**json.loads(path.read_text(encoding="utf-8")))
+        values = dict(json.loads(path.read_text(encoding="utf-8")))
+        if problem := find_version_problem(values.pop("version", 1), VERSION):
+            raise CheckpointError(f"{path} {problem}")
+        return MDSettings(**values)
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} holds no usable settings of a run: {error}") from error
 
@@ -154,4 +160,5 @@ def write_settings(folder: Path, settings: MDSettings) -> None:
     Raises:
         OutputError: if the file cannot be written.
     """
-    write_text(folder / SETTINGS, json.dumps(dataclasses.asdict(settings), indent=2) + "\n")
+    values = {"version": VERSION, **dataclasses.asdict(settings)}
+    write_text(folder / SETTINGS, json.dumps(values, indent=2) + "\n")
