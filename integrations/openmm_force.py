@@ -26,7 +26,7 @@ from mlip_md.constants import ANGSTROM_PER_NM, KJ_PER_MOL_PER_EV
 from mlip_md.engine import Engine, Result
 from mlip_md.errors import MLIPError, ModelFileError, NonFiniteError, StructureError
 from mlip_md.formats import own
-from mlip_md.integrations.openmm_calls import Calls, enter_inside_try
+from mlip_md.integrations.openmm_calls import ADVICE, Calls, enter_inside_try
 from mlip_md.integrations.openmm_wall import evaluate_walled
 from mlip_md.integrations.versions import find_version_problem
 from mlip_md.potential import Potential
@@ -37,13 +37,6 @@ _KEYS = (
     "model", "sha256", "numbers", "particles", "periodic", "total_energy", "engine_options",
     "content",
 )  # fmt: skip
-
-ADVICE = (
-    "A simulation in which this happens is probably unstable: relax its start with "
-    "mlip_md.integrations.openmm.minimize, use a smaller time step, or look at the structure of "
-    "the last saved frame."
-)
-"""For whoever steps the force; who has better advice takes this line out of OpenMM's text."""
 
 _potentials: weakref.WeakValueDictionary[str, Potential] = weakref.WeakValueDictionary()
 _potentials_lock = threading.Lock()

@@ -6,7 +6,7 @@ import pytest
 from openmm import app, unit
 
 from mlip_md.errors import ConfigError
-from mlip_md.integrations.openmm_force import ADVICE
+from mlip_md.integrations.openmm_calls import ADVICE
 from mlip_md.integrations.openmm_minimize import LONGEST_STEP, minimize
 
 

@@ -38,8 +38,8 @@ from mlip_md.integrations.md.velocities import (
 )
 from mlip_md.integrations.md.volume_moves import MOVE_INTERVAL, VolumeMoves
 from mlip_md.integrations.models import DTYPES
-from mlip_md.integrations.openmm_calls import is_interruption
-from mlip_md.integrations.openmm_force import ADVICE, MLForce, open_potential
+from mlip_md.integrations.openmm_calls import read_told
+from mlip_md.integrations.openmm_force import MLForce, open_potential
 from mlip_md.integrations.openmm_minimize import minimize
 
 logger = logging.getLogger(__name__)
@@ -327,7 +327,7 @@ def _as_simulation_error() -> Iterator[None]:
     try:
         yield
     except openmm.OpenMMException as error:
-        if is_interruption(error):
+        told = read_told(error)
+        if told.interrupted:
             raise KeyboardInterrupt from None
-        # The force advises whoever steps it; a run gives its own advice.
-        raise SimulationError(str(error).replace(f"\n{ADVICE}", "")) from error
+        raise SimulationError(told.text) from error
