@@ -42,7 +42,7 @@ _potentials: weakref.WeakValueDictionary[str, Potential] = weakref.WeakValueDict
 _potentials_lock = threading.Lock()
 
 
-def open_potential(
+def share_potential(
     model: str, sha256: str | None = None, content: bytes | None = None
 ) -> Potential:
     """Open a potential, or find it among those that this process has open.
@@ -228,7 +228,7 @@ def _checked(token: dict[str, Any]) -> dict[str, Any]:
 def _reopen(token: dict[str, Any]) -> Potential:
     """Open the model of a System that may have been made elsewhere."""
     try:
-        return open_potential(token["model"], token["sha256"], token["content"])
+        return share_potential(token["model"], token["sha256"], token["content"])
     except ModelFileError as error:
         raise ModelFileError(
             f"the model of this System cannot be opened: {error}. If the file has moved, open it "

@@ -315,9 +315,9 @@ def minimize_command(
     from rich.markup import escape
 
     from mlip_md.integrations.ase import MLIPCalculator
-    from mlip_md.integrations.md.minimize import minimize
+    from mlip_md.integrations.md.minimize import relax_structure
     from mlip_md.integrations.md.structures import compare_bonds, read_structure
-    from mlip_md.integrations.models import DTYPES
+    from mlip_md.integrations.models import DTYPE_OF_PRECISION
 
     console = Console(highlight=False)
     given = read_structure(structure, frame=frame, drop_virtual_sites=drop_virtual_sites)
@@ -327,7 +327,7 @@ def minimize_command(
         raise ConfigError(f"{path} exists; name another file with --output")
     check_new_file(path, "--output")
     _render(path.name, given, given.atoms)  # what cannot be written is known before it is computed
-    calculator = MLIPCalculator(model, dtype=DTYPES[precision], device=device)
+    calculator = MLIPCalculator(model, dtype=DTYPE_OF_PRECISION[precision], device=device)
     console.print(f"[bold]{given.name}[/bold]: {len(given.atoms)} atoms, model {model}")
     console.print(escape(given.line()), soft_wrap=True)
     for note in given.report.notes:
@@ -341,7 +341,7 @@ def minimize_command(
                 f"step {step:4d}  energy {energy:.6f} eV  largest force {largest:.4f} eV/Å"
             )
 
-    relaxed, converged = minimize(
+    relaxed, converged = relax_structure(
         given.atoms,
         calculator,
         fmax=fmax,

@@ -12,7 +12,7 @@ from mlip_md.integrations.md.structures import Structure, bonds
 from mlip_md.integrations.md.structures.description import is_isotope
 
 
-def prepare(settings: MDSettings, structure: Structure) -> Structure:
+def prepare_start(settings: MDSettings, structure: Structure) -> Structure:
     """The structure with the masses and velocities with which a run starts.
 
     Raises:

@@ -31,7 +31,7 @@ from mlip_md.integrations.md import report, restart
 from mlip_md.integrations.md.backends.interface import Backend, Frame
 from mlip_md.integrations.md.files import LOG, RunFiles, check_sizes, read_log
 from mlip_md.integrations.md.held import check_held
-from mlip_md.integrations.md.masses import prepare
+from mlip_md.integrations.md.masses import prepare_start
 from mlip_md.integrations.md.minimize import check_relaxed
 from mlip_md.integrations.md.observers import RunObserver
 from mlip_md.integrations.md.settings import MDSettings, read_settings, write_settings
@@ -139,7 +139,7 @@ def run_md(
     structure = read_structure(
         settings.structure, frame=settings.frame, drop_virtual_sites=settings.drop_virtual_sites
     )
-    structure = prepare(settings, structure)
+    structure = prepare_start(settings, structure)
     backend = make_backend(settings, structure)
     observer.found(structure.line(), structure.report.notes)
     with Interruptions(*ENDINGS, patient=False, tell=observer.stopping) as interruptions:

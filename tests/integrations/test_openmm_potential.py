@@ -411,7 +411,7 @@ def test_tokens_that_cannot_be_read_are_refused_with_their_version(model, molecu
 
 def _ml_force(path, atoms, **keywords):
     options = force_options(keywords)
-    potential = openmm_force.open_potential(path)
+    potential = openmm_force.share_potential(path)
     force = openmm_force.MLForce(
         path, potential.sha256, atoms.numbers, None, bool(atoms.pbc.all()), False, options.engine()
     )

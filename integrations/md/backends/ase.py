@@ -22,7 +22,7 @@ from mlip_md.integrations.md.velocities import (
     count_degrees_of_freedom,
     start_velocities,
 )
-from mlip_md.integrations.models import DTYPES
+from mlip_md.integrations.models import DTYPE_OF_PRECISION
 
 
 class ASEBackend(Backend):
@@ -48,7 +48,7 @@ class ASEBackend(Backend):
         self.structure = structure
         self.atoms = structure.atoms.copy()
         self.calculator = MLIPCalculator(
-            settings.model, dtype=DTYPES[settings.precision], device=settings.device
+            settings.model, dtype=DTYPE_OF_PRECISION[settings.precision], device=settings.device
         )
         self.potential = self.calculator.potential
         self.potential.species(self.atoms.numbers)

@@ -37,9 +37,9 @@ from mlip_md.integrations.md.velocities import (
     start_velocities,
 )
 from mlip_md.integrations.md.volume_moves import MOVE_INTERVAL, VolumeMoves
-from mlip_md.integrations.models import DTYPES
+from mlip_md.integrations.models import DTYPE_OF_PRECISION
 from mlip_md.integrations.openmm_calls import read_told
-from mlip_md.integrations.openmm_force import MLForce, open_potential
+from mlip_md.integrations.openmm_force import MLForce, share_potential
 from mlip_md.integrations.openmm_minimize import minimize
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class OpenMMBackend(Backend):
             cell = structure.atoms.cell.array
             reduced, self._rotation = reduce_lattice(cell)
             self._vectors = np.rint(cell @ self._rotation.T @ np.linalg.inv(reduced))
-        self.potential = open_potential(settings.model)
+        self.potential = share_potential(settings.model)
         self.atoms = self.structure.atoms
         self._periodic = bool(self.atoms.pbc.any())
         species = self.potential.species(self.atoms.numbers)
@@ -102,7 +102,7 @@ class OpenMMBackend(Backend):
             None,
             self._periodic,
             False,
-            {"dtype": DTYPES[settings.precision], "device": settings.device},
+            {"dtype": DTYPE_OF_PRECISION[settings.precision], "device": settings.device},
         )
         _ = self._force.engine  # what it refuses is refused here, not at the first step
         labels = None

@@ -100,7 +100,7 @@ def _lone_ion(numbers: np.ndarray, name: str) -> bool:
     return len(numbers) == 1 and is_nucleotide(name)
 
 
-def check_cell(source: Source, atoms: Atoms) -> None:
+def check_cell_and_density(source: Source, atoms: Atoms) -> None:
     """Refuse a cell that is missing where the structure is periodic, or cannot hold the atoms.
 
     Raises:

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from mlip_md.cli import app
 from mlip_md.errors import ConfigError, StructureError
 from mlip_md.integrations.md import MDSettings, files, restart
-from mlip_md.integrations.md.masses import prepare, repartition_masses
-from mlip_md.integrations.md.minimize import minimize
+from mlip_md.integrations.md.masses import prepare_start, repartition_masses
+from mlip_md.integrations.md.minimize import relax_structure
 from mlip_md.integrations.md.run import restart_md, run_md
 from mlip_md.integrations.md.structures import read_structure
 from mlip_md.integrations.md.velocities import count_degrees_of_freedom, draw_velocities
@@ -133,7 +133,7 @@ def test_minimizing_holds_what_is_fixed(edited, potential):
     from mlip_md.integrations.ase import MLIPCalculator
 
     structure = read_structure(edited(lambda atoms: atoms.set_constraint(FixAtoms([0]))))
-    relaxed, _ = minimize(structure.atoms, MLIPCalculator(), steps=5)
+    relaxed, _ = relax_structure(structure.atoms, MLIPCalculator(), steps=5)
     moved = np.abs(relaxed.positions - structure.atoms.positions).max(axis=1)
     assert moved[0] == 0
     assert moved[1:].min() > 1e-5
@@ -266,7 +266,7 @@ def test_hydrogen_takes_mass_from_its_heavy_neighbour():
     np.testing.assert_allclose(masses[hydrogen], 2.0)
     assert masses.sum() == pytest.approx(structure.atoms.get_masses().sum(), rel=1e-12)
     assert (masses[~hydrogen] <= structure.atoms.get_masses()[~hydrogen]).all()
-    prepared = prepare(MDSettings(hydrogen_mass=2.0), structure)
+    prepared = prepare_start(MDSettings(hydrogen_mass=2.0), structure)
     np.testing.assert_allclose(prepared.atoms.get_masses(), masses)
     with pytest.raises(StructureError, match="smaller --hydrogen-mass"):
         repartition_masses(structure, 5.0)
