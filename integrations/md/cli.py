@@ -167,12 +167,12 @@ def md_command(
         _refuse_with_restart(given)
         _restart(restart, length, steps, platform, device)
         return
-    _refuse_useless(given, engine, ensemble)
-    _check_device(device)
     # The settings have the names of the options.
     told = {field.name: options[field.name] for field in dataclasses.fields(MDSettings)}
     told["steps"] = _count_steps(steps, length, timestep) or DEFAULT_STEPS
     settings = MDSettings(**told)
+    _refuse_useless(given, settings)
+    _check_device(device)
     from mlip_md.integrations.md.run import run_md
 
     observer = TerminalObserver(settings, structure or "paracetamol")
@@ -202,16 +202,17 @@ def _refuse_with_restart(given: set[str]) -> None:
         )
 
 
-def _refuse_useless(given: set[str], engine: str, ensemble: str) -> None:
+def _refuse_useless(given: set[str], settings: MDSettings) -> None:
     """Options that would change nothing are mistakes."""
-    for name, useless, why in (
-        ("friction", ensemble == "nve", "nve has no thermostat"),
-        ("friction", engine == "ase" and ensemble == "npt", "npt of the ase engine (MTK) has none"),
-        ("pressure", ensemble != "npt", f"{ensemble} keeps the volume; give --ensemble npt"),
-        ("platform", engine != "openmm", "only OpenMM has platforms; give --engine openmm"),
-    ):
-        if useless and name in given:
-            raise ConfigError(f"--{name} would change nothing: {why}")
+    from mlip_md.integrations.md.backends import BACKENDS
+
+    ignored = BACKENDS[settings.engine]().ignored(settings.ensemble)
+    if settings.ensemble == "nve":
+        ignored["friction"] = "nve has no thermostat"
+    if settings.ensemble != "npt":
+        ignored["pressure"] = f"{settings.ensemble} keeps the volume; give --ensemble npt"
+    for name in sorted(given & ignored.keys()):
+        raise ConfigError(f"--{name} would change nothing: {ignored[name]}")
 
 
 def _check_device(device: str | None) -> None:
@@ -233,7 +234,7 @@ def _restart(
 ) -> None:
     settings = read_settings(folder)
     if platform is not None:
-        _refuse_useless({"platform"}, settings.engine, settings.ensemble)
+        _refuse_useless({"platform"}, settings)
     _check_device(device)
     more = _count_steps(steps, length, settings.timestep)
     from mlip_md.integrations.md.run import restart_md

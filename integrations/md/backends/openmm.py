@@ -23,7 +23,7 @@ from openmm import unit
 from mlip_md.constants import ANGSTROM_PER_NM, KJ_PER_MOL_PER_EV
 from mlip_md.errors import ConfigError, SimulationError, StructureError
 from mlip_md.integrations.md.backends.interface import Backend, Frame
-from mlip_md.integrations.md.settings import MDSettings, explain_choices
+from mlip_md.integrations.md.settings import Ensemble, MDSettings, explain_choices
 from mlip_md.integrations.md.structures import (
     Structure,
     make_topology,
@@ -79,6 +79,13 @@ class OpenMMBackend(Backend):
         ModelFileError: if the model cannot be opened.
         UnsupportedElementError: on an element that the potential does not know.
     """
+
+    title = "OpenMM"
+    holds_axes = False
+
+    @classmethod
+    def ignored(cls, ensemble: Ensemble) -> dict[str, str]:  # noqa: ARG003 (as every backend has it)
+        return {}
 
     def __init__(self, settings: MDSettings, structure: Structure) -> None:
         self.settings = settings
@@ -299,7 +306,7 @@ class OpenMMBackend(Backend):
 
     def describe(self) -> dict[str, Any]:
         return {
-            "engine": f"OpenMM {openmm.version.short_version}",
+            "engine": f"{self.title} {openmm.version.short_version}",
             "integrator": type(self._simulation.integrator).__name__
             + (" and Monte Carlo barostat" if self._moves else ""),
             "platform": self._context.getPlatform().getName(),

@@ -13,10 +13,12 @@ from typer.testing import CliRunner
 
 from mlip_md.cli import app
 from mlip_md.errors import ConfigError, StructureError
-from mlip_md.integrations.md import MDSettings, files, restart
+from mlip_md.integrations.md import MDSettings, files, report, restart
+from mlip_md.integrations.md.backends import BACKENDS
 from mlip_md.integrations.md.masses import prepare_start, repartition_masses
 from mlip_md.integrations.md.minimize import relax_structure
 from mlip_md.integrations.md.run import restart_md, run_md
+from mlip_md.integrations.md.settings import choices_of
 from mlip_md.integrations.md.structures import read_structure
 from mlip_md.integrations.md.velocities import count_degrees_of_freedom, draw_velocities
 
@@ -84,6 +86,34 @@ def test_one_axis_of_an_atom_is_held_by_ase_and_refused_by_openmm(edited, tmp_pa
     assert moved[:2].min() > 1e-4
     with pytest.raises(StructureError, match="of atom 3 only z is held"):
         run_md(settings(path, engine="openmm"), tmp_path / "other")
+
+
+def test_an_engine_is_what_the_table_says(edited, tmp_path, monkeypatch):
+    """Its backend, its title and what it holds; no name falls through to another engine."""
+    assert set(BACKENDS) == set(choices_of("engine"))
+    titles = {name: load().title for name, load in BACKENDS.items()}
+    assert titles == {"ase": "ASE", "openmm": "OpenMM"}
+
+    class Another(BACKENDS["ase"]()):
+        title = "Another"
+        holds_axes = False
+
+        @classmethod
+        def ignored(cls, ensemble):
+            return {"seed": f"{ensemble} is not random"}
+
+    drawn = []
+    monkeypatch.setitem(BACKENDS, "ase", lambda: Another)
+    monkeypatch.setattr(report, "draw_plot", lambda *_, title, **__: drawn.append(title))
+    path = edited(lambda atoms: atoms.set_constraint(FixCartesian([2], (False, False, True))))
+    with pytest.raises(StructureError, match="Another can hold whole atoms only"):
+        run_md(settings(path), tmp_path / "run")
+    with pytest.raises(ConfigError, match="--seed would change nothing: nvt is not random"):
+        CliRunner().invoke(app, ["md", path, "--seed", "1"], catch_exceptions=False)
+    folder = run_md(settings(edited(heavy), steps=1), tmp_path / "run")
+    summary = json.loads((folder / report.SUMMARY).read_text(encoding="utf-8"))
+    assert summary["engine"].startswith("Another ")
+    assert drawn == ["edited (27 atoms), NVT, Another"]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
