@@ -8,15 +8,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from mlip_md.errors import ConfigError, DeviceError, StoppedError
-from mlip_md.files import check_new_file, write_bytes
+from mlip_md.files import check_new_file
 from mlip_md.integrations.md.observers import TerminalObserver
 from mlip_md.integrations.md.settings import (
     DEFAULT_STEPS,
@@ -27,11 +26,6 @@ from mlip_md.integrations.md.settings import (
     read_settings,
 )
 from mlip_md.integrations.models import DEFAULT_MODEL
-
-if TYPE_CHECKING:
-    from ase import Atoms
-
-    from mlip_md.integrations.md.structures import Structure
 
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="Bundled name, .safetensors file, .zip or run folder.")
@@ -317,7 +311,12 @@ def minimize_command(
 
     from mlip_md.integrations.ase import MLIPCalculator
     from mlip_md.integrations.md.minimize import relax_structure
-    from mlip_md.integrations.md.structures import compare_bonds, read_structure
+    from mlip_md.integrations.md.structures import (
+        compare_bonds,
+        format_structure,
+        read_structure,
+        write_structure,
+    )
     from mlip_md.integrations.models import DTYPE_OF_PRECISION
 
     console = Console(highlight=False)
@@ -327,7 +326,7 @@ def minimize_command(
     if path.exists():
         raise ConfigError(f"{path} exists; name another file with --output")
     check_new_file(path, "--output")
-    _render(path.name, given, given.atoms)  # what cannot be written is known before it is computed
+    format_structure(path.name, given)  # what cannot be written is known before it is computed
     calculator = MLIPCalculator(model, dtype=DTYPE_OF_PRECISION[precision], device=device)
     console.print(f"[bold]{given.name}[/bold]: {len(given.atoms)} atoms, model {model}")
     console.print(escape(given.line()), soft_wrap=True)
@@ -353,29 +352,9 @@ def minimize_command(
     )
     if text := compare_bonds(given.atoms, relaxed).describe(relaxed):
         console.print(f"[yellow]The minimization {text} (bonds by distance)[/yellow]")
-    write_bytes(path, _render(path.name, given, relaxed))
+    write_structure(path, given, relaxed)
     energy = relaxed.get_potential_energy()
     ending = "Converged" if converged else f"[yellow]Not converged within {steps} steps[/yellow]"
     console.print(f"{ending}: {energy:.6f} eV. Wrote {path}")
     if not converged:
         raise typer.Exit(1)
-
-
-def _render(name: str, structure: Structure, atoms: Atoms) -> bytes:
-    """Content of the file of a structure, as it was read and as it has become, under a name.
-
-    Raises:
-        ConfigError: if ASE has no writer for such a name.
-    """
-    from mlip_md.integrations.md.structures import write_structure
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name
-        try:
-            write_structure(path, structure, atoms)
-            return path.read_bytes()
-        except Exception as error:
-            raise ConfigError(
-                f"ASE cannot write {name} ({type(error).__name__}: {error}); the ending says "
-                "the format: .extxyz, .xyz, .pdb or .cif, for example"
-            ) from error

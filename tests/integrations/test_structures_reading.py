@@ -1,6 +1,7 @@
 """Files of structures are read once, whole and counted, or refused in one sentence."""
 
 import bz2
+import errno
 import gzip
 import json
 import lzma
@@ -15,7 +16,7 @@ from ase.constraints import FixAtoms, FixBondLength, FixCartesian, FixedLine, Fi
 from ase.io import write
 from openmm.app import PDBFile
 
-from mlip_md.errors import StructureError
+from mlip_md.errors import OutputError, StructureError
 from mlip_md.integrations.md.structures import (
     AtomLabel,
     Structure,
@@ -251,6 +252,27 @@ def test_serials_that_occur_twice_name_no_atom(put):
 @pytest.mark.parametrize("name", ["a.pdbqt", "a.pqr"])
 def test_files_that_only_look_like_pdb(put, name):
     refused(put(name, (DATA / "peptide.pdb").read_bytes()), "looks like a PDB file")
+
+
+@pytest.mark.parametrize("writer", [Atoms, Path])
+@pytest.mark.parametrize("name", ["a.extxyz", "a.xyz.gz", "a.pdb"])
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch, name, writer):
+    structure, path = read_structure("paracetamol"), tmp_path / name
+    write_structure(path, structure)
+    before = path.read_bytes()
+
+    def fill(*what):
+        with open(next(one for one in what if isinstance(one, Path)), "wb") as file:
+            file.write(before[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fill)
+    if writer is Atoms:
+        monkeypatch.setattr(Atoms, "write", fill)
+    with pytest.raises(OutputError, match="No space left"):
+        write_structure(path, structure)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(("suffix", "opened"), [(".gz", gzip.open), (".xz", lzma.open)])

@@ -21,7 +21,7 @@ from mlip_md.integrations.md.structures.reading import (
     read_structure,
 )
 from mlip_md.integrations.md.structures.topology import make_topology
-from mlip_md.integrations.md.structures.writing import write_structure
+from mlip_md.integrations.md.structures.writing import format_structure, write_structure
 
 __all__ = [
     "DEFAULT_MOLECULE",
@@ -34,6 +34,7 @@ __all__ = [
     "compare_bonds",
     "describe_contact",
     "fixed_axes",
+    "format_structure",
     "make_topology",
     "molecules",
     "read_structure",
