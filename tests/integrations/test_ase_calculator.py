@@ -1,9 +1,11 @@
 """The ASE calculator: ASE's contract, units and signs, safety."""
 
 import copy
+import inspect
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -423,6 +425,17 @@ def test_charge_in_info_is_not_overlooked(calculator, molecule):
         molecule.get_forces()
         assert molecule.info.looks == looks
         molecule.rattle(1e-3, seed=looks)
+
+
+def test_the_readme_states_the_signature():
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    stated = re.search(r"`MLIPCalculator\(([^`]*)\)` gives", readme).group(1)
+    parameters = inspect.signature(MLIPCalculator).parameters.values()
+    actual = [f"{one.name}={one.default!r}".replace("'", '"') for one in parameters]
+    assert " ".join(stated.split()) == ", ".join([actual[0], "*", *actual[1:]])
+    assert {one.kind for one in parameters if one.name != "potential_or_path"} == {
+        inspect.Parameter.KEYWORD_ONLY
+    }
 
 
 def test_construction(potential, molecule, tmp_path, calculator):
