@@ -328,6 +328,21 @@ def test_asymmetric_unit_is_refused(put):
     refused(put("a.cif", text), "asymmetric unit.*P 21 21 21")
 
 
+@pytest.mark.parametrize(
+    ("residue", "symbols"), [("CN", "CN"), ("IN", "IN"), ("C", "CNN"), ("A5", "CNCN"), ("U", "U")]
+)
+def test_small_molecules_that_are_called_like_nucleotides(put, residue, symbols):
+    """Only what has oxygen, as every sugar and phosphate has, is a nucleotide without hydrogens."""
+    water = pdb_of(molecule("H2O"), ["O", "H1", "H2"], "HOH")
+    rest = "".join(
+        pdb_line(4 + i, f"{symbol}{i}", residue, 2, (9 + 1.2 * i, 0, 0), element=symbol)
+        for i, symbol in enumerate(symbols)
+    )
+    assert str(read_structure(put("a.pdb", water + rest)).atoms.symbols).startswith("OH2")
+    oxygen = pdb_line(9, "O5'", residue, 2, (9, 1.4, 0), element="O")
+    refused(put("b.pdb", water + rest + oxygen), f"lacks hydrogens: residue {residue} A 2 has 0")
+
+
 def test_no_hydrogens(put):
     lines = (DATA / "peptide.pdb").read_text().splitlines(keepends=True)
     heavy = [line for line in lines if line[76:78].strip() != "H"]

@@ -83,11 +83,11 @@ def check_hydrogens(source: Source, content: Content) -> None:
     for group in residues.values():
         name = labels[group[0]].residue_name
         amino = amino_acid(name)
-        if amino is None and not is_water(name) and not is_nucleotide(name):
+        if amino is None and not is_water(name) and not _is_nucleotide(name, numbers[group]):
             continue
         hydrogens = int(np.sum(numbers[group] == 1))
         least = 1 if amino is None else HYDROGENS[amino] - _MISSING + 1
-        if hydrogens < least and not _lone_ion(numbers[group], name):
+        if hydrogens < least:
             place = str(labels[group[0]]).partition(" of ")[2]
             raise source.refusal(
                 f"lacks hydrogens: residue {place} has {hydrogens}; add them all first, with "
@@ -95,9 +95,10 @@ def check_hydrogens(source: Source, content: Content) -> None:
             )
 
 
-def _lone_ion(numbers: np.ndarray, name: str) -> bool:
-    """Residues of one atom that only share a name with a nucleotide (U, I, C ...)."""
-    return len(numbers) == 1 and is_nucleotide(name)
+def _is_nucleotide(name: str, numbers: np.ndarray) -> bool:
+    """Whether a residue is a nucleotide, not an ion or molecule that is called like one (U, CN)."""
+    sugar = len(numbers) > 1 and 8 in numbers
+    return is_nucleotide(name) and sugar
 
 
 def check_cell_and_density(source: Source, atoms: Atoms) -> None:
