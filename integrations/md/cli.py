@@ -16,16 +16,17 @@ import typer
 
 from mlip_md.errors import ConfigError, DeviceError, StoppedError
 from mlip_md.files import check_new_file
+from mlip_md.hints import hint
 from mlip_md.integrations.md.observers import TerminalObserver
 from mlip_md.integrations.md.settings import (
     DEFAULT_STEPS,
     LARGEST_SEED,
     MDSettings,
     choices_of,
-    explain_choices,
     read_settings,
 )
 from mlip_md.integrations.models import DEFAULT_MODEL
+from mlip_md.signals import EXIT_KEYBOARD
 
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="Bundled name, .safetensors file, .zip or run folder.")
@@ -37,7 +38,7 @@ def _one_of(*choices: str) -> Any:
 
     def parse(text: str) -> str:
         if text not in choices:
-            raise typer.BadParameter(f"{text!r} is not allowed; {explain_choices(text, choices)}")
+            raise typer.BadParameter(f"{text!r} is not allowed; {hint(text, choices)}")
         return text
 
     return {"parser": parse, "metavar": f"[{'|'.join(choices)}]"}
@@ -254,7 +255,7 @@ def _show(run: Callable[[], Path], observer: TerminalObserver) -> None:
         if observer.folder is None:
             raise  # nothing to go on with
         typer.echo(f"Interrupted. Continue with: mlip-md md --restart {observer.folder}", err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(EXIT_KEYBOARD) from None
     except StoppedError as error:
         told = f"{error}. Continue with: mlip-md md --restart {observer.folder}"
         if observer.folder is None:

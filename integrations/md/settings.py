@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from mlip_md.errors import CheckpointError, ConfigError
 from mlip_md.files import write_text
-from mlip_md.hints import nearest
+from mlip_md.hints import hint
 from mlip_md.integrations.models import DEFAULT_MODEL
 from mlip_md.integrations.versions import find_version_problem
 
@@ -104,7 +104,7 @@ class MDSettings:
         for name in ("engine", "ensemble", "precision", "trajectory_format", "velocities"):
             value, choices = getattr(self, name), choices_of(name)
             if value not in choices:
-                told = explain_choices(str(value), choices)
+                told = hint(str(value), choices)
                 raise ConfigError(f"{name} = {value!r} is not allowed; {told}")
         if self.velocities == "file" and self.minimize:
             raise ConfigError(
@@ -125,12 +125,6 @@ class MDSettings:
 def choices_of(name: str) -> tuple[str, ...]:
     """What a setting that takes one of some words may be."""
     return get_args(get_type_hints(MDSettings)[name])
-
-
-def explain_choices(given: str, choices: Sequence[str]) -> str:
-    """The choices there are, and which one was probably meant, for an error message."""
-    near = nearest(given, choices)
-    return f"it must be one of {', '.join(choices)}" + (f" (did you mean {near}?)" if near else "")
 
 
 def read_settings(folder: Path) -> MDSettings:

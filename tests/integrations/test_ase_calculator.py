@@ -445,7 +445,7 @@ def test_construction(potential, molecule, tmp_path, calculator):
         assert MLIPCalculator(name).potential.sha256 == potential.sha256
     assert calculator.allowed_atomic_numbers == {1, 6, 7, 8}
     for nothing in (None, 123, [], b"organics-gfn2", "", calculator):
-        with pytest.raises(ModelFileError, match=r"is no potential; give .*'organics-gfn2'"):
+        with pytest.raises(ModelFileError, match=r"names no model; give .*organics-gfn2"):
             MLIPCalculator(nothing)
     with pytest.raises(ConfigError, match="device"):
         MLIPCalculator(potential, device="abacus")

@@ -22,8 +22,9 @@ from openmm import unit
 
 from mlip_md.constants import ANGSTROM_PER_NM, KJ_PER_MOL_PER_EV
 from mlip_md.errors import ConfigError, SimulationError, StructureError
+from mlip_md.hints import hint
 from mlip_md.integrations.md.backends.interface import Backend, Frame
-from mlip_md.integrations.md.settings import Ensemble, MDSettings, explain_choices
+from mlip_md.integrations.md.settings import Ensemble, MDSettings
 from mlip_md.integrations.md.structures import (
     Structure,
     make_topology,
@@ -323,9 +324,7 @@ def _find_platform(name: str) -> openmm.Platform:
     except openmm.OpenMMException as error:
         count = openmm.Platform.getNumPlatforms()
         known = [openmm.Platform.getPlatform(i).getName() for i in range(count)]
-        raise ConfigError(
-            f"OpenMM has no platform {name!r} here; {explain_choices(name, known)}"
-        ) from error
+        raise ConfigError(f"OpenMM has no platform {name!r} here; {hint(name, known)}") from error
 
 
 @contextlib.contextmanager
