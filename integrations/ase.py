@@ -43,7 +43,7 @@ class MLIPCalculator(Calculator):
         device: a JAX device, or "cpu", "gpu", "cuda:1"; None is JAX's default of now.
         skin: Å, see ``mlip_md.neighbors.NeighborSpec``; results never depend on it. None lets the
             engine choose.
-        backend: of the neighbour search: "auto", "vesin" (host), "dense", "cells" or "nvalchemi"
+        backend: of the neighbor search: "auto", "vesin" (host), "dense", "cells" or "nvalchemi"
             (device).
         capacity_margin: at least 1, factor on the first number of edges; None is the engine's
             default.

@@ -56,7 +56,7 @@ class ForceOptions(NamedTuple):
         charge: total charge, 0 for the models of today.
         multiplicity: spin multiplicity, 1 for the models of today.
         skin: nm or a Quantity, see ``Engine``; None is its default. Results do not depend on it.
-        capacityFactor: room for neighbours at the start, as a factor on those there are; it grows
+        capacityFactor: room for neighbors at the start, as a factor on those there are; it grows
             when needed. None is ``Engine``'s default.
         moleculeBonds: add the topology's bonds between ML atoms with strength zero, so that
             barostats move, and periodic output keeps, whole molecules instead of atoms.
@@ -70,9 +70,9 @@ class ForceOptions(NamedTuple):
     charge: float = 0
     multiplicity: int = 1
     skin: Any = None
-    capacityFactor: float | None = None  # noqa: N815 (as its neighbours)
-    moleculeBonds: bool = False  # noqa: N815 (as its neighbours)
-    embedModel: bool = False  # noqa: N815 (as its neighbours)
+    capacityFactor: float | None = None  # noqa: N815 (as its neighbors)
+    moleculeBonds: bool = False  # noqa: N815 (as its neighbors)
+    embedModel: bool = False  # noqa: N815 (as its neighbors)
     periodic: bool | None = None
 
     def engine(self) -> dict[str, Any]:

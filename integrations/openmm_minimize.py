@@ -25,7 +25,7 @@ from mlip_md.constants import ANGSTROM_PER_NM, KJ_PER_MOL_PER_EV
 from mlip_md.errors import ConfigError
 from mlip_md.integrations.openmm_calls import read_told
 
-LONGEST_STEP = 0.02
+LARGEST_STEP = 0.02
 """nm that an atom may move in one step."""
 TOLERANCE = 10.0
 """kJ/mol/nm, OpenMM's own default."""
@@ -148,7 +148,7 @@ def minimize(
     simulation: app.Simulation | openmm.Context,
     tolerance: float | unit.Quantity = TOLERANCE,
     maxIterations: int = 0,
-    maxStep: float | unit.Quantity = LONGEST_STEP,
+    maxStep: float | unit.Quantity = LARGEST_STEP,
 ) -> Minimized:
     """Relax the positions of a Simulation in bounded steps; use it instead of ``minimizeEnergy``.
 

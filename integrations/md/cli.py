@@ -141,7 +141,7 @@ def md_command(
     ] = MDSettings.velocities,
     hydrogen_mass: Annotated[
         float | None,
-        typer.Option(help="u: makes hydrogen heavier by what its heavy neighbour loses."),
+        typer.Option(help="u: makes hydrogen heavier by what its heavy neighbor loses."),
     ] = None,
 ) -> None:
     """Run molecular dynamics; the result is a folder with trajectory, log, plot and summary.
@@ -314,6 +314,7 @@ def minimize_command(
     from mlip_md.integrations.md.minimize import relax_structure
     from mlip_md.integrations.md.structures import (
         compare_bonds,
+        describe_unwritten,
         format_structure,
         read_structure,
         write_structure,
@@ -356,6 +357,8 @@ def minimize_command(
     write_structure(path, given, relaxed)
     energy = relaxed.get_potential_energy()
     ending = "Converged" if converged else f"[yellow]Not converged within {steps} steps[/yellow]"
-    console.print(f"{ending}: {energy:.6f} eV. Wrote {path}")
+    lost = describe_unwritten(path.name, given, relaxed)
+    lost = f" [yellow]({escape(lost)})[/yellow]" if lost else ""
+    console.print(f"{ending}: {energy:.6f} eV. Wrote {path}{lost}", soft_wrap=True)
     if not converged:
         raise typer.Exit(1)

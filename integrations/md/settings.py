@@ -72,7 +72,7 @@ class MDSettings:
         frame: which of several frames or models of the file, counted from 0; None is for one.
         drop_virtual_sites: leave out sites without nucleus, which are refused otherwise.
         velocities: at the start: "draw" them, or those of the "file".
-        hydrogen_mass: u, to which hydrogen is made heavier by what its heavy neighbour loses; None
+        hydrogen_mass: u, to which hydrogen is made heavier by what its heavy neighbor loses; None
             leaves the masses.
 
     Raises:

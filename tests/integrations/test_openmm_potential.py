@@ -547,8 +547,8 @@ def test_reinitialize_and_checkpoint_replay(model, crystal):
 
 
 @pytest.mark.parametrize("backend", ["auto", "dense", "cells"])
-def test_neighbours_may_become_more(model, potential, molecule, backend, monkeypatch):
-    """A run that starts with room for hardly any neighbour ends with the right forces."""
+def test_neighbors_may_become_more(model, potential, molecule, backend, monkeypatch):
+    """A run that starts with room for hardly any neighbor ends with the right forces."""
     engine = openmm_force.Engine
     monkeypatch.setattr(openmm_force, "Engine", functools.partial(engine, backend=backend))
     system = make_system(model, molecule, capacityFactor=1.0)

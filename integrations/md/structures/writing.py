@@ -9,11 +9,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from ase import Atoms
 
 from mlip_md.errors import ConfigError, OutputError
 from mlip_md.files import write_bytes
-from mlip_md.integrations.md.structures.description import Structure
+from mlip_md.integrations.md.structures.description import Structure, is_isotope
 from mlip_md.integrations.md.structures.pdb import format_pdb
 
 _PACKERS: dict[str, Callable[[bytes], bytes]] = {
@@ -70,6 +71,31 @@ def format_structure(name: str, structure: Structure, atoms: Atoms | None = None
                 f"ASE cannot write {name} ({type(error).__name__}: {error}); the ending says "
                 "the format: .extxyz, .xyz, .pdb or .cif, for example"
             ) from error
+
+
+def describe_unwritten(name: str, structure: Structure, atoms: Atoms) -> str:
+    """What of a structure a file of that name has no room for, as a sentence; "" if nothing.
+
+    Args:
+        name: of the file; nothing is said of other formats than PDB.
+        structure: as read.
+        atoms: what it has become.
+    """
+    if not is_pdb(name):
+        return ""
+    isotopes = is_isotope(atoms, "D") | is_isotope(atoms, "T")  # which have symbols there
+    masses = int((structure.own_masses & ~isotopes).sum())
+    held = structure.as_dict()["constrained_atoms"]
+    lost = [
+        f"{what} {count} atom{'s' * (count > 1)}"
+        for what, count in (("own masses of", masses), ("constraints on", held))
+        if count
+    ]
+    if atoms.pbc.any() and not atoms.pbc.all():
+        along = " and ".join(np.array(["a", "b", "c"])[atoms.pbc])
+        then = "in all directions" if atoms.cell.rank == 3 else "in none"
+        lost.append(f"periodicity along {along} only (read again, it is periodic {then})")
+    return f"a PDB file cannot hold {', '.join(lost)}; extxyz can" if lost else ""
 
 
 def is_pdb(name: str) -> bool:

@@ -183,6 +183,32 @@ def pdb_of_two_chains(path, charge="  "):
     return str(path)
 
 
+def test_minimize_says_what_a_pdb_file_cannot_hold(edited, crystal, tmp_path, monkeypatch):
+    def slab(atoms):
+        heavy(atoms)
+        atoms.pbc[2] = False
+        atoms.set_constraint(FixAtoms([3]))
+
+    monkeypatch.chdir(tmp_path)
+    told = {}
+    for name, path in (("slab", edited(slab, crystal)), ("plain", crystal)):
+        for ending in ("pdb", "pdb.gz", "extxyz"):
+            file = f"{name}.{ending}"
+            done = CliRunner().invoke(app, ["minimize", path, "--steps", "2", "-o", file])
+            told[file] = done.output.splitlines()[-1].partition(f" Wrote {file}")[2]
+    lost = (
+        " (a PDB file cannot hold own masses of 5 atoms, constraints on 1 atom, periodicity along "
+        "a and b only (read again, it is periodic in all directions); extxyz can)"
+    )
+    assert (told["slab.pdb"], told["slab.pdb.gz"]) == (lost, lost)
+    assert {text for file, text in told.items() if not file.startswith("slab.pdb")} == {""}
+    again = {ending: read_structure(f"slab.{ending}") for ending in ("pdb", "extxyz")}
+    for ending, kept in (("pdb", False), ("extxyz", True)):
+        assert again[ending].atoms.pbc.all() != kept
+        assert again[ending].fixed.any() == kept
+        assert again[ending].own_masses.any() == kept
+
+
 def test_minimizing_a_pdb_file_keeps_residues_chains_and_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = pdb_of_two_chains(tmp_path / "given.pdb")
@@ -289,7 +315,7 @@ def test_one_frame_of_several_is_run(cluster, tmp_path):
     np.testing.assert_allclose(first.positions, other.positions, atol=1e-5)
 
 
-def test_hydrogen_takes_mass_from_its_heavy_neighbour():
+def test_hydrogen_takes_mass_from_its_heavy_neighbor():
     structure = read_structure("paracetamol")
     masses = repartition_masses(structure, 2.0)
     hydrogen = structure.atoms.numbers == 1
