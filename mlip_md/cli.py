@@ -18,6 +18,7 @@ import mlip_md
 from mlip_md import errors, files
 from mlip_md.formats.names import FORMAT_HELP, MODEL_HELP
 from mlip_md.integrations.md.cli import md_command, minimize_command
+from mlip_md.signals import EXIT_SAVED
 from mlip_md.streams import lasting_streams
 from mlip_md.trainer.cli import check_command, evaluate_command, prepare_command, train_command
 from mlip_md.trainer.generate.command import make_dataset_command
@@ -35,7 +36,7 @@ EXIT_CODES: Mapping[type[Exception], int] = {
     errors.OutputError: 5,
     errors.OwnershipError: 5,
     errors.CapacityError: 7,
-    errors.StoppedError: 75,
+    errors.StoppedError: EXIT_SAVED,
     errors.MLIPError: 2,
     FileNotFoundError: 2,
     OSError: 5,

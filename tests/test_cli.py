@@ -19,7 +19,7 @@ from mlip_md import bundled, cli, errors
 from mlip_md.formats.names import NAMES
 from mlip_md.formats.open import FORMATS
 from mlip_md.formats.own import load, save
-from mlip_md.trainer.cli import EXIT_KEYBOARD, EXIT_SAVED
+from mlip_md.signals import EXIT_KEYBOARD, EXIT_SAVED
 
 COMMANDS = [
     "md", "minimize", "train", "check", "evaluate", "prepare", "make-dataset", "show", "convert",

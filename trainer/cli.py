@@ -16,13 +16,11 @@ from rich.table import Table
 
 from mlip_md.errors import ConfigError
 from mlip_md.files import check_new_file, check_new_folder
+from mlip_md.signals import EXIT_KEYBOARD, EXIT_SAVED
 
 if TYPE_CHECKING:
     from mlip_md.trainer.data import Statistics
     from mlip_md.trainer.evaluate import Evaluation
-
-EXIT_SAVED, EXIT_KEYBOARD = 75, 130
-"""75 (EX_TEMPFAIL): interrupted, the state is saved, start again with the same command."""
 
 
 Overrides = Annotated[
