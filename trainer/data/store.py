@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from mlip_md import __version__
 from mlip_md.elements import LARGEST_ATOMIC_NUMBER, symbol
 from mlip_md.errors import DataError
 from mlip_md.files import new_folder, write_text
 from mlip_md.neighbors import check_cutoff
 from mlip_md.trainer.data.structures import LabeledStructure, refusing_unreadable
+from mlip_md.version import __version__
 
 SHORTEST_DISTANCE = 0.1
 """Å; atoms nearer than this are a mistake (the shortest bond, H-H, is 0.74 Å)."""
