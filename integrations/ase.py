@@ -20,7 +20,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 import mlip_md
 from mlip_md.devices import device_name
 from mlip_md.engine import Engine, Result
-from mlip_md.errors import ConfigError, ModelFileError, StructureError
+from mlip_md.errors import ConfigError, StructureError
 from mlip_md.integrations.models import DEFAULT_MODEL
 from mlip_md.integrations.statements import problem_of
 from mlip_md.potential import Potential
@@ -43,7 +43,7 @@ class MLIPCalculator(Calculator):
         device: a JAX device, or "cpu", "gpu", "cuda:1"; None is JAX's default of now.
         skin: Å, see ``mlip_md.neighbors.NeighborSpec``; results never depend on it. None lets the
             engine choose.
-        backend: of the neighbour search: "auto", "vesin" (host), "dense", "cells" or "nvalchemi"
+        backend: of the neighbor search: "auto", "vesin" (host), "dense", "cells" or "nvalchemi"
             (device).
         capacity_margin: at least 1, factor on the first number of edges; None is the engine's
             default.
@@ -87,7 +87,8 @@ class MLIPCalculator(Calculator):
                 f"dtype = {dtype!r} and default_dtype = {default_dtype!r} contradict each other; "
                 "give one of them"
             )
-        self.potential = _opened(potential_or_path)
+        given = potential_or_path
+        self.potential = given if isinstance(given, Potential) else mlip_md.load(given)
         self.allowed_atomic_numbers = set(self.potential.elements)
         self._lock = threading.RLock()
         self._options = {"dtype": dtype, "device": device, "skin": skin, "backend": backend}
@@ -222,20 +223,6 @@ class MLIPCalculator(Calculator):
         memo[id(self.potential)] = self.potential  # copies share it: it never changes
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
-
-
-def _opened(potential_or_path: Any) -> Potential:
-    """The potential itself, or that of a name or path."""
-    if isinstance(potential_or_path, Potential):
-        return potential_or_path
-    is_path = isinstance(potential_or_path, str | os.PathLike)
-    name = os.fspath(potential_or_path) if is_path else None
-    if not isinstance(name, str) or not name:
-        raise ModelFileError(
-            f"{potential_or_path!r} is no potential; give a Potential, the name of a bundled model "
-            f"such as {DEFAULT_MODEL!r}, or the path of a model file or run folder"
-        )
-    return mlip_md.load(name)
 
 
 def _inputs(atoms: Atoms) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ from mlip_md import bundled
 
 DEFAULT_MODEL = "organics-gfn2"
 
-DTYPES = {"single": "float32", "double": "float64"}
+DTYPE_OF_PRECISION = {"single": "float32", "double": "float64"}
 """Names of precisions and what ``Engine`` calls them."""
 
 

@@ -28,8 +28,8 @@ from mlip_md.errors import ConfigError, StructureError
 from mlip_md.formats import own
 from mlip_md.hints import hint
 from mlip_md.integrations.charges import check_stated, stated_in_topology
-from mlip_md.integrations.models import DEFAULT_MODEL, DTYPES, lasting_name
-from mlip_md.integrations.openmm_force import MLForce, open_potential
+from mlip_md.integrations.models import DEFAULT_MODEL, DTYPE_OF_PRECISION, lasting_name
+from mlip_md.integrations.openmm_force import MLForce, share_potential
 from mlip_md.integrations.openmm_minimize import minimize as minimize
 from mlip_md.integrations.statements import lacks_hydrogens
 
@@ -56,7 +56,7 @@ class ForceOptions(NamedTuple):
         charge: total charge, 0 for the models of today.
         multiplicity: spin multiplicity, 1 for the models of today.
         skin: nm or a Quantity, see ``Engine``; None is its default. Results do not depend on it.
-        capacityFactor: room for neighbours at the start, as a factor on those there are; it grows
+        capacityFactor: room for neighbors at the start, as a factor on those there are; it grows
             when needed. None is ``Engine``'s default.
         moleculeBonds: add the topology's bonds between ML atoms with strength zero, so that
             barostats move, and periodic output keeps, whole molecules instead of atoms.
@@ -70,9 +70,9 @@ class ForceOptions(NamedTuple):
     charge: float = 0
     multiplicity: int = 1
     skin: Any = None
-    capacityFactor: float | None = None  # noqa: N815 (as its neighbours)
-    moleculeBonds: bool = False  # noqa: N815 (as its neighbours)
-    embedModel: bool = False  # noqa: N815 (as its neighbours)
+    capacityFactor: float | None = None  # noqa: N815 (as its neighbors)
+    moleculeBonds: bool = False  # noqa: N815 (as its neighbors)
+    embedModel: bool = False  # noqa: N815 (as its neighbors)
     periodic: bool | None = None
 
     def engine(self) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class ForceOptions(NamedTuple):
         device = self.device
         if device is not None and not isinstance(device, str):
             device = device_name(find_device(device))
-        options = {"dtype": DTYPES[self.precision or "single"], "device": device}
+        options = {"dtype": DTYPE_OF_PRECISION[self.precision or "single"], "device": device}
         if self.skin is not None:
             options["skin"] = _plain("skin", self.skin, unit.nanometer) * ANGSTROM_PER_NM
         if self.capacityFactor is not None:
@@ -170,7 +170,7 @@ class MLIPPotentialImpl(MLPotentialImpl):
         _refuse_unknown(args, ("modelPath",), f"MLPotential({name!r})")
         self.name = name
         self.model_path = lasting_name(DEFAULT_MODEL if modelPath is None else modelPath)
-        self.potential = open_potential(self.model_path)
+        self.potential = share_potential(self.model_path)
 
     def addForces(  # noqa: N802 (OpenMM-ML's name)
         self,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Callable, Generator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 Force = TypeVar("Force")
 State = TypeVar("State")
@@ -24,11 +24,34 @@ INTERRUPTED = "interrupted (Ctrl-C) inside the ML potential; the last step is in
 WITHOUT_TEXT = "<NULL>"
 """What OpenMM says when Ctrl-C fell between it and the force."""
 
+ADVICE = (
+    "A simulation in which this happens is probably unstable: relax its start with "
+    "mlip_md.integrations.openmm.minimize, use a smaller time step, or look at the structure of "
+    "the last saved frame."
+)
+"""The last line of a force's story, for whoever steps it by hand."""
 
-def is_interruption(error: Exception) -> bool:
-    """Whether an exception of OpenMM says that Ctrl-C was pressed."""
+
+class Told(NamedTuple):
+    """What a force has told through OpenMM.
+
+    Attributes:
+        interrupted: whether Ctrl-C fell into it.
+        text: what happened, without the advice.
+    """
+
+    interrupted: bool
+    text: str
+
+
+def read_told(error: Exception) -> Told:
+    """What a force has told through an exception of OpenMM, which holds nothing but a text.
+
+    The one place that looks into that text: whoever calls forces has better advice than they.
+    """
     text = str(error)
-    return INTERRUPTED in text or text.strip() == WITHOUT_TEXT
+    interrupted = INTERRUPTED in text or text.strip() == WITHOUT_TEXT
+    return Told(interrupted, text.replace(f"\n{ADVICE}", ""))
 
 
 def enter_inside_try(method: Callable[[Force, State], Answer]) -> Callable[[Force, State], Answer]:

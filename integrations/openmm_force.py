@@ -26,22 +26,23 @@ from mlip_md.constants import ANGSTROM_PER_NM, KJ_PER_MOL_PER_EV
 from mlip_md.engine import Engine, Result
 from mlip_md.errors import MLIPError, ModelFileError, NonFiniteError, StructureError
 from mlip_md.formats import own
-from mlip_md.integrations.openmm_calls import Calls, enter_inside_try
+from mlip_md.integrations.openmm_calls import ADVICE, Calls, enter_inside_try
 from mlip_md.integrations.openmm_wall import evaluate_walled
+from mlip_md.integrations.versions import find_version_problem
 from mlip_md.potential import Potential
 
-ADVICE = (
-    "A simulation in which this happens is probably unstable: relax its start with "
-    "mlip_md.integrations.openmm.minimize, use a smaller time step, or look at the structure of "
-    "the last saved frame."
-)
-"""For whoever steps the force; who has better advice takes this line out of OpenMM's text."""
+VERSION = 2
+"""Of the token that stands for a force in a System's XML; 1 stated none."""
+_KEYS = (
+    "model", "sha256", "numbers", "particles", "periodic", "total_energy", "engine_options",
+    "content",
+)  # fmt: skip
 
 _potentials: weakref.WeakValueDictionary[str, Potential] = weakref.WeakValueDictionary()
 _potentials_lock = threading.Lock()
 
 
-def open_potential(
+def share_potential(
     model: str, sha256: str | None = None, content: bytes | None = None
 ) -> Potential:
     """Open a potential, or find it among those that this process has open.
@@ -111,6 +112,7 @@ class MLForce:
                 "total_energy": total_energy,
                 "engine_options": engine_options,
                 "content": content,
+                "version": VERSION,
             }
         )
 
@@ -132,11 +134,12 @@ class MLForce:
         """The compiled potential; engines of one potential share weights and compiled functions.
 
         Raises:
-            ModelFileError: if the model file is gone or holds another model.
+            ModelFileError: if the model file is gone or holds another model, or the System was
+                written by a newer version or is damaged.
             ConfigError: if the options are not allowed or the device does not exist here.
         """
         if self._engine is None:
-            token = self._token
+            token = _checked(self._token)
             self._engine = Engine(_reopen(token), **token["engine_options"])
             self._atomic_numbers = _unpacked(token["numbers"], np.uint8).astype(np.int32)
         return self._engine
@@ -150,7 +153,7 @@ class MLForce:
         """
         positions = state.getPositions(asNumpy=True)._value
         box = None
-        if self._token["periodic"]:
+        if _checked(self._token)["periodic"]:
             box = state.getPeriodicBoxVectors(asNumpy=True)._value
         key = positions.tobytes() + (b"" if box is None else box.tobytes())
         with self._lock:
@@ -207,10 +210,25 @@ def _unpacked(content: bytes, dtype: DTypeLike) -> np.ndarray:
     return np.frombuffer(zlib.decompress(content), dtype)
 
 
+def _checked(token: dict[str, Any]) -> dict[str, Any]:
+    """The token of a System that another version may have written, if all is in it.
+
+    Unpickling cannot refuse it: OpenMM would crash.
+    """
+    if problem := find_version_problem(token.get("version", 1), VERSION):
+        raise ModelFileError(f"the ML force of this System {problem}")
+    if missing := [key for key in _KEYS if key not in token]:
+        raise ModelFileError(
+            f"the ML force of this System lacks {', '.join(missing)}: its file is damaged; make "
+            "the System anew"
+        )
+    return token
+
+
 def _reopen(token: dict[str, Any]) -> Potential:
     """Open the model of a System that may have been made elsewhere."""
     try:
-        return open_potential(token["model"], token["sha256"], token["content"])
+        return share_potential(token["model"], token["sha256"], token["content"])
     except ModelFileError as error:
         raise ModelFileError(
             f"the model of this System cannot be opened: {error}. If the file has moved, open it "

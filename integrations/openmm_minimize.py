@@ -23,9 +23,9 @@ from openmm import app, unit
 
 from mlip_md.constants import ANGSTROM_PER_NM, KJ_PER_MOL_PER_EV
 from mlip_md.errors import ConfigError
-from mlip_md.integrations.openmm_force import ADVICE
+from mlip_md.integrations.openmm_calls import read_told
 
-LONGEST_STEP = 0.02
+LARGEST_STEP = 0.02
 """nm that an atom may move in one step."""
 TOLERANCE = 10.0
 """kJ/mol/nm, OpenMM's own default."""
@@ -148,7 +148,7 @@ def minimize(
     simulation: app.Simulation | openmm.Context,
     tolerance: float | unit.Quantity = TOLERANCE,
     maxIterations: int = 0,
-    maxStep: float | unit.Quantity = LONGEST_STEP,
+    maxStep: float | unit.Quantity = LARGEST_STEP,
 ) -> Minimized:
     """Relax the positions of a Simulation in bounded steps; use it instead of ``minimizeEnergy``.
 
@@ -178,10 +178,7 @@ def minimize(
     try:
         return _descend(_Surface(context), context, tolerance, maxIterations or math.inf, longest)
     except openmm.OpenMMException as error:
-        if ADVICE not in str(error):
-            raise
-        # That advice, to minimize, is for simulations.
-        raise openmm.OpenMMException(str(error).replace(f"\n{ADVICE}", "")) from None
+        raise openmm.OpenMMException(read_told(error).text) from None
     finally:
         context.setVelocities(velocities)
 

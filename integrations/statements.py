@@ -23,6 +23,9 @@ from mlip_md.integrations.residue_names import (
     named_element,
 )
 
+_READER = "read_structure (from mlip_md.integrations.md import read_structure)"
+"""Of files, and where it is to be had."""
+
 _TOO_NEAR = 0.7
 """Å; sites that are partly occupied and nearer than this are alternatives to each other."""
 
@@ -107,8 +110,7 @@ def _alternatives(atoms: Atoms) -> str | None:
         return None
     return (
         f"atoms {pair[0]} and {pair[1]} are alternatives to each other, partly occupied by "
-        "atoms.arrays['occupancy']; keep one location of every atom (mlip-md's own read_structure "
-        "does)"
+        f"atoms.arrays['occupancy']; keep one location of every atom, as {_READER} does"
     )
 
 
@@ -138,6 +140,6 @@ def _contradiction(
             return (
                 f"atom {index}, {name} of residue {place[0]}, is {symbol} among the elements and "
                 f"{meant} by its name: ASE's reader of GRO files guesses; set the elements right, "
-                "or read the file with mlip-md's own read_structure"
+                f"or read the file with {_READER}"
             )
     return None

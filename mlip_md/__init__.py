@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-__version__ = "0.2.0.dev0"
+from mlip_md.version import __version__
 
 __all__ = ["__version__", "enable_cache", "load"]
 
@@ -23,8 +23,8 @@ def load(name_or_path: str | os.PathLike[str]) -> Potential:
     """Open a potential.
 
     Args:
-        name_or_path: name of a bundled potential ("organics-gfn2"), or path of a ``.safetensors``
-            file of this project, of an InstaDeep ``.zip``, or of a training run's folder.
+        name_or_path: name of a bundled potential ("organics-gfn2"), or path of a training run's
+            folder or of a model file: the formats are those of ``mlip_md.formats.names``.
 
     Returns:
         The potential.

@@ -16,7 +16,9 @@ import typer
 
 import mlip_md
 from mlip_md import errors, files
+from mlip_md.formats.names import FORMAT_HELP, MODEL_HELP
 from mlip_md.integrations.md.cli import md_command, minimize_command
+from mlip_md.signals import EXIT_SAVED
 from mlip_md.streams import lasting_streams
 from mlip_md.trainer.cli import check_command, evaluate_command, prepare_command, train_command
 from mlip_md.trainer.generate.command import make_dataset_command
@@ -34,7 +36,7 @@ EXIT_CODES: Mapping[type[Exception], int] = {
     errors.OutputError: 5,
     errors.OwnershipError: 5,
     errors.CapacityError: 7,
-    errors.StoppedError: 75,
+    errors.StoppedError: EXIT_SAVED,
     errors.MLIPError: 2,
     FileNotFoundError: 2,
     OSError: 5,
@@ -135,7 +137,7 @@ def _options(
 def show(
     model: Annotated[
         str,
-        typer.Argument(help="Bundled name, .safetensors file, InstaDeep .zip or run folder."),
+        typer.Argument(help=MODEL_HELP),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
 ) -> None:
@@ -161,54 +163,60 @@ def show(
 def convert(
     source: Annotated[
         str,
-        typer.Argument(help="Bundled name, .safetensors file, InstaDeep .zip or run folder."),
+        typer.Argument(help=MODEL_HELP),
     ],
     destination: Annotated[
         Path | None, typer.Argument(help="File to write; by default SOURCE's name, in this folder.")
     ] = None,
     to: Annotated[
         str | None,
-        typer.Option(metavar="FORMAT", help="mlip-md (.safetensors) or instadeep (.zip)."),
+        typer.Option(metavar="FORMAT", help=FORMAT_HELP),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Write a model in the other format; its weights and energies stay the same.
+    """Write a model in another format; its weights and energies stay the same.
 
     An InstaDeep zip (read by mlip 0.1 and, as models_v1, 0.2) has no place for a model's origin.
     """
     from mlip_md.formats.open import FORMATS
 
-    endings = {name: known.ending for name, known in FORMATS.items()}
-    destination = _converted_name(source, destination, to, endings)
+    writers = {name: known.save for name, known in FORMATS.items() if known.save is not None}
+    endings = {name: FORMATS[name].ending for name in writers}
+    destination, to = _choose_format(source, destination, to, endings)
     files.check_new_file(destination, "DESTINATION")
     if destination.exists() and not force:
         raise errors.ConfigError(f"{destination} exists; give --force to replace it")
-    [written] = [known for known in FORMATS.values() if known.ending == destination.suffix]
     potential = mlip_md.load(source)
-    written.save(potential, destination)
-    written.load(destination)  # reads and checks what was written
+    writers[to](potential, destination)
+    FORMATS[to].load(destination)  # reads and checks what was written
     network = f"{potential.config.architecture}, {potential.num_parameters:,} parameters"
     typer.echo(f"{destination}: {network}")
 
 
-def _converted_name(
+def _choose_format(
     source: str, destination: Path | None, to: str | None, endings: Mapping[str, str]
-) -> Path:
-    """The file that ``convert`` writes; its ending decides the format."""
+) -> tuple[Path, str]:
+    """The file that ``convert`` writes and its format, of those that have the endings given."""
+    words = " or --to ".join(endings)
     if to is not None and to not in endings:
-        raise errors.ConfigError(f"unknown format {to!r}; write --to {' or --to '.join(endings)}")
+        raise errors.ConfigError(f"unknown format {to!r}, or one only read; write --to {words}")
     if destination is None:
         if to is None:
             raise errors.ConfigError("give a file to write, or a format with --to")
         name = Path(source).resolve().name
-        destination = Path(name.removesuffix(Path(source).suffix) + endings[to])
-    allowed = {ending: name for name, ending in endings.items() if to in (None, name)}
-    if destination.suffix not in allowed:
+        return Path(name.removesuffix(Path(source).suffix) + endings[to]), to
+    allowed = {name: ending for name, ending in endings.items() if to in (None, name)}
+    fitting = [name for name, ending in allowed.items() if ending == destination.suffix]
+    if not fitting:
         whose = ", ".join(f"{ending} is {name}'s" for name, ending in endings.items())
+        listed = " or ".join(dict.fromkeys(allowed.values()))
         raise errors.ConfigError(
-            f"{destination}: the ending decides the format; write {' or '.join(allowed)} ({whose})"
+            f"{destination}: the ending decides the format; write {listed} ({whose})"
         )
-    return destination
+    if len(fitting) > 1:
+        words = " or --to ".join(fitting)
+        raise errors.ConfigError(f"{destination}: several formats end so; write --to {words}")
+    return destination, fitting[0]
 
 
 def _model_table(potential: Potential, name: str) -> Table:

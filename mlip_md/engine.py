@@ -418,7 +418,7 @@ class Engine:
                 structure = check_structure(self.potential, *arrays)
                 listed.append(list_edges(structure, self.spec.cutoff))
             except MLIPError as error:
-                raise type(error)(f"structure {index}: {error}") from error
+                raise error.locate(f"structure {index}") from error
         limits = CPU_BATCH if self.device.platform == "cpu" else ACCELERATOR_BATCH
         groups = _groups(listed, *limits)
         totals = np.array([_totals(group) for group in groups], int).reshape(-1, 3)

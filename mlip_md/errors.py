@@ -1,10 +1,19 @@
 """Errors that a user of mlip-md can meet; each says what was given, what is allowed, what to do."""
 
+import copy
 from collections.abc import Sequence
+from typing import Self
 
 
 class MLIPError(Exception):
     """Base of every error that mlip-md raises on purpose."""
+
+    def locate(self, place: str) -> Self:
+        """A copy, with all its attributes, whose message begins with the place of the error."""
+        located = copy.copy(self)
+        message, *rest = self.args
+        located.args = f"{place}: {message}", *rest
+        return located
 
 
 class UnsupportedElementError(MLIPError, ValueError):
@@ -60,7 +69,7 @@ class DeviceError(ConfigError):
         self.args = self.problem, self.advice = problem, advice  # copies are made of the arguments
 
     def __str__(self) -> str:
-        return f"{self.problem}. {self.advice}"
+        return "{}. {}".format(*self.args)
 
 
 class ModelFileError(MLIPError, ValueError):
@@ -84,11 +93,11 @@ class OwnershipError(MLIPError, RuntimeError):
 
 
 class CapacityError(MLIPError, MemoryError):
-    """A neighbour list would need more memory than it may have."""
+    """A neighbor list would need more memory than it may have."""
 
 
 class NeighborError(MLIPError, RuntimeError):
-    """A neighbour list on the device contradicts the host's."""
+    """A neighbor list on the device contradicts the host's."""
 
 
 class NonFiniteError(MLIPError, FloatingPointError):

@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlip_md.errors import ConfigError, OutputError
+from mlip_md.errors import ConfigError, DataError, OutputError
 
 
 @contextlib.contextmanager
@@ -32,13 +33,52 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"there is no folder {path.parent}")
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-        if os.name == "posix":
-            sync(path.parent)
+        with _explaining(path):
+            if not path.parent.is_dir():
+                raise FileNotFoundError(f"there is no folder {path.parent}")
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder that appears as ``path``, with all in it synced, if nothing fails.
+
+    Args:
+        path: folder to make, with its parents.
+
+    Yields:
+        The temporary folder beside it, to write into.
+
+    Raises:
+        DataError: if there is something of that name.
+        OutputError: if the file system refuses.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with _explaining(path):
+            if path.exists():
+                raise DataError(f"{path} exists already; remove it or choose another folder")
+            temporary.mkdir(parents=True)
+            yield temporary
+            for part in (*temporary.rglob("*"), temporary):
+                (_sync_folder if part.is_dir() else sync)(part)
+            os.rename(temporary, path)
+            _sync_folder(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _explaining(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OutputError:
         raise
     except OSError as error:
@@ -46,9 +86,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             f"{path} could not be written ({error.strerror or error}); what was there before is "
             "untouched. Make room, or name another place"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(path: Path) -> None:
+    if os.name == "posix":  # elsewhere folders cannot be opened
+        sync(path)
 
 
 def sync(path: Path) -> None:

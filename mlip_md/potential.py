@@ -105,7 +105,7 @@ class Potential:
         elements: atomic numbers, ascending; an atom's species is its element's index here.
         atomic_energies: (len(elements),) float64 eV, E0 by species.
         cutoff: Å.
-        avg_num_neighbors: mean number of neighbours in the training set.
+        avg_num_neighbors: mean number of neighbors in the training set.
         avg_r_min: Å, mean shortest distance in the training set, or None.
         scaling_mean: eV, added to every node energy.
         scaling_stdev: factor on every node energy.

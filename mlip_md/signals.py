@@ -19,6 +19,10 @@ ENDINGS = tuple(
 )
 """Signals that ask a process to end: Ctrl-C, the queue or the system, a terminal that closes."""
 
+EXIT_SAVED, EXIT_KEYBOARD = 75, 130
+"""What a command answers to the shell: 75 (EX_TEMPFAIL), ended by a signal or a time limit with the
+state saved, start again with the same command; 130, ended by Ctrl-C, also with the state saved."""
+
 _REASONS: Mapping[str, Reason] = {"SIGINT": "keyboard", "SIGTERM": "terminated", "SIGHUP": "hangup"}
 
 _DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)

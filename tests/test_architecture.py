@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = {"mlip_md": "mlip_md", "trainer": "mlip_md.trainer", "integrations": "mlip_md.integrations"}
 GROUND = (
+    "version",
     "errors",
     "elements",
     "constants",
@@ -115,6 +116,13 @@ def test_who_imports_whom(room):
     assert wrong == []
 
 
+def test_the_picture_of_the_rooms_names_every_module():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\w+", text.split("```")[1]))
+    unnamed = [m for m in MODULES if m.split(".")[-1] not in named | {"__main__"}]
+    assert unnamed == []
+
+
 def test_the_ground_floor_stands_on_itself():
     for name in GROUND:
         for imported in imports(f"mlip_md.{name}"):
@@ -133,12 +141,20 @@ def test_no_backend_imports_another_or_the_run():
                 assert not other or imported.endswith(".interface"), (module, imported)
 
 
+def only_reexports(module: str) -> bool:
+    """Whether a module is a package's ``__init__`` of imports, ``__all__`` and its docstring."""
+    if MODULES[module].name != "__init__.py":
+        return False
+    body = ast.parse(MODULES[module].read_text(encoding="utf-8")).body
+    rest = [node for node in body if not isinstance(node, ast.Import | ast.ImportFrom)]
+    return all(ast.unparse(node).startswith(("'", '"', "__all__ = ")) for node in rest)
+
+
 def circle() -> list[str]:
     """Modules that import each other in a circle, lazily or not; [] if there is none."""
     graph = {m: {i for i in imports(m) if i in MODULES and i != m} for m in MODULES}
-    # A package's __init__ that re-exports stands for what it re-exports.
-    packages = {m for m in MODULES if MODULES[m].name == "__init__.py"}
-    graph = {m: targets - packages for m, targets in graph.items() if m not in packages}
+    doors = {m for m in MODULES if only_reexports(m)}  # each stands for what it re-exports
+    graph = {m: targets - doors for m, targets in graph.items() if m not in doors}
     path: list[str] = []
     done: set[str] = set()
 
@@ -190,3 +206,13 @@ def test_the_scan_sees_lazy_imports_and_circles(monkeypatch, tmp_path):
         file.write_text(text)
         monkeypatch.setitem(MODULES, name, file)
     assert set(circle()) == {"mlip_md.errors", "mlip_md.files"}
+
+
+@pytest.mark.parametrize(("more", "found"), [("", False), ("\n__version__ = '1'\n", True)])
+def test_a_package_that_holds_something_of_its_own_is_seen(monkeypatch, tmp_path, more, found):
+    door, inside = tmp_path / "__init__.py", tmp_path / "engine.py"
+    door.write_text(f'"""What it is."""\nfrom mlip_md.engine import x\n__all__ = ["x"]\n{more}')
+    inside.write_text("import mlip_md\n")
+    monkeypatch.setitem(MODULES, "mlip_md", door)
+    monkeypatch.setitem(MODULES, "mlip_md.engine", inside)
+    assert bool(circle()) == found

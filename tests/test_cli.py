@@ -16,8 +16,10 @@ from model_files import make_potential
 
 import mlip_md
 from mlip_md import bundled, cli, errors
+from mlip_md.formats.names import NAMES
+from mlip_md.formats.open import FORMATS
 from mlip_md.formats.own import load, save
-from mlip_md.trainer.cli import EXIT_KEYBOARD, EXIT_SAVED
+from mlip_md.signals import EXIT_KEYBOARD, EXIT_SAVED
 
 COMMANDS = [
     "md", "minimize", "train", "check", "evaluate", "prepare", "make-dataset", "show", "convert",
@@ -148,6 +150,25 @@ def test_convert_refuses_unknown_formats_and_folders(run, tiny, tmp_path):
     code, _, err = run("convert", tiny, tmp_path / "none" / "m.zip")
     assert (code, "there is no folder" in err) == (2, True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_convert_between_formats_that_share_an_ending_or_are_only_read(
+    run, tiny, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(FORMATS, "other", FORMATS["instadeep"])
+    monkeypatch.setitem(FORMATS, "old", FORMATS["instadeep"]._replace(save=None))
+    code, _, err = run("convert", tiny, tmp_path / "m.zip")
+    assert (code, "write --to instadeep or --to other" in err) == (2, True)
+    assert run("convert", tiny, tmp_path / "m.zip", "--to", "other")[0] == 0
+    code, _, err = run("convert", tiny, tmp_path / "n.zip", "--to", "old")
+    assert (code, "'old', or one only read; write --to mlip-md or" in err) == (2, True)
+
+
+def test_help_names_every_format(run):
+    for command in ("show", "convert", "md"):
+        text = " ".join(run(command, "--help")[1].replace("│", " ").split())
+        assert "Bundled name, .safetensors file, InstaDeep .zip or run folder." in text
+    assert {name: known[:2] for name, known in FORMATS.items()} == NAMES
 
 
 def test_convert_into_a_folder_is_refused(run, tiny, tmp_path):

@@ -69,23 +69,6 @@ def write_checkpoint(path: Path, state: Any, progress: Mapping[str, Any]) -> Non
     write_bytes(path, to_safetensors(tensors, metadata))
 
 
-def read_checkpoint(path: Path, template: State) -> tuple[State, dict[str, Any]]:
-    """Read one checkpoint.
-
-    Args:
-        path: of the file.
-        template: a state of the same run; its values do not matter.
-
-    Returns:
-        The state (NumPy arrays in the template's tree) and the progress saved with it.
-
-    Raises:
-        CheckpointError: if the file is damaged or belongs to another network or optimizer.
-    """
-    tensors, progress = _read(path)
-    return _fill(path, template, tensors), progress
-
-
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Tensors and progress of a checkpoint that is whole and of this format."""
     try:

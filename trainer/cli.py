@@ -16,13 +16,11 @@ from rich.table import Table
 
 from mlip_md.errors import ConfigError
 from mlip_md.files import check_new_file, check_new_folder
+from mlip_md.signals import EXIT_KEYBOARD, EXIT_SAVED
 
 if TYPE_CHECKING:
     from mlip_md.trainer.data import Statistics
     from mlip_md.trainer.evaluate import Evaluation
-
-EXIT_SAVED, EXIT_KEYBOARD = 75, 130
-"""75 (EX_TEMPFAIL): interrupted, the state is saved, start again with the same command."""
 
 
 Overrides = Annotated[
@@ -182,6 +180,7 @@ def prepare_command(
     from mlip_md.trainer.recipe import load_recipe
 
     prepared = load_recipe(recipe, overrides or [])[0]
+    check_new_folder(folder, "prepare")
     _say_reading(prepared.data.path)
     with _plain_warnings():
         data = prepare(prepared.data, prepared.network.atomic_energies, folder)

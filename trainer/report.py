@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mlip_md.files import replacing
 from mlip_md.formats import own
 from mlip_md.trainer.evaluate import Evaluation, evaluate_in_detail, write_errors
 from mlip_md.trainer.runlog import RunLog
@@ -15,10 +16,11 @@ from mlip_md.trainer.step import EvalStep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from mlip_md.trainer.data.training import TrainingData
 
-MAX_POINTS = 50_000
+MOST_POINTS = 50_000
 """Points of a parity plot; of more, evenly spaced ones are drawn."""
 
 
@@ -29,6 +31,9 @@ def write_report(folder: Path, step: EvalStep, data: TrainingData) -> None:
         folder: of the run, with ``metrics.csv`` and ``model.safetensors``.
         step: the compiled evaluation of the run's network.
         data: of the run; its test part is evaluated, without one the validation part.
+
+    Raises:
+        OutputError: if a file cannot be written.
     """
     part = "test" if data.test is not None else "validation"
     store = data.parts()[part]
@@ -44,7 +49,15 @@ def write_report(folder: Path, step: EvalStep, data: TrainingData) -> None:
 
 
 def draw_curves(rows: list[dict[str, float]], path: Path) -> None:
-    """Draw training loss and validation errors by epoch; dashed lines are changes of weights."""
+    """Draw training loss and validation errors by epoch; dashed lines are changes of weights.
+
+    Args:
+        rows: of the log, one an epoch.
+        path: PNG to write.
+
+    Raises:
+        OutputError: if the file cannot be written.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.2), layout="constrained")
@@ -62,11 +75,20 @@ def draw_curves(rows: list[dict[str, float]], path: Path) -> None:
             panel.axvline(epoch - 0.5, color="gray", linestyle="--")
         panel.set(xlabel="epoch", title=label)
         panel.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def draw_parity(evaluation: Evaluation, path: Path, part: str) -> None:
-    """Draw predicted against reference energies and forces."""
+    """Draw predicted against reference energies and forces.
+
+    Args:
+        evaluation: predictions and labels.
+        path: PNG to write.
+        part: of the data set, for the title.
+
+    Raises:
+        OutputError: if the file cannot be written.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), layout="constrained")
@@ -76,11 +98,16 @@ def draw_parity(evaluation: Evaluation, path: Path, part: str) -> None:
     left.set_title(f"{part}: RMSE {1e3 * errors['energy_rmse_per_atom']:.2f} meV/atom")
     _parity(right, evaluation.forces, "force component (eV/Å)")
     right.set_title(f"{part}: RMSE {1e3 * errors['forces_rmse']:.1f} meV/Å")
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def _parity(panel: Axes, pairs: np.ndarray, what: str) -> None:
-    pairs = pairs[:: 1 + len(pairs) // MAX_POINTS]
+    pairs = pairs[:: 1 + len(pairs) // MOST_POINTS]
     limits = (float(pairs[:, 0].min()), float(pairs[:, 0].max()))
     panel.plot(limits, limits, color="gray", linewidth=1)
     panel.plot(pairs[:, 0], pairs[:, 1], ",", rasterized=True)

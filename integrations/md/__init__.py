@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from mlip_md.integrations.md.run import run_md as run_md
     from mlip_md.integrations.md.settings import MDSettings as MDSettings
     from mlip_md.integrations.md.settings import read_settings as read_settings
+    from mlip_md.integrations.md.structures import read_structure as read_structure
 
-__all__ = ["MDSettings", "read_settings", "restart_md", "run_md"]
+__all__ = ["MDSettings", "read_settings", "read_structure", "restart_md", "run_md"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,34 +8,28 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from mlip_md.errors import ConfigError, DeviceError, StoppedError
-from mlip_md.files import check_new_file, write_bytes
+from mlip_md.files import check_new_file
+from mlip_md.formats.names import MODEL_HELP
+from mlip_md.hints import hint
 from mlip_md.integrations.md.observers import TerminalObserver
 from mlip_md.integrations.md.settings import (
     DEFAULT_STEPS,
     LARGEST_SEED,
     MDSettings,
     choices_of,
-    explain_choices,
     read_settings,
 )
 from mlip_md.integrations.models import DEFAULT_MODEL
+from mlip_md.signals import EXIT_KEYBOARD
 
-if TYPE_CHECKING:
-    from ase import Atoms
-
-    from mlip_md.integrations.md.structures import Structure
-
-ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="Bundled name, .safetensors file, .zip or run folder.")
-]
+ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
 
 
 def _one_of(*choices: str) -> Any:
@@ -43,7 +37,7 @@ def _one_of(*choices: str) -> Any:
 
     def parse(text: str) -> str:
         if text not in choices:
-            raise typer.BadParameter(f"{text!r} is not allowed; {explain_choices(text, choices)}")
+            raise typer.BadParameter(f"{text!r} is not allowed; {hint(text, choices)}")
         return text
 
     return {"parser": parse, "metavar": f"[{'|'.join(choices)}]"}
@@ -146,7 +140,7 @@ def md_command(
     ] = MDSettings.velocities,
     hydrogen_mass: Annotated[
         float | None,
-        typer.Option(help="u: makes hydrogen heavier by what its heavy neighbour loses."),
+        typer.Option(help="u: makes hydrogen heavier by what its heavy neighbor loses."),
     ] = None,
 ) -> None:
     """Run molecular dynamics; the result is a folder with trajectory, log, plot and summary.
@@ -167,12 +161,12 @@ def md_command(
         _refuse_with_restart(given)
         _restart(restart, length, steps, platform, device)
         return
-    _refuse_useless(given, engine, ensemble)
-    _check_device(device)
     # The settings have the names of the options.
     told = {field.name: options[field.name] for field in dataclasses.fields(MDSettings)}
     told["steps"] = _count_steps(steps, length, timestep) or DEFAULT_STEPS
     settings = MDSettings(**told)
+    _refuse_useless(given, settings)
+    _check_device(device)
     from mlip_md.integrations.md.run import run_md
 
     observer = TerminalObserver(settings, structure or "paracetamol")
@@ -202,16 +196,17 @@ def _refuse_with_restart(given: set[str]) -> None:
         )
 
 
-def _refuse_useless(given: set[str], engine: str, ensemble: str) -> None:
+def _refuse_useless(given: set[str], settings: MDSettings) -> None:
     """Options that would change nothing are mistakes."""
-    for name, useless, why in (
-        ("friction", ensemble == "nve", "nve has no thermostat"),
-        ("friction", engine == "ase" and ensemble == "npt", "npt of the ase engine (MTK) has none"),
-        ("pressure", ensemble != "npt", f"{ensemble} keeps the volume; give --ensemble npt"),
-        ("platform", engine != "openmm", "only OpenMM has platforms; give --engine openmm"),
-    ):
-        if useless and name in given:
-            raise ConfigError(f"--{name} would change nothing: {why}")
+    from mlip_md.integrations.md.backends import BACKENDS
+
+    ignored = BACKENDS[settings.engine]().ignored(settings.ensemble)
+    if settings.ensemble == "nve":
+        ignored["friction"] = "nve has no thermostat"
+    if settings.ensemble != "npt":
+        ignored["pressure"] = f"{settings.ensemble} keeps the volume; give --ensemble npt"
+    for name in sorted(given & ignored.keys()):
+        raise ConfigError(f"--{name} would change nothing: {ignored[name]}")
 
 
 def _check_device(device: str | None) -> None:
@@ -233,7 +228,7 @@ def _restart(
 ) -> None:
     settings = read_settings(folder)
     if platform is not None:
-        _refuse_useless({"platform"}, settings.engine, settings.ensemble)
+        _refuse_useless({"platform"}, settings)
     _check_device(device)
     more = _count_steps(steps, length, settings.timestep)
     from mlip_md.integrations.md.run import restart_md
@@ -259,7 +254,7 @@ def _show(run: Callable[[], Path], observer: TerminalObserver) -> None:
         if observer.folder is None:
             raise  # nothing to go on with
         typer.echo(f"Interrupted. Continue with: mlip-md md --restart {observer.folder}", err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(EXIT_KEYBOARD) from None
     except StoppedError as error:
         told = f"{error}. Continue with: mlip-md md --restart {observer.folder}"
         if observer.folder is None:
@@ -315,9 +310,15 @@ def minimize_command(
     from rich.markup import escape
 
     from mlip_md.integrations.ase import MLIPCalculator
-    from mlip_md.integrations.md.minimize import minimize
-    from mlip_md.integrations.md.structures import compare_bonds, read_structure
-    from mlip_md.integrations.models import DTYPES
+    from mlip_md.integrations.md.minimize import relax_structure
+    from mlip_md.integrations.md.structures import (
+        compare_bonds,
+        describe_unwritten,
+        format_structure,
+        read_structure,
+        write_structure,
+    )
+    from mlip_md.integrations.models import DTYPE_OF_PRECISION
 
     console = Console(highlight=False)
     given = read_structure(structure, frame=frame, drop_virtual_sites=drop_virtual_sites)
@@ -326,8 +327,8 @@ def minimize_command(
     if path.exists():
         raise ConfigError(f"{path} exists; name another file with --output")
     check_new_file(path, "--output")
-    _render(path.name, given, given.atoms)  # what cannot be written is known before it is computed
-    calculator = MLIPCalculator(model, dtype=DTYPES[precision], device=device)
+    format_structure(path.name, given)  # what cannot be written is known before it is computed
+    calculator = MLIPCalculator(model, dtype=DTYPE_OF_PRECISION[precision], device=device)
     console.print(f"[bold]{given.name}[/bold]: {len(given.atoms)} atoms, model {model}")
     console.print(escape(given.line()), soft_wrap=True)
     for note in given.report.notes:
@@ -341,7 +342,7 @@ def minimize_command(
                 f"step {step:4d}  energy {energy:.6f} eV  largest force {largest:.4f} eV/Å"
             )
 
-    relaxed, converged = minimize(
+    relaxed, converged = relax_structure(
         given.atoms,
         calculator,
         fmax=fmax,
@@ -352,29 +353,11 @@ def minimize_command(
     )
     if text := compare_bonds(given.atoms, relaxed).describe(relaxed):
         console.print(f"[yellow]The minimization {text} (bonds by distance)[/yellow]")
-    write_bytes(path, _render(path.name, given, relaxed))
+    write_structure(path, given, relaxed)
     energy = relaxed.get_potential_energy()
     ending = "Converged" if converged else f"[yellow]Not converged within {steps} steps[/yellow]"
-    console.print(f"{ending}: {energy:.6f} eV. Wrote {path}")
+    lost = describe_unwritten(path.name, given, relaxed)
+    lost = f" [yellow]({escape(lost)})[/yellow]" if lost else ""
+    console.print(f"{ending}: {energy:.6f} eV. Wrote {path}{lost}", soft_wrap=True)
     if not converged:
         raise typer.Exit(1)
-
-
-def _render(name: str, structure: Structure, atoms: Atoms) -> bytes:
-    """Content of the file of a structure, as it was read and as it has become, under a name.
-
-    Raises:
-        ConfigError: if ASE has no writer for such a name.
-    """
-    from mlip_md.integrations.md.structures import write_structure
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name
-        try:
-            write_structure(path, structure, atoms)
-            return path.read_bytes()
-        except Exception as error:
-            raise ConfigError(
-                f"ASE cannot write {name} ({type(error).__name__}: {error}); the ending says "
-                "the format: .extxyz, .xyz, .pdb or .cif, for example"
-            ) from error

@@ -9,7 +9,8 @@ from ase import Atoms
 from ase.constraints import FixAtoms, FixCartesian
 
 from mlip_md.errors import StructureError
-from mlip_md.integrations.md.settings import MDSettings
+from mlip_md.integrations.md.backends.interface import Backend
+from mlip_md.integrations.md.settings import Ensemble
 from mlip_md.integrations.md.structures import Structure
 
 
@@ -26,7 +27,7 @@ def hold(atoms: Atoms, fixed: np.ndarray) -> None:
     atoms.set_constraint(held)
 
 
-def check_held(settings: MDSettings, structure: Structure) -> Structure:
+def check_held(engine: type[Backend], ensemble: Ensemble, structure: Structure) -> Structure:
     """The structure with its constraints as a run holds them, by Cartesian axis.
 
     Raises:
@@ -36,19 +37,19 @@ def check_held(settings: MDSettings, structure: Structure) -> Structure:
     partly = fixed.any(axis=1) & ~fixed.all(axis=1)
     if not fixed.any():
         return structure
-    if settings.ensemble == "npt":
+    if ensemble == "npt":
         raise StructureError(
             f"npt scales the cell with all atoms in it, but {int(fixed.any(axis=1).sum())} atoms "
             "are held in place; use nvt, or remove the constraints"
         )
     if fixed.all():
         raise StructureError("the constraints hold all atoms in place: nothing would move")
-    if settings.engine == "openmm" and partly.any():
+    if not engine.holds_axes and partly.any():
         first = int(np.argmax(partly))
         axes = " and ".join(np.array(["x", "y", "z"])[fixed[first]])
         raise StructureError(
-            f"OpenMM can hold whole atoms only, but of atom {first + 1} only {axes} is held; use "
-            "the ASE engine, or fix the atom in all directions"
+            f"{engine.title} can hold whole atoms only, but of atom {first + 1} only {axes} is "
+            "held; use the ASE engine, or fix the atom in all directions"
         )
     atoms = structure.atoms.copy()
     hold(atoms, fixed)

@@ -12,12 +12,12 @@ from mlip_md.integrations.md.structures import Structure, bonds
 from mlip_md.integrations.md.structures.description import is_isotope
 
 
-def prepare(settings: MDSettings, structure: Structure) -> Structure:
+def prepare_start(settings: MDSettings, structure: Structure) -> Structure:
     """The structure with the masses and velocities with which a run starts.
 
     Raises:
         StructureError: if there are no velocities in the file that should start the run, or a
-            neighbour is too light to make its hydrogen heavier.
+            neighbor is too light to make its hydrogen heavier.
     """
     velocities = structure.velocities
     if settings.velocities == "file" and velocities is None:
@@ -37,7 +37,7 @@ def prepare(settings: MDSettings, structure: Structure) -> Structure:
 def repartition_masses(structure: Structure, hydrogen: float) -> np.ndarray:
     """Masses in which hydrogen weighs more and the heavy atom bonded to it less.
 
-    The total stays; deuterium, tritium and hydrogen without heavy neighbour stay too.
+    The total stays; deuterium, tritium and hydrogen without heavy neighbor stay too.
 
     Args:
         structure: with its bonds, or those that distances imply.

@@ -14,7 +14,7 @@ from mlip_md.integrations.ase import MLIPCalculator
 from mlip_md.integrations.md.structures import describe_contact
 
 
-def minimize(
+def relax_structure(
     atoms: Atoms,
     calculator: MLIPCalculator,
     *,

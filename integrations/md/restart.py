@@ -17,9 +17,12 @@ from mlip_md.files import write_bytes
 from mlip_md.integrations.md.files import TOPOLOGY
 from mlip_md.integrations.md.held import hold
 from mlip_md.integrations.md.structures import Structure, fixed_axes, read_structure
+from mlip_md.integrations.versions import find_version_problem
 
 RESTART = "restart.npz"
 """Name of the file in a run folder."""
+VERSION = 2
+"""Of that file; 1 stated none, and had neither masses nor constraints."""
 
 _ARRAYS = ("numbers", "positions", "cell", "pbc")
 _VALUES = {"step": int, "sizes": dict, "name": str, "sha256": str}
@@ -37,8 +40,8 @@ def write_restart(path: Path, arrays: dict[str, np.ndarray], values: dict[str, A
     Raises:
         OutputError: if it cannot be written; the old file is untouched then.
     """
-    buffer = io.BytesIO()
-    np.savez(buffer, json=np.array(json.dumps(values)), **arrays)  # type: ignore[arg-type]  # stubs lack **kwargs of arrays
+    buffer, text = io.BytesIO(), json.dumps(values | {"version": VERSION})
+    np.savez(buffer, json=np.array(text), **arrays)  # type: ignore[arg-type]  # stubs lack **kwargs of arrays
     write_bytes(path, buffer.getvalue())
 
 
@@ -49,7 +52,7 @@ def read_restart(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         Arrays and JSON values.
 
     Raises:
-        CheckpointError: if there is none or it is damaged.
+        CheckpointError: if there is none, or it is damaged or of a newer version.
     """
     if not path.exists():
         raise CheckpointError(f"there is no {path}: this folder holds no run that can go on")
@@ -61,6 +64,8 @@ def read_restart(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         raise CheckpointError(f"{path} is damaged ({error}); start a new run") from error
     if not isinstance(values, dict):
         values = {}
+    if problem := find_version_problem(values.pop("version", 1), VERSION):
+        raise CheckpointError(f"{path} {problem}")
     wrong = [name for name, kind in _VALUES.items() if not isinstance(values.get(name), kind)]
     wrong += sorted(set(_ARRAYS) - arrays.keys())
     if wrong:

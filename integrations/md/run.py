@@ -28,10 +28,11 @@ from mlip_md.errors import (
 )
 from mlip_md.files import check_new_folder
 from mlip_md.integrations.md import report, restart
+from mlip_md.integrations.md.backends import BACKENDS
 from mlip_md.integrations.md.backends.interface import Backend, Frame
 from mlip_md.integrations.md.files import LOG, RunFiles, check_sizes, read_log
 from mlip_md.integrations.md.held import check_held
-from mlip_md.integrations.md.masses import prepare
+from mlip_md.integrations.md.masses import prepare_start
 from mlip_md.integrations.md.minimize import check_relaxed
 from mlip_md.integrations.md.observers import RunObserver
 from mlip_md.integrations.md.settings import MDSettings, read_settings, write_settings
@@ -66,20 +67,15 @@ def make_backend(settings: MDSettings, structure: Structure) -> Backend:
             its constraints, or a charge or spin is stated for it.
     """
     structure.check_charge()
-    structure = check_held(settings, structure)
+    engine = BACKENDS[settings.engine]()
+    structure = check_held(engine, settings.ensemble, structure)
     atoms = structure.atoms
     if settings.ensemble == "npt" and not (atoms.pbc.all() and atoms.cell.rank == 3):
         raise StructureError(
             "npt needs a structure that is periodic in three directions, with its cell; use nvt, "
             "or give the structure a cell"
         )
-    if settings.engine == "ase":
-        from mlip_md.integrations.md.backends.ase import ASEBackend
-
-        return ASEBackend(settings, structure)
-    from mlip_md.integrations.md.backends.openmm import OpenMMBackend
-
-    return OpenMMBackend(settings, structure)
+    return engine(settings, structure)
 
 
 def make_fresh_folder(name: str, parent: Path | None = None) -> Path:
@@ -139,7 +135,7 @@ def run_md(
     structure = read_structure(
         settings.structure, frame=settings.frame, drop_virtual_sites=settings.drop_virtual_sites
     )
-    structure = prepare(settings, structure)
+    structure = prepare_start(settings, structure)
     backend = make_backend(settings, structure)
     observer.found(structure.line(), structure.report.notes)
     with Interruptions(*ENDINGS, patient=False, tell=observer.stopping) as interruptions:
@@ -451,7 +447,7 @@ class _Run:
         if len(log["step"]):
             title = (
                 f"{self.backend.structure.name} ({len(atoms)} atoms), {settings.ensemble.upper()}, "
-                f"{'ASE' if settings.engine == 'ase' else 'OpenMM'}"
+                f"{self.backend.title}"
             )
             target = None if settings.ensemble == "nve" else settings.temperature
             report.draw_plot(log, self.folder / report.PLOT, title=title, target=target)

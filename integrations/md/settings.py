@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from mlip_md.errors import CheckpointError, ConfigError
 from mlip_md.files import write_text
-from mlip_md.hints import nearest
+from mlip_md.hints import hint
 from mlip_md.integrations.models import DEFAULT_MODEL
+from mlip_md.integrations.versions import find_version_problem
 
 EngineName = Literal["ase", "openmm"]
 Ensemble = Literal["nve", "nvt", "npt"]
@@ -22,6 +23,8 @@ VelocityOrigin = Literal["draw", "file"]
 
 SETTINGS = "settings.json"
 """Name of the file in a run folder."""
+VERSION = 2
+"""Of that file; 1 stated none and knew fewer settings."""
 
 DEFAULT_STEPS = 2000
 LARGEST_SEED = 2**31 - 2
@@ -69,7 +72,7 @@ class MDSettings:
         frame: which of several frames or models of the file, counted from 0; None is for one.
         drop_virtual_sites: leave out sites without nucleus, which are refused otherwise.
         velocities: at the start: "draw" them, or those of the "file".
-        hydrogen_mass: u, to which hydrogen is made heavier by what its heavy neighbour loses; None
+        hydrogen_mass: u, to which hydrogen is made heavier by what its heavy neighbor loses; None
             leaves the masses.
 
     Raises:
@@ -101,7 +104,7 @@ class MDSettings:
         for name in ("engine", "ensemble", "precision", "trajectory_format", "velocities"):
             value, choices = getattr(self, name), choices_of(name)
             if value not in choices:
-                told = explain_choices(str(value), choices)
+                told = hint(str(value), choices)
                 raise ConfigError(f"{name} = {value!r} is not allowed; {told}")
         if self.velocities == "file" and self.minimize:
             raise ConfigError(
@@ -124,18 +127,12 @@ def choices_of(name: str) -> tuple[str, ...]:
     return get_args(get_type_hints(MDSettings)[name])
 
 
-def explain_choices(given: str, choices: Sequence[str]) -> str:
-    """The choices there are, and which one was probably meant, for an error message."""
-    near = nearest(given, choices)
-    return f"it must be one of {', '.join(choices)}" + (f" (did you mean {near}?)" if near else "")
-
-
 def read_settings(folder: Path) -> MDSettings:
     """Settings of the run in a folder.
 
     Raises:
         ConfigError: if there is no such folder.
-        CheckpointError: if it holds no settings or they are damaged.
+        CheckpointError: if it holds no settings, or they are damaged or of a newer version.
     """
     if not folder.is_dir():
         raise ConfigError(f"there is no folder {folder}")
@@ -143,7 +140,10 @@ def read_settings(folder: Path) -> MDSettings:
     if not path.exists():
         raise CheckpointError(f"{folder} holds no run: there is no {SETTINGS} in it")
     try:
-        return MDSettings(**json.loads(path.read_text(encoding="utf-8")))
+        values = dict(json.loads(path.read_text(encoding="utf-8")))
+        if problem := find_version_problem(values.pop("version", 1), VERSION):
+            raise CheckpointError(f"{path} {problem}")
+        return MDSettings(**values)
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} holds no usable settings of a run: {error}") from error
 
@@ -154,4 +154,5 @@ def write_settings(folder: Path, settings: MDSettings) -> None:
     Raises:
         OutputError: if the file cannot be written.
     """
-    write_text(folder / SETTINGS, json.dumps(dataclasses.asdict(settings), indent=2) + "\n")
+    values = {"version": VERSION, **dataclasses.asdict(settings)}
+    write_text(folder / SETTINGS, json.dumps(values, indent=2) + "\n")

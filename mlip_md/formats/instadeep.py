@@ -24,6 +24,7 @@ import numpy as np
 
 from mlip_md import files
 from mlip_md.errors import ModelFileError
+from mlip_md.formats.names import NAMES
 from mlip_md.formats.soundness import (
     MAX_HEADER_BYTES,
     OWN_ROOT,
@@ -47,7 +48,7 @@ from mlip_md.potential import Potential
 
 logger = logging.getLogger(__name__)
 
-ENDING = ".zip"
+ENDING = NAMES["instadeep"].ending
 HYPERPARAMETERS = "hyperparams.json"
 PARAMETERS = "params.npz"
 MAX_FILE_BYTES = 512 * 2**20
@@ -100,12 +101,16 @@ def save_zip(potential: Potential, path: str | os.PathLike[str]) -> None:
         path: file name ending in ``.zip``.
 
     Raises:
-        ModelFileError: if the name has another ending or the potential is not sound.
+        ModelFileError: if the name has another ending, that library has no such network, or the
+            potential is not sound.
         OutputError: if the file system refuses.
     """
-    path = Path(path)
+    path, architecture = Path(path), potential.config.architecture
     wrong = f"{path}: the name of an InstaDeep model file must end in {ENDING}"
     require(path.suffix == ENDING, wrong)
+    known = " or ".join(_LIBRARY_DEFAULTS)
+    wrong = f"{path}: an InstaDeep model file holds {known}, not {architecture}; take another"
+    require(architecture in _LIBRARY_DEFAULTS, wrong)
     with explaining(f"{path}: "):
         check_potential(potential)
     root = _root(potential.config)
@@ -209,7 +214,11 @@ _NPY = re.compile(
     rb"'shape': \(((?:[0-9]{1,12}, ?){0,32}[0-9]{0,12})\), \} *\n)",
     re.DOTALL,
 )
-"""Head of an .npy file as NumPy writes it: version, length of the header, header."""
+"""Head of an .npy file as NumPy writes it: version, length of the header, header.
+
+Not read by ``numpy.lib.format``, which has Python's own compiler parse the header: nothing of a
+foreign file shall reach that, and a test that listens to Python's audit events holds it.
+"""
 _DTYPES = {b"<f4": np.float32, b"<f8": np.float64}
 
 

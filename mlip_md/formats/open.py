@@ -10,6 +10,7 @@ from typing import NamedTuple
 from mlip_md import bundled
 from mlip_md.errors import ModelFileError
 from mlip_md.formats import instadeep, own
+from mlip_md.formats.names import NAMES
 from mlip_md.potential import Potential
 
 RUN_FOLDER_FILE = "model.safetensors"
@@ -25,33 +26,31 @@ class Format(NamedTuple):
         what: an article and what it is called, for messages.
         begins: whether the first bytes of a file are those of this format.
         load: reads a path.
-        save: writes a potential to a path.
+        save: writes a potential to a path; None if files of this format are only read.
     """
 
     ending: str
     what: str
     begins: Callable[[bytes], bool]
     load: Callable[[Path], Potential]
-    save: Callable[[Potential, Path], None]
+    save: Callable[[Potential, Path], None] | None
 
 
 FORMATS = {
     "mlip-md": Format(
-        own.ENDING,
-        "a .safetensors file",
+        *NAMES["mlip-md"],
         lambda head: head[4:9] == b"\0\0\0\0{",
         own.load,
         own.save,
     ),
     "instadeep": Format(
-        instadeep.ENDING,
-        "an InstaDeep .zip",
+        *NAMES["instadeep"],
         lambda head: head.startswith(b"PK\3\4"),
         instadeep.load_zip,
         instadeep.save_zip,
     ),
 }
-"""Formats by the name that ``mlip-md convert --to`` knows; a new one is an entry here."""
+"""Formats by the names of ``formats.names``; a new one is an entry of both."""
 
 
 def open_potential(name_or_path: str | os.PathLike[str]) -> Potential:
@@ -61,9 +60,9 @@ def open_potential(name_or_path: str | os.PathLike[str]) -> Potential:
     that the reader of the format tells what is wrong with it.
 
     Args:
-        name_or_path: name of a bundled potential, or path of a ``.safetensors`` file, of an
-            InstaDeep ``.zip`` or of a training run's folder. Bundled names come first; write
-            ``./name`` for a folder that is called like one.
+        name_or_path: name of a bundled potential, or path of a file of one of ``FORMATS`` or of a
+            training run's folder. Bundled names come first; write ``./name`` for a folder that is
+            called like one.
 
     Returns:
         The potential.

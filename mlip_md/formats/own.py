@@ -22,10 +22,10 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-import mlip_md
 from mlip_md import files
 from mlip_md.elements import symbol
 from mlip_md.errors import ModelFileError
+from mlip_md.formats.names import NAMES
 from mlip_md.formats.soundness import (
     MAX_HEADER_BYTES,
     OWN_ROOT,
@@ -42,8 +42,9 @@ from mlip_md.formats.soundness import (
     unflatten,
 )
 from mlip_md.potential import Potential
+from mlip_md.version import __version__
 
-ENDING = ".safetensors"
+ENDING = NAMES["mlip-md"].ending
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 MAX_FILE_BYTES = 2 * 2**30
@@ -130,7 +131,7 @@ def _origin(description: Mapping[str, Any]) -> str:
     writer = f"{description.get('written_by', 'an unknown program')!s:.40}"
     return (
         f" (format_version {description['format_version']}, written by {writer}, read by mlip-md "
-        f"{mlip_md.__version__}; options that are newer than a release need an upgrade)"
+        f"{__version__}; options that are newer than a release need an upgrade)"
     )
 
 
@@ -140,7 +141,7 @@ def _describe(potential: Potential) -> dict[str, Any]:
     e0 = dict(zip(map(symbol, potential.elements), energies, strict=True))
     return {
         "format_version": FORMAT_VERSION,
-        "written_by": f"mlip-md {mlip_md.__version__}",
+        "written_by": f"mlip-md {__version__}",
         "units": _UNITS,
         **description,
         "atomic_energies": e0,
@@ -213,7 +214,7 @@ def _parse_description(text: str) -> dict[str, Any]:
     version = description.get("format_version")
     if version not in READABLE_VERSIONS or isinstance(version, (bool, float)):
         raise ModelFileError(
-            f"its format_version is {version!r}; mlip-md {mlip_md.__version__} reads "
+            f"its format_version is {version!r}; mlip-md {__version__} reads "
             f"{', '.join(map(str, READABLE_VERSIONS))}. Upgrade mlip-md to read newer files"
         )
     if not isinstance(description.get("sha256"), str) or len(description["sha256"]) != 64:

@@ -32,7 +32,7 @@ OWN_ROOT = "params#"
 """Beginning of the names of weights; flax calls its trainable variables so."""
 
 _MAX_TEXT = 1000
-_LEAST_STDEV = 1e-8
+_MIN_STDEV = 1e-8
 
 _INDEX = np.zeros(1, np.int32)
 _ONE_EDGE = Graph(
@@ -85,8 +85,8 @@ def check_statistics(potential: Potential) -> None:
         f"avg_r_min = {r_min}; it must be below the cutoff, {potential.cutoff} Å",
     )
     require(
-        abs(stdev) >= _LEAST_STDEV,
-        f"scaling_stdev = {stdev}; its magnitude must be at least {_LEAST_STDEV}",
+        abs(stdev) >= _MIN_STDEV,
+        f"scaling_stdev = {stdev}; its magnitude must be at least {_MIN_STDEV}",
     )
 
 

@@ -1,7 +1,7 @@
 """Neighbor lists: exact ones on the host, and lists of fixed capacity that JAX can work with.
 
-The room's only door. ``neighbor_list`` is what a user calls. The trainer takes ``host_edges``.
-``structure`` checks and places atoms. The engine finds edges in its own compiled step
+The room's only door. ``neighbor_list`` is what a user and the trainer call. ``structure``
+checks and places atoms. The engine finds edges in its own compiled step
 (``find_edges``), which a ``DeviceList`` runs.
 """
 

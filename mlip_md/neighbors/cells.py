@@ -34,20 +34,31 @@ from mlip_md.neighbors.search import (
 
 BINS_PER_CUTOFF = (1, 1, 4)
 """Columns as wide as the cutoff; thin bins along them, so that stretches have little overhang."""
-MOST_BINS_PER_ATOM = 16
+MAX_BINS_PER_ATOM = 16
 
 
 def plan_grid(
     cutoff: float, positions: Float64, cell: Float64, pbc: Bool, shrink: float
 ) -> tuple[Three, Three]:
-    """Bins per axis and the reach they need, also after shrinking the cell by a factor."""
+    """Bins per axis and the reach they need, also after shrinking the cell by a factor.
+
+    Args:
+        cutoff: Å.
+        positions: (n, 3) Å, placed.
+        cell: (3, 3) Å, checked.
+        pbc: (3,).
+        shrink: factor on the spacings of lattice planes for which the reach still suffices.
+
+    Returns:
+        Bins along the three axes, and bins to either side within which the cutoff lies.
+    """
     heights = np.zeros(3)
     heights[pbc] = plane_spacings(cell, pbc)
     if not pbc.all():
         normals = open_directions(cell, pbc)
         heights[~pbc] = np.ptp(positions @ normals.T, axis=0)
     grid = np.maximum(1.0, shrink * heights / cutoff * BINS_PER_CUTOFF)
-    while np.prod(grid) > max(4096, MOST_BINS_PER_ATOM * len(positions)):
+    while np.prod(grid) > max(4096, MAX_BINS_PER_ATOM * len(positions)):
         grid[np.argmax(grid)] *= 0.8
     grid = np.maximum(1, grid).astype(int)
     reach = np.array(BINS_PER_CUTOFF)  # along open axes bins are made wide enough
@@ -122,7 +133,17 @@ def cell_pairs(
 
 
 def required_slots(positions: Float64, cell: Float64, search: Search, cutoff: float) -> int:
-    """Slots that a structure needs on the grid of a search; compiles for its number of atoms."""
+    """Slots that a structure needs on the grid of a search; compiles for its number of atoms.
+
+    Args:
+        positions: (n, 3) Å, placed.
+        cell: (3, 3) Å, checked.
+        search: of which ``pbc``, ``grid`` and ``reach`` are read.
+        cutoff: Å.
+
+    Returns:
+        Candidates of any atom in one column of bins, at the most.
+    """
     if len(positions) == 0:
         return 0
     dtype = jax.dtypes.canonicalize_dtype(np.float64)

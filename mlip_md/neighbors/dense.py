@@ -30,6 +30,13 @@ def required_images(cutoff: float, spacings: np.ndarray | jax.Array) -> np.ndarr
 
     A pair at fractional difference f, |f| <= 1/2 after rounding, is within the cutoff of its image
     S only if |f + S| < cutoff / spacing.
+
+    Args:
+        cutoff: Å.
+        spacings: (p,) Å, of the p periodic axes.
+
+    Returns:
+        (p,) int32, of the kind of array that the spacings are.
     """
     xp = np if isinstance(spacings, np.ndarray) else jnp
     return xp.ceil(cutoff / spacings + ROUNDING_SLACK - 0.5).astype(np.int32)

@@ -25,8 +25,8 @@ from mlip_md.errors import CapacityError, ConfigError, NeighborError, StructureE
 from mlip_md.neighbors import nvalchemi
 from mlip_md.neighbors.cells import plan_grid, required_slots
 from mlip_md.neighbors.dense import required_images
-from mlip_md.neighbors.geometry import LARGEST_SKIN, Bool, Float64, check_cutoff, plane_spacings
-from mlip_md.neighbors.host import MOST_EDGES, host_edges
+from mlip_md.neighbors.geometry import MAX_SKIN, Bool, Float64, check_cutoff, plane_spacings
+from mlip_md.neighbors.host import MAX_EDGES, host_edges
 from mlip_md.neighbors.kept import Kept, Needs, nothing_kept
 from mlip_md.neighbors.search import LANES, Search, Three
 
@@ -40,9 +40,9 @@ DENSE_LIMIT = 4_000_000
 SHRINK_MARGIN = 0.92
 """A box may shrink to this part of its spacings before images or bins have to be added."""
 SLOTS_MARGIN = 1.1
-MOST_GROWTHS = 8
+MAX_GROWTHS = 8
 """Times in a row that a list may grow for one structure."""
-LARGEST_WASTE = 1.6
+MAX_WASTE = 1.6
 """A compiled capacity is used again for up to this many times fewer edges."""
 BAND = 1e-4
 """Part of the cutoff within which a pair at the cutoff may be listed or not, in float32."""
@@ -53,7 +53,7 @@ _COARSE = 1024  # above, capacities are multiples of 128 instead of 8
 
 def _ladder() -> list[int]:
     rungs = [8]
-    while rungs[-1] <= MOST_EDGES:
+    while rungs[-1] <= MAX_EDGES:
         target = max(rungs[-1] * 5 // 4, rungs[-1] + 8)
         unit = 8 if target <= _COARSE else 128
         rungs.append(-(-target // unit) * unit)
@@ -71,8 +71,8 @@ def ladder(n: int) -> int:
     Raises:
         CapacityError: if int32 could not count that far.
     """
-    if n > MOST_EDGES:
-        raise CapacityError(f"a capacity of {n} is more than the {MOST_EDGES} that can be counted")
+    if n > MAX_EDGES:
+        raise CapacityError(f"a capacity of {n} is more than the {MAX_EDGES} that can be counted")
     return _RUNGS[bisect.bisect_left(_RUNGS, n)]
 
 
@@ -82,7 +82,7 @@ def _is_number(value: object) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class NeighborSpec:
-    """What a neighbor list has to find, and how.
+    """What a neighbor list has to find, and how; ``Engine`` has the defaults.
 
     Attributes:
         cutoff: Å.
@@ -91,7 +91,7 @@ class NeighborSpec:
             host's list is made anew in every step: that costs less than pruning a longer one.
         backend: "vesin" on the host, "dense", "cells" or "nvalchemi" on the device, "auto" by
             device and size.
-        capacity_margin: factor on the first number of edges.
+        capacity_margin: 1 to 100, factor on the first number of edges.
 
     Raises:
         StructureError: if the cutoff is no positive number.
@@ -99,16 +99,16 @@ class NeighborSpec:
     """
 
     cutoff: float
-    skin: float | None = None
-    backend: str = "auto"
-    capacity_margin: float = 1.2
+    skin: float | None
+    backend: str
+    capacity_margin: float
 
     def __post_init__(self) -> None:
         check_cutoff(self.cutoff)
         skin, margin = self.skin, self.capacity_margin
-        if skin is not None and not (_is_number(skin) and 0.0 <= skin <= LARGEST_SKIN):
+        if skin is not None and not (_is_number(skin) and 0.0 <= skin <= MAX_SKIN):
             raise ConfigError(
-                f"skin = {skin!r} Å is not allowed; it must be 0 to {LARGEST_SKIN:.0f} Å, or None"
+                f"skin = {skin!r} Å is not allowed; it must be 0 to {MAX_SKIN:.0f} Å, or None"
             )
         if self.backend not in BACKENDS:
             raise ConfigError(f"backend = {self.backend!r} is unknown; choose one of {BACKENDS}")
@@ -147,7 +147,17 @@ class NeighborSpec:
 
 
 def plan_images(cutoff: float, cell: Float64, pbc: Bool, shrink: float = SHRINK_MARGIN) -> Three:
-    """Images to search to either side of the nearest, enough also after shrinking by a factor."""
+    """Images to search to either side of the nearest, enough also after shrinking by a factor.
+
+    Args:
+        cutoff: Å.
+        cell: (3, 3) Å, checked.
+        pbc: (3,).
+        shrink: factor on the spacings of lattice planes for which they still suffice.
+
+    Returns:
+        Images along the three axes; 0 along open ones.
+    """
     images = np.zeros(3, np.int32)
     if pbc.any():
         images[pbc] = required_images(cutoff, shrink * plane_spacings(cell, pbc))
@@ -214,7 +224,7 @@ class Capacities:
         with self._lock:
             known = self._known.setdefault((nodes, graphs, search), [])
             place = bisect.bisect_left(known, n_edges)
-            if place < len(known) and known[place] <= max(LARGEST_WASTE * n_edges, ladder(n_edges)):
+            if place < len(known) and known[place] <= max(MAX_WASTE * n_edges, ladder(n_edges)):
                 return Shape(nodes, known[place], graphs, search)
             edges = ladder(math.ceil(margin * n_edges))
             if known and edges > known[-1]:
@@ -262,6 +272,9 @@ def plan_search(
         cell: (3, 3) Å, checked.
         pbc: (3,).
 
+    Returns:
+        What the device is told, with room for what the host's list has, and that list's counts.
+
     Raises:
         CapacityError: if the search would be too large.
         ConfigError: if the backend is not installed.
@@ -302,6 +315,10 @@ def _whole_words(slots: int) -> int:
 def check_size(search: Search, n_nodes: int) -> None:
     """Refuse a search that int32 could not index.
 
+    Args:
+        search: of which ``backend``, ``reach`` and ``slots`` are read.
+        n_nodes: atoms, or nodes where padding is searched too.
+
     Raises:
         CapacityError: if there are too many candidates.
     """
@@ -309,16 +326,20 @@ def check_size(search: Search, n_nodes: int) -> None:
         size = n_nodes**2 * _window(search.reach, 3)
     else:
         size = n_nodes * _window(search.reach, 2) * max(search.slots, 1)
-    if size > MOST_EDGES:
+    if size > MAX_EDGES:
         raise CapacityError(
             f"{n_nodes} atoms have {size} candidates to try (backend {search.backend!r}, reach "
-            f"{search.reach}, {search.slots} slots), more than {MOST_EDGES}; use a smaller system, "
+            f"{search.reach}, {search.slots} slots), more than {MAX_EDGES}; use a smaller system, "
             "or backend='vesin'"
         )
 
 
 def grow_search(search: Search, needs: Needs) -> Search:
     """A search with the capacities that are needed; each growth is logged.
+
+    Args:
+        search: whose ``reach``, ``slots`` and ``candidates`` grow; none ever shrinks.
+        needs: of a list, on the host.
 
     Raises:
         CapacityError: if int32 could not count them.
@@ -394,7 +415,7 @@ class DeviceList:
             NeighborError: if the first list contradicts the host's.
             CapacityError: if the list is too large.
         """
-        for _ in range(MOST_GROWTHS):
+        for _ in range(MAX_GROWTHS):
             search = self.search
             check_size(search, ladder(self._n_atoms + 1))
             shape = self._capacities.choose(self._n_atoms, self.edges, 1, self._margin, search)
@@ -410,7 +431,7 @@ class DeviceList:
                     self._plan = None
                 return result, shape
         raise CapacityError(
-            f"the neighbor list did not fit after {MOST_GROWTHS} growths; it needs "
+            f"the neighbor list did not fit after {MAX_GROWTHS} growths; it needs "
             f"{self.edges} edges and {self.search}; use backend='vesin'"
         )
 
@@ -422,5 +443,5 @@ class DeviceList:
                 "there; an earlier step blew up, or the units are not Å"
             )
         self.search, needed = grow_search(self.search, needs), int(needs.edges)
-        if not needed <= self.edges <= LARGEST_WASTE * needed:
+        if not needed <= self.edges <= MAX_WASTE * needed:
             self.edges = needed  # else the capacity stays: a number that breathes fits again

@@ -12,12 +12,12 @@ from mlip_md.errors import StructureError
 Float64 = NDArray[np.float64]
 Bool = NDArray[np.bool_]
 
-SMALLEST_VOLUME_RATIO = 1e-7
+MIN_VOLUME_RATIO = 1e-7
 """Periodic vectors whose volume is below this part of their lengths' product span no lattice."""
-LARGEST_COORDINATE = 1e12
+MAX_COORDINATE = 1e12
 """Å; beyond it float64 resolves less than a thousandth of a bond."""
 
-LARGEST_SKIN = 10.0
+MAX_SKIN = 10.0
 """Å that a list may reach beyond the cutoff; longer ones only cost time."""
 
 _ANY_PBC = np.zeros(3, bool), np.ones(3, bool)
@@ -37,6 +37,12 @@ def check_cutoff(cutoff: float) -> float:
 def check_positions(positions: ArrayLike) -> Float64:
     """Positions as (n, 3) float64.
 
+    Args:
+        positions: (n, 3) Å, or nothing at all for no atoms.
+
+    Returns:
+        The same in Å, not copied if it need not be.
+
     Raises:
         StructureError: on another shape, or naming the atoms whose positions are not finite.
     """
@@ -51,7 +57,7 @@ def check_positions(positions: ArrayLike) -> Float64:
             f"positions of {len(bad)} of {len(array)} atoms are not finite, first atom {bad[0]} at "
             f"{array[bad[0]].tolist()}; an earlier step blew up or the file is damaged"
         )
-    if array.size and np.abs(array).max() > LARGEST_COORDINATE:
+    if array.size and np.abs(array).max() > MAX_COORDINATE:
         far = int(np.argmax(np.abs(array).max(axis=1)))
         raise StructureError(
             f"atom {far} is at {array[far].tolist()} Å, where float64 no longer resolves "
@@ -86,7 +92,7 @@ def check_cell(cell: ArrayLike | None, pbc: ArrayLike) -> tuple[Float64, Bool]:
         raise StructureError(f"the cell has the shape {array.shape}; it must be (3, 3), rows in Å")
     if not np.isfinite(array).all():
         raise StructureError(f"the cell {array.tolist()} is not finite")
-    if np.abs(array).max() > LARGEST_COORDINATE:
+    if np.abs(array).max() > MAX_COORDINATE:
         raise StructureError(f"the cell {array.tolist()} is too large; is it in Å?")
     if periodic.any():
         _check_span(array, periodic)
@@ -96,7 +102,7 @@ def check_cell(cell: ArrayLike | None, pbc: ArrayLike) -> tuple[Float64, Bool]:
 def _check_span(cell: Float64, pbc: Bool) -> None:
     vectors = cell[pbc]
     lengths = np.linalg.norm(vectors, axis=1)
-    if not lengths.all() or _volume(vectors / lengths[:, None]) <= SMALLEST_VOLUME_RATIO:
+    if not lengths.all() or _volume(vectors / lengths[:, None]) <= MIN_VOLUME_RATIO:
         axes = ", ".join("abc"[axis] for axis in np.flatnonzero(pbc))
         raise StructureError(
             f"the structure is periodic along {axes} but these cell vectors are zero or linearly "
@@ -115,13 +121,16 @@ def _volume(vectors: Float64) -> float:
 
 
 def has_volume(cell: Float64) -> bool:
-    """Whether three vectors (3, 3) span a volume, so that a stress is defined."""
+    """Whether three vectors (3, 3) in Å span a volume, so that a stress is defined."""
     lengths = math.sqrt(float(np.prod(np.einsum("ij,ij->i", cell, cell))))
-    return abs(float(np.linalg.det(cell))) > SMALLEST_VOLUME_RATIO * lengths > 0.0
+    return abs(float(np.linalg.det(cell))) > MIN_VOLUME_RATIO * lengths > 0.0
 
 
 def dual_vectors(vectors: Float64) -> Float64:
-    """Dual basis (p, 3) of p lattice vectors (p, 3): fractions are ``positions @ dual.T``."""
+    """Dual basis (p, 3) in 1/Å of p lattice vectors (p, 3) in Å.
+
+    Fractions are ``positions @ dual.T``.
+    """
     if len(vectors) == 0:
         return vectors
     inverse = np.linalg.inv(vectors) if len(vectors) == 3 else np.linalg.pinv(vectors)
@@ -129,13 +138,23 @@ def dual_vectors(vectors: Float64) -> Float64:
 
 
 def plane_spacings(cell: Float64, pbc: Bool) -> Float64:
-    """Distances (p,) in Å between lattice planes along the p periodic axes."""
+    """Distances (p,) in Å between lattice planes along the p periodic axes.
+
+    Args:
+        cell: (3, 3) Å, checked.
+        pbc: (3,), of which p are true.
+    """
     dual = dual_vectors(cell[pbc])
     return 1.0 / np.sqrt(np.einsum("ij,ij->i", dual, dual))
 
 
 def open_directions(cell: Float64, pbc: Bool) -> Float64:
-    """Orthonormal rows (3 - p, 3) perpendicular to the p periodic vectors."""
+    """Orthonormal rows (3 - p, 3), without unit, perpendicular to the p periodic vectors.
+
+    Args:
+        cell: (3, 3) Å, checked.
+        pbc: (3,), of which p are true.
+    """
     if not pbc.any():
         return np.eye(3)
     return np.asarray(np.linalg.svd(np.vstack([cell[pbc], np.zeros((1, 3))]))[2][pbc.sum() :])
@@ -210,6 +229,6 @@ def place(positions: Float64, cell: Float64, pbc: Bool, cutoff: float) -> Float6
         Positions (n, 3) Å.
     """
     wrapped, _ = wrap(positions, cell, pbc)
-    closed = close_gaps(wrapped, cell, pbc, 2.0 * (cutoff + LARGEST_SKIN))
+    closed = close_gaps(wrapped, cell, pbc, 2.0 * (cutoff + MAX_SKIN))
     middle, vectors = closed.mean(axis=0), cell[pbc]
     return np.asarray(closed - (middle + (0.5 - dual_vectors(vectors) @ middle) @ vectors))

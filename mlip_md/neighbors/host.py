@@ -24,14 +24,14 @@ from mlip_md.neighbors.geometry import (
     wrap,
 )
 
-MOST_EDGES = 2**31 - 1
+MAX_EDGES = 2**31 - 1
 """Edges are counted and indexed in int32 on the device."""
 BYTES_PER_EDGE = 60
 """Memory of a list on the host while it is sorted."""
 
-MOST_IMAGES = 2e7
+MAX_IMAGES = 2e7
 """Periodic images of atoms that are tried as neighbors of one."""
-MOST_BINS = 50_000
+MAX_BINS = 50_000
 """Bins of vesin's grid. From 100,000 on it divides by zero where the grid is thin."""
 
 _searches = threading.local()
@@ -94,6 +94,9 @@ def host_edges(
         cutoff: Å.
         closed: whether gaps in open directions have been closed before.
 
+    Returns:
+        Edges sorted by receiver, both directions of every pair.
+
     Raises:
         CapacityError: if the list would not fit.
     """
@@ -144,18 +147,21 @@ def _reach(positions: Float64, cell: Float64, pbc: Bool, cutoff: float) -> float
     if not pbc.all():
         heights[~pbc] = np.ptp(positions @ open_directions(cell, pbc).T, axis=0)
     reach = cutoff
-    while np.prod(np.maximum(heights / reach, 1.0)) > MOST_BINS:
+    while np.prod(np.maximum(heights / reach, 1.0)) > MAX_BINS:
         reach *= 1.25
     if reach > cutoff and np.prod(2.0 * reach / heights[pbc] + 1.0) > 1000.0:
         raise CapacityError(
             f"{len(positions)} atoms are spread over {np.round(heights, 1).tolist()} Å; no grid of "
-            f"{MOST_BINS} bins covers that within the cutoff of {cutoff} Å. Is the cell in Å?"
+            f"{MAX_BINS} bins covers that within the cutoff of {cutoff} Å. Is the cell in Å?"
         )
     return reach
 
 
 def check_offsets(offsets: NDArray[np.int64]) -> None:
     """Refuse atoms so many cells away that int32 could not count the shifts.
+
+    Args:
+        offsets: (n, 3) whole cells, at least one row.
 
     Raises:
         StructureError: on whole cells of 2³⁰ or more.
@@ -191,11 +197,11 @@ def check_density(positions: Float64, cell: Float64, pbc: Bool, cutoff: float) -
     n_atoms = len(positions)
     spacings = plane_spacings(cell, pbc)
     images = float(np.prod(2.0 * cutoff / spacings + 1.0))
-    most = min(MOST_EDGES, _memory() // BYTES_PER_EDGE)
-    if images * n_atoms > MOST_IMAGES:
+    most = min(MAX_EDGES, _memory() // BYTES_PER_EDGE)
+    if images * n_atoms > MAX_IMAGES:
         raise CapacityError(
             f"{n_atoms} atoms with lattice planes {np.round(spacings, 6).tolist()} Å apart have "
-            f"about {images * n_atoms:.1e} images within {cutoff:.6g} Å; at most {MOST_IMAGES:.0e} "
+            f"about {images * n_atoms:.1e} images within {cutoff:.6g} Å; at most {MAX_IMAGES:.0e} "
             "are tried. Is the cell in Å?"
         )
     if images * n_atoms**2 <= most:

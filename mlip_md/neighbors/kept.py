@@ -86,6 +86,9 @@ def nothing_kept(
         search: of which ``skin`` and ``candidates`` are used.
         dtype: of the positions.
         device: where the list is kept.
+
+    Returns:
+        The list, whose positions are NaN; None for a search without skin.
     """
     if not search.skin:
         return None
@@ -169,6 +172,16 @@ def movement(
     σ|D| - |u_i| - |u_j| with σ the smallest singular value of F, no less than 1 - ‖sym(F) - 1‖.
     No pair beyond cutoff + skin can have come within the cutoff while
     (cutoff + skin) (1 - σ) + |u_i| + |u_j| < skin.
+
+    Args:
+        positions: (n_nodes, 3) Å.
+        cell: (3, 3) Å.
+        kept: of an earlier call with the same atoms.
+        search: of which ``pbc``, ``cutoff`` and ``skin`` are read.
+
+    Returns:
+        n (n_nodes, 3) int32, zero along open axes, and the left side of that inequality, () Å; not
+        a number where nothing has been kept.
     """
     axes = search.axes
     vectors, before = cell[axes], kept.cell[axes]
@@ -193,7 +206,19 @@ def prune(
     search: Search,
     capacity: int,
 ) -> Pairs:
-    """Those pairs that are within the cutoff, with shifts of the positions as given."""
+    """Those pairs that are within the cutoff, with shifts of the positions as given.
+
+    Args:
+        positions: (n_nodes, 3) Å.
+        cell: (3, 3) Å.
+        homes: (n_nodes, 3) int32, whole cells that atoms were moved by since the pairs were found.
+        pairs: within cutoff + skin then, in the capacity of candidates.
+        search: of which ``pbc`` and ``cutoff`` are read.
+        capacity: edges to make room for.
+
+    Returns:
+        The edges; ``n_pairs`` counts all of them, ``reach`` and ``slots`` are those of the pairs.
+    """
     axes = search.axes
     steady = positions - combine(homes[:, axes].astype(cell.dtype), cell[axes])
     near = pairs.mask & (_squares(steady, cell, pairs, axes) < search.cutoff**2)

@@ -102,7 +102,21 @@ def padded_pairs(
     reach: jax.Array | Three = (0, 0, 0),
     slots: jax.Array | int = 0,
 ) -> Pairs:
-    """Pairs whose invalid rows are made padding."""
+    """Pairs whose invalid rows are made padding.
+
+    Args:
+        senders: (capacity,) int32, of what the search found, in the order of the receivers.
+        receivers: (capacity,) int32.
+        shifts: (capacity, 3) int32.
+        valid: (capacity,) bool, which rows are pairs.
+        count: () int32, pairs that exist, whatever the capacity.
+        n_nodes: nodes, padding included; the last one is padding.
+        reach: (3,), what the search needs.
+        slots: (), what the search needs.
+
+    Returns:
+        The same, as ``Pairs``.
+    """
     return Pairs(
         jnp.where(valid, senders, n_nodes - 1),
         jnp.where(valid, receivers, n_nodes - 1),
@@ -163,14 +177,22 @@ def _nth_bit(words: jax.Array, n: jax.Array) -> jax.Array:
 
 
 def cross(u: jax.Array, v: jax.Array) -> jax.Array:
-    """Cross product of two vectors."""
+    """Cross product (3,) of two vectors (3,), in the product of their units."""
     return jnp.stack(
         [u[1] * v[2] - u[2] * v[1], u[2] * v[0] - u[0] * v[2], u[0] * v[1] - u[1] * v[0]]
     )
 
 
 def dual(vectors: jax.Array) -> jax.Array:
-    """Dual basis of up to three lattice vectors, without a factorisation."""
+    """Dual basis of up to three lattice vectors, without a factorisation.
+
+    Args:
+        vectors: (p, 3) Å, rows, p from 0 to 3.
+
+    Returns:
+        (p, 3) 1/Å, rows b_k with a_j · b_k = δ_jk in the span of the vectors; not finite if they
+        are linearly dependent.
+    """
     if len(vectors) == 0:
         return vectors
     if len(vectors) == 1:
@@ -184,7 +206,16 @@ def dual(vectors: jax.Array) -> jax.Array:
 
 
 def axes_frame(cell: jax.Array, pbc: tuple[bool, bool, bool]) -> jax.Array:
-    """Rows that project positions on axes: dual vectors of periodic, unit normals of open ones."""
+    """Rows that project positions on axes: dual vectors of periodic, unit normals of open ones.
+
+    Args:
+        cell: (3, 3) Å, rows are lattice vectors; those of open axes are not read.
+        pbc: periodicity of the axes.
+
+    Returns:
+        (3, 3), in the order of the axes: 1/Å in rows of periodic axes (a projection is a fraction),
+        without unit in rows of open ones (a projection is in Å).
+    """
     periodic = np.array(pbc)
     vectors = cell[np.flatnonzero(periodic)]
     if periodic.all():
@@ -203,12 +234,28 @@ def axes_frame(cell: jax.Array, pbc: tuple[bool, bool, bool]) -> jax.Array:
 
 
 def project(positions: jax.Array, rows: jax.Array) -> jax.Array:
-    """``positions @ rows.T`` as sums: matrix units would round it to ten bits."""
+    """``positions @ rows.T`` as sums: matrix units would round it to ten bits.
+
+    Args:
+        positions: (…, 3) Å.
+        rows: (p, 3), any unit.
+
+    Returns:
+        (…, p), Å times that unit.
+    """
     return jnp.sum(positions[..., None, :] * jnp.expand_dims(rows, range(positions.ndim - 1)), -1)
 
 
 def combine(counts: jax.Array, vectors: jax.Array) -> jax.Array:
-    """Σ_k counts[..., k] vectors[k], as sums for the same reason."""
+    """Σ_k counts[..., k] vectors[k], as sums for the same reason.
+
+    Args:
+        counts: (…, p), without unit, of the type of the vectors.
+        vectors: (p, 3) Å.
+
+    Returns:
+        (…, 3) Å; zeros (1, …, 3) that broadcast where p is 0.
+    """
     shape = (1,) * (counts.ndim - 1) + (3,)
     return sum(
         (counts[..., k, None] * vectors[k].reshape(shape) for k in range(len(vectors))),

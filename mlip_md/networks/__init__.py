@@ -11,11 +11,13 @@ from flax import linen as nn
 
 from mlip_md.errors import ConfigError
 from mlip_md.graph import Graph
+from mlip_md.networks.config import CONFIGS
+from mlip_md.networks.config import Hyperparameters as Hyperparameters
 from mlip_md.networks.config import MACEConfig as MACEConfig
 from mlip_md.networks.config import NequIPConfig as NequIPConfig
 from mlip_md.networks.config import NetworkConfig as NetworkConfig
 
-LARGEST_R_MIN = 0.98
+MAX_R_MIN = 0.98
 """Part of the cutoff; beyond it the envelope leaves float32 no digits of the radial basis."""
 
 
@@ -32,8 +34,8 @@ def build_network(
     Args:
         config: hyperparameters; their avg_num_neighbors and avg_r_min win over the arguments.
         num_species: number of elements.
-        cutoff: Å, radius of the neighbourhoods.
-        avg_num_neighbors: mean number of neighbours in the training set.
+        cutoff: Å, radius of the neighborhoods.
+        avg_num_neighbors: mean number of neighbors in the training set.
         avg_r_min: Å, mean shortest distance in the training set; None leaves the radial basis
             unscaled. Read by MACE only.
 
@@ -42,22 +44,27 @@ def build_network(
         energies before scaling and without E0.
 
     Raises:
-        ConfigError: if avg_r_min is too near to the cutoff or beyond it.
+        ConfigError: if avg_r_min is too near to the cutoff or beyond it, or there is no network
+            for such a configuration.
     """
     neighbors = config.avg_num_neighbors or avg_num_neighbors
     if isinstance(config, MACEConfig):
         from mlip_md.networks.mace import MACE
 
         r_min = config.avg_r_min if config.avg_r_min is not None else avg_r_min
-        if r_min is not None and r_min > LARGEST_R_MIN * cutoff:
+        if r_min is not None and r_min > MAX_R_MIN * cutoff:
             raise ConfigError(
-                f"avg_r_min = {r_min} Å is beyond {LARGEST_R_MIN:.0%} of the cutoff of {cutoff} Å: "
+                f"avg_r_min = {r_min} Å is beyond {MAX_R_MIN:.0%} of the cutoff of {cutoff} Å: "
                 "the radial basis cannot be normalised between them; take a larger cutoff"
             )
         return MACE(config, num_species, cutoff, neighbors, r_min)
-    from mlip_md.networks.nequip import NequIP
+    if isinstance(config, NequIPConfig):
+        from mlip_md.networks.nequip import NequIP
 
-    return NequIP(config, num_species, cutoff, neighbors)
+        return NequIP(config, num_species, cutoff, neighbors)
+    raise ConfigError(
+        f"there is no network for {type(config).__name__}; there are: {', '.join(CONFIGS)}"
+    )
 
 
 class _Published(nn.Module):

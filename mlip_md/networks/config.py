@@ -193,15 +193,18 @@ def _check_energies(name: str, value: Any) -> None:
         ENERGY.check(f"{name}[{z}]", energy, field=name)
 
 
-class _Hyperparameters:
-    """What the configurations of all architectures have in common.
+class Hyperparameters:
+    """What every configuration has: a frozen dataclass derives from this and gives all of it.
 
     Attributes:
-        num_layers: message-passing layers, the receptive field in units of the cutoff.
-        architecture: its name in files and recipes.
+        architecture: its name in files and recipes, where ``CONFIGS`` has the class.
         published_block: module below which published files and those of version 0.1.0 have the
-            weights.
+            weights. Initial weights and the identity of a potential depend on it: a network that
+            nobody has published takes a name of its own and keeps it.
         decaying: modules whose weights decay under weight decay; none means that all do.
+        num_layers: message-passing layers, the receptive field in units of the cutoff.
+        atomic_energies: E0 per element: None or "average" from the data set, "zero", or {Z: eV}.
+        avg_num_neighbors: divisor of the summed messages; None takes the data set's mean.
     """
 
     architecture: ClassVar[str]
@@ -209,6 +212,7 @@ class _Hyperparameters:
     decaying: ClassVar[tuple[str, ...]] = ()
     num_layers: int
     atomic_energies: AtomicEnergies
+    avg_num_neighbors: float | None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -222,7 +226,7 @@ class _Hyperparameters:
 
 
 @dataclasses.dataclass(frozen=True)
-class MACEConfig(_Hyperparameters):
+class MACEConfig(Hyperparameters):
     """Hyperparameters of MACE; defaults are the values of the published card.
 
     Attributes:
@@ -293,7 +297,7 @@ class MACEConfig(_Hyperparameters):
 
 
 @dataclasses.dataclass(frozen=True)
-class NequIPConfig(_Hyperparameters):
+class NequIPConfig(Hyperparameters):
     """Hyperparameters of NequIP; defaults are the values of the published card.
 
     Attributes:

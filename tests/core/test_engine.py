@@ -19,7 +19,9 @@ from mlip_md.devices import find_device
 from mlip_md.engine import Engine
 from mlip_md.errors import (
     CapacityError,
+    CoincidenceError,
     ConfigError,
+    DeviceError,
     MLIPError,
     NeighborError,
     NonFiniteError,
@@ -329,6 +331,25 @@ def test_a_batch_names_the_bad_structure(engine):
         engine.evaluate_batch([molecule(), (spoiled, numbers, cell, pbc)])
 
 
+def test_an_error_of_a_batch_has_what_the_error_of_one_has(engine):
+    positions, numbers, cell, pbc = molecule()
+    positions[4] = positions[1]
+    with pytest.raises(CoincidenceError) as alone:
+        engine.evaluate(positions, numbers, cell, pbc)
+    with pytest.raises(CoincidenceError) as together:
+        engine.evaluate_batch([molecule(), (positions, numbers, cell, pbc)])
+    assert str(together.value) == f"structure 1: {alone.value}"
+    assert together.value.pairs == [(1, 4)]
+    assert vars(together.value) == vars(alone.value)
+
+
+def test_an_error_of_several_parts_takes_a_place():
+    located = DeviceError("there is no tpu", "take cpu").locate("structure 3")
+    assert str(located) == "structure 3: there is no tpu. take cpu"
+    assert (located.problem, located.advice) == ("there is no tpu", "take cpu")
+    assert str(copy.copy(located)) == str(located)
+
+
 # Precision
 
 
@@ -619,7 +640,7 @@ def test_an_incomplete_search_gives_no_numbers(potential):
     assert run(dense, need)[0]
     assert not run(dense, need - 1)[0]
     assert not run(dense._replace(reach=(0, 1, 1)), need)[0]
-    spec = NeighborSpec(potential.cutoff, 0.5)
+    spec = NeighborSpec(potential.cutoff, 0.5, "cells", 1.2)
     cells, *_ = plan_search(spec, "cells", structure.positions, structure.cell, structure.pbc)
     whole, needs = run(cells, need)
     assert whole

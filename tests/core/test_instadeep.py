@@ -323,6 +323,18 @@ def test_written_zips_come_back(potentials, architecture, tmp_path):
         save_zip(potentials[architecture], tmp_path / "m.npz")
 
 
+def test_a_network_that_the_library_does_not_have_is_not_written(potentials, tmp_path):
+    class OtherConfig(MACEConfig):
+        architecture = "other"
+
+    other = dataclasses.replace(
+        potentials["mace"], config=OtherConfig(**dataclasses.asdict(potentials["mace"].config))
+    )
+    with refused("holds mace or nequip, not other"):
+        save_zip(other, tmp_path / "m.zip")
+    assert not list(tmp_path.iterdir())
+
+
 LIBRARY_NETWORKS = {"mace": "Mace", "nequip": "Nequip"}
 
 

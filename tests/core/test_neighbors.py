@@ -36,6 +36,10 @@ from mlip_md.neighbors.search import Search
 CUTOFF = 4.0
 
 
+def spec_of(cutoff=CUTOFF, *, skin=None, backend="auto", capacity_margin=1.2):
+    return NeighborSpec(cutoff, skin, backend, capacity_margin)
+
+
 def lattice(a, b, c, alpha, beta, gamma):
     """Cell from lengths and angles (degrees), a along x and b in the xy plane."""
     cos = np.cos(np.radians([alpha, beta, gamma]))
@@ -207,7 +211,7 @@ def test_lists_as_engines_make_them_are_exact(name, backend):
     positions, cell, pbc = CASES[name]
     if backend == "nvalchemi" and len(positions) == 0:
         pytest.skip("an engine never searches nothing")
-    listed = Listed(NeighborSpec(CUTOFF, backend=backend), positions, cell, pbc)
+    listed = Listed(spec_of(backend=backend), positions, cell, pbc)
     assert listed.list.search.backend == backend
     found = listed.edges(positions, cell)
     assert compare(found, positions, cell, pbc, CUTOFF, 1e-4) == (0, 0, 0)
@@ -282,7 +286,7 @@ def test_shifts_reproduce_vectors_wherever_atoms_are():
     """Moving atoms by lattice vectors changes shifts, never vectors or the pairs."""
     positions, cell, pbc = CASES["triclinic"]
     moves = np.random.default_rng(3).integers(-5, 6, positions.shape)
-    spec = NeighborSpec(CUTOFF, backend="dense")
+    spec = spec_of(backend="dense")
 
     def vectors(where, find):
         i, j, S = find(where)
@@ -346,7 +350,7 @@ def test_groups_far_apart(positions, cell, pbc):
     assert compare(found, closed, cell, pbc, CUTOFF, 1e-6) == (0, 0, 0)
     assert np.ptp(closed @ open_directions(checked, periodic).T, axis=0).max() < 60.0
     for backend in ("dense", "cells"):
-        spec = NeighborSpec(CUTOFF, backend=backend, skin=0.0)
+        spec = spec_of(backend=backend, skin=0.0)
         found = edges_of(spec, positions, cell, pbc)
         assert compare(found, positions, cell, pbc, CUTOFF, max(1e-5, band)) == (0, 0, 0)
 
@@ -369,7 +373,7 @@ def test_needles_and_plates(sides):
     found = neighbor_list(positions, cell, True, CUTOFF)
     assert len(found[0]) > 10
     assert compare(found, positions, cell, True, CUTOFF, 1e-9) == (0, 0, 0)
-    spec = NeighborSpec(CUTOFF, backend="cells", skin=0.0)
+    spec = spec_of(backend="cells", skin=0.0)
     listed = Listed(spec, positions, cell, True)
     assert np.prod(listed.list.search.grid) <= 4096
     found = listed.edges(positions, cell)
@@ -387,7 +391,7 @@ def test_atoms_many_cells_away_lose_nothing(backend):
     cell = CASES["triclinic"][1]
     near = random_in(cell, 20)
     moves = np.random.default_rng(6).integers(-100_000, 100_001, near.shape)
-    find = finder(NeighborSpec(CUTOFF, backend=backend), near + moves @ cell, cell)
+    find = finder(spec_of(backend=backend), near + moves @ cell, cell)
     for positions in (near + moves @ cell, near + 2 * moves @ cell):
         found = find(positions, cell)
         assert compare(found, positions, cell, True, CUTOFF, 1e-5) == (0, 0, 0)
@@ -413,7 +417,7 @@ def test_whole_numbers_are_positions_too(backend):
     positions = np.random.default_rng(0).integers(0, 7, (12, 3))
     cell = np.eye(3) * 7.9
     for where in (positions, jnp.asarray(positions), positions.astype(np.float16)):
-        found = edges_of(NeighborSpec(CUTOFF, backend=backend), where, cell, True)
+        found = edges_of(spec_of(backend=backend), where, cell, True)
         assert compare(found, positions, cell, True, CUTOFF, 1e-5) == (0, 0, 0)
 
 
@@ -428,7 +432,7 @@ def crowd(n=30, side=9.0, seed=5):
 def test_one_edge_too_many_is_flagged_and_cured(backend, caplog):
     """A step without room says how much it needed; the same step again has it."""
     positions, cell = crowd()
-    spec = NeighborSpec(CUTOFF, backend=backend, skin=0.0, capacity_margin=1.0)
+    spec = spec_of(backend=backend, skin=0.0, capacity_margin=1.0)
     listed = Listed(spec, positions, cell, True)
     near, box, _, _ = listed.placed(positions, cell)
     need = int(listed.find(near, box).needs.edges)
@@ -484,7 +488,7 @@ def test_capacities_that_fit_are_taken_again():
 def test_a_number_that_breathes_asks_for_no_new_shape():
     """Edges between 1/1.6 of the room and all of it: the same shape, and nothing is compiled."""
     positions, cell = crowd(60, 11.0)
-    listed = Listed(NeighborSpec(CUTOFF, backend="dense", skin=0.0), positions, cell, True)
+    listed = Listed(spec_of(backend="dense", skin=0.0), positions, cell, True)
     shapes = set()
     for scale in (1.0, 1.04, 0.99, 1.02, 1.05, 1.0):
         found = listed.edges(positions * scale, cell * scale)
@@ -505,7 +509,7 @@ def test_a_number_that_breathes_asks_for_no_new_shape():
 def test_all_atoms_in_one_bin():
     """A grid planned for a gas: its slots overflow when the gas collapses, and grow."""
     gas, cell = crowd(30, 100.0)
-    spec = NeighborSpec(CUTOFF, backend="cells", skin=0.0, capacity_margin=1.0)
+    spec = spec_of(backend="cells", skin=0.0, capacity_margin=1.0)
     listed = Listed(spec, gas, cell, True)
     listed.edges(gas, cell)
     before = int(listed.steps[-1].needs.slots)
@@ -522,7 +526,7 @@ def test_all_atoms_in_one_bin():
 def test_a_shrinking_box_asks_for_more_images(backend, first, last, most_growths):
     """12 Å -> 4.2 Å with the atoms still or moving along: flagged in time, then right."""
     positions, cell = crowd(12, 12.0)
-    spec = NeighborSpec(CUTOFF, backend=backend, skin=0.0)
+    spec = spec_of(backend=backend, skin=0.0)
     listed = Listed(spec, positions, cell, True, capacities=Roomy())
     assert listed.list.search.reach[0] == first
     growths = 0
@@ -546,7 +550,7 @@ class Roomy(Capacities):
 def test_the_first_plan_survives_a_barostat(backend):
     """Seven percent of compression, or shear at constant volume, need no growth of the search."""
     positions, cell = crowd(20, 9.0)
-    spec = NeighborSpec(CUTOFF, backend=backend, skin=0.0, capacity_margin=2.0)
+    spec = spec_of(backend=backend, skin=0.0, capacity_margin=2.0)
     listed = Listed(spec, positions, cell, True)
     for deformation in (np.eye(3), np.eye(3) * 0.93, np.eye(3) + 0.08 * np.eye(3, k=-1)):
         truth = positions @ deformation, cell @ deformation
@@ -558,7 +562,7 @@ def test_a_step_is_compiled_once():
     """It is a pure function of arrays: other positions, cells and kept lists change no shape."""
     positions, cell = crowd()
     for backend in ("dense", "cells"):
-        listed = Listed(NeighborSpec(CUTOFF, backend=backend), positions, cell, True)
+        listed = Listed(spec_of(backend=backend), positions, cell, True)
         for where in (positions, positions + 0.1, positions[::-1], positions):
             found = listed.edges(where, cell)
             assert compare(found, where, cell, True, CUTOFF, 1e-5) == (0, 0, 0)
@@ -568,7 +572,7 @@ def test_a_step_is_compiled_once():
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_the_device_reports_what_is_not_finite(bad):
     positions, cell = crowd(10)
-    listed = Listed(NeighborSpec(CUTOFF, backend="dense"), positions, cell, True)
+    listed = Listed(spec_of(backend="dense"), positions, cell, True)
     engine = Engine(pair_potential(CUTOFF), backend="dense")
     spoiled = positions.copy()
     spoiled[3, 1] = bad
@@ -653,7 +657,7 @@ def test_dependent_vectors_are_no_cell():
 @pytest.mark.parametrize("backend", ["vesin", "dense", "cells"])
 def test_too_many_pairs_are_refused_before_the_memory_is_gone(backend):
     """Nanometers taken for ångströms, open or periodic, evenly spread or in a heap."""
-    spec = NeighborSpec(5.0, backend=backend)
+    spec = spec_of(cutoff=5.0, backend=backend)
     everywhere = random_in(np.eye(3) * 10, 100_000)
     heap = np.vstack([everywhere[:40_000] * 0.1, everywhere[:10] * 1e3])
     slab = np.diag([0.05, 0.05, 1.0])
@@ -683,7 +687,7 @@ def test_estimates_of_pairs_do_not_refuse_what_fits(monkeypatch):
 @pytest.mark.parametrize("backend", ["dense", "cells"])
 def test_a_box_that_vanishes_is_refused_by_name(backend):
     positions, cell = crowd(12, 7.9)
-    listed = Listed(NeighborSpec(CUTOFF, backend=backend, skin=0.0), positions, cell, True)
+    listed = Listed(spec_of(backend=backend, skin=0.0), positions, cell, True)
     with pytest.raises((CapacityError, StructureError)):
         listed.find(positions * 1e-12, cell * 1e-12)
     assert not any(step.complete for step in listed.steps)
@@ -692,7 +696,7 @@ def test_a_box_that_vanishes_is_refused_by_name(backend):
 def test_the_first_list_is_compared_with_the_host(monkeypatch):
     """A search that loses or invents an edge is found out when the list is made."""
     positions, cell = crowd(25)
-    spec = NeighborSpec(CUTOFF, backend="dense", skin=0.0)
+    spec = spec_of(backend="dense", skin=0.0)
     build = BUILDERS["dense"]
     for change in (-1, 1):
 
@@ -713,7 +717,7 @@ def test_choice_of_backend(monkeypatch, caplog):
     wide, narrow, periodic = np.eye(3) * 99, np.eye(3) * 1.2 * CUTOFF, np.ones(3, bool)
 
     def chosen(backend, platform, n_atoms, cell):
-        return NeighborSpec(CUTOFF, backend=backend).backend_of(platform, n_atoms, cell, periodic)
+        return spec_of(backend=backend).backend_of(platform, n_atoms, cell, periodic)
 
     with caplog.at_level(logging.INFO, "mlip_md"):
         for _ in range(3):
@@ -759,9 +763,9 @@ def test_specifications_are_checked():
         {"capacity_margin": 0.5}, {"capacity_margin": "a"}, {"capacity_margin": np.nan},
     ):  # fmt: skip
         with pytest.raises(ConfigError):
-            NeighborSpec(CUTOFF, **wrong)
+            spec_of(**wrong)
     with pytest.raises(CapacityError, match="candidates to try"):
-        Listed(NeighborSpec(CUTOFF, backend="dense"), *crowd(50_000, 200.0), False)
+        Listed(spec_of(backend="dense"), *crowd(50_000, 200.0), False)
 
 
 def test_wrapping():

@@ -22,7 +22,13 @@ from reference_library import applied, inputs, jit, library_network, strong_weig
 
 from mlip_md.errors import ConfigError
 from mlip_md.formats.instadeep import load_zip
-from mlip_md.networks import MACEConfig, NequIPConfig, build_network, layers
+from mlip_md.networks import (
+    Hyperparameters,
+    MACEConfig,
+    NequIPConfig,
+    build_network,
+    layers,
+)
 from mlip_md.networks.config import ACTIVATIONS, RADIAL_ENVELOPES
 from mlip_md.networks.product_basis import monomial_indices, reduced_couplings
 from mlip_md.networks.radial_scale import radial_scale
@@ -449,3 +455,15 @@ def test_the_radial_basis_cannot_be_normalised_almost_at_the_cutoff(r_min):
         build_network(MACEConfig(avg_r_min=r_min), **sizes, avg_r_min=1.0)
     build_network(MACEConfig(avg_r_min=1.0), **sizes, avg_r_min=r_min)  # the configuration wins
     build_network(NequIPConfig(), **sizes, avg_r_min=r_min)  # does not read it
+
+
+def test_a_configuration_without_a_network_is_refused_by_name():
+    @dataclasses.dataclass(frozen=True)
+    class OtherConfig(Hyperparameters):
+        architecture = "other"
+        atomic_energies: None = None
+        avg_num_neighbors: float = 5.0
+
+    sizes = {"num_species": 2, "cutoff": 4.0, "avg_num_neighbors": 5.0}
+    with pytest.raises(ConfigError, match="no network for OtherConfig; there are: mace, nequip"):
+        build_network(OtherConfig(), **sizes, avg_r_min=1.0)

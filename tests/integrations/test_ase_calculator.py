@@ -1,9 +1,11 @@
 """The ASE calculator: ASE's contract, units and signs, safety."""
 
 import copy
+import inspect
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -425,6 +427,17 @@ def test_charge_in_info_is_not_overlooked(calculator, molecule):
         molecule.rattle(1e-3, seed=looks)
 
 
+def test_the_readme_states_the_signature():
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    stated = re.search(r"`MLIPCalculator\(([^`]*)\)` gives", readme).group(1)
+    parameters = inspect.signature(MLIPCalculator).parameters.values()
+    actual = [f"{one.name}={one.default!r}".replace("'", '"') for one in parameters]
+    assert " ".join(stated.split()) == ", ".join([actual[0], "*", *actual[1:]])
+    assert {one.kind for one in parameters if one.name != "potential_or_path"} == {
+        inspect.Parameter.KEYWORD_ONLY
+    }
+
+
 def test_construction(potential, molecule, tmp_path, calculator):
     path = tmp_path / "model.safetensors"
     own.save(potential, path)
@@ -432,7 +445,7 @@ def test_construction(potential, molecule, tmp_path, calculator):
         assert MLIPCalculator(name).potential.sha256 == potential.sha256
     assert calculator.allowed_atomic_numbers == {1, 6, 7, 8}
     for nothing in (None, 123, [], b"organics-gfn2", "", calculator):
-        with pytest.raises(ModelFileError, match=r"is no potential; give .*'organics-gfn2'"):
+        with pytest.raises(ModelFileError, match=r"names no model; give .*organics-gfn2"):
             MLIPCalculator(nothing)
     with pytest.raises(ConfigError, match="device"):
         MLIPCalculator(potential, device="abacus")

@@ -27,7 +27,7 @@ from mlip_md.integrations import openmm_force
 from mlip_md.integrations.ase import MLIPCalculator
 from mlip_md.integrations.md import MDSettings, files, report, run_md
 from mlip_md.integrations.openmm import MLIPPotentialImpl
-from mlip_md.integrations.openmm_force import open_potential
+from mlip_md.integrations.openmm_force import share_potential
 
 PEPTIDE = Path(__file__).parents[2] / "examples" / "alanine_dipeptide.pdb"
 
@@ -258,7 +258,7 @@ def test_barostats_and_compilations(platform, model):
 
 
 def open_engine(model):
-    return openmm_force.Engine(open_potential(model))
+    return openmm_force.Engine(share_potential(model))
 
 
 def test_pressure_is_that_of_the_stress(platform, model, potential):

@@ -377,15 +377,41 @@ def test_tokens_are_small_and_stay_readable():
     old = pickle.loads(bytes.fromhex(TOKEN))
     assert type(old) is openmm_force.MLForce
     token = old.__getstate__()
-    assert token.keys() == force.__getstate__().keys()
+    assert {*token, "version"} == force.__getstate__().keys()
     assert list(zlib.decompress(token["numbers"])) == [8, 1, 1]
     assert np.frombuffer(zlib.decompress(token["particles"]), np.int32).tolist() == [4, 5, 6]
     assert token["engine_options"] == {"dtype": "float32", "device": None}
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            lambda token: token | {"version": 3, "engine_options": {"future": 1}},
+            "the ML force of this System is of format version 3, and mlip-md .* reads 1 to 2; upgr",
+        ),
+        (lambda token: token | {"version": "two"}, "is of format version 'two'"),
+        (
+            lambda token: {k: v for k, v in token.items() if k not in ("content", "periodic")},
+            "lacks periodic, content: its file is damaged; make the System anew",
+        ),
+    ],
+)
+def test_tokens_that_cannot_be_read_are_refused_with_their_version(model, molecule, change, told):
+    """At the first use, in one line: what raises while OpenMM unpickles would end the process."""
+    force = _ml_force(model, molecule)
+    force.__setstate__(change(force.__getstate__()))
+    again = pickle.loads(pickle.dumps(force))
+    with pytest.raises(ModelFileError, match=told):
+        _ = again.engine
+    with pytest.raises(RuntimeError, match=rf"step 7: ModelFileError: .*{told}") as caught:
+        again(State(molecule.positions / 10))
+    assert "\n" not in str(caught.value)
+
+
 def _ml_force(path, atoms, **keywords):
     options = force_options(keywords)
-    potential = openmm_force.open_potential(path)
+    potential = openmm_force.share_potential(path)
     force = openmm_force.MLForce(
         path, potential.sha256, atoms.numbers, None, bool(atoms.pbc.all()), False, options.engine()
     )
@@ -521,8 +547,8 @@ def test_reinitialize_and_checkpoint_replay(model, crystal):
 
 
 @pytest.mark.parametrize("backend", ["auto", "dense", "cells"])
-def test_neighbours_may_become_more(model, potential, molecule, backend, monkeypatch):
-    """A run that starts with room for hardly any neighbour ends with the right forces."""
+def test_neighbors_may_become_more(model, potential, molecule, backend, monkeypatch):
+    """A run that starts with room for hardly any neighbor ends with the right forces."""
     engine = openmm_force.Engine
     monkeypatch.setattr(openmm_force, "Engine", functools.partial(engine, backend=backend))
     system = make_system(model, molecule, capacityFactor=1.0)

@@ -1,5 +1,8 @@
 """Elements from names, and what files, ``Atoms`` and topologies state beside elements."""
 
+import importlib
+import re
+
 import numpy as np
 import pytest
 from ase import Atoms
@@ -149,6 +152,12 @@ def gro_of(residue, names, positions):
     return f"one\n{len(names)}\n{body}\n   2.0   2.0   2.0\n"
 
 
+def named_reader(problem):
+    """What a sentence tells to import."""
+    module, name = re.search(r"from ([\w.]+) import (\w+)", problem).groups()
+    return getattr(importlib.import_module(module), name)
+
+
 def test_elements_that_ase_guesses_from_gro_names_are_compared_with_them(tmp_path):
     path = tmp_path / "c.gro"
     positions = molecule("CH3Cl").positions
@@ -156,6 +165,7 @@ def test_elements_that_ase_guesses_from_gro_names_are_compared_with_them(tmp_pat
     atoms = read(path)
     assert atoms.get_chemical_formula() == "C2H3"  # ASE's reader, which this is about
     assert "atom 1, CL1 of residue LIG, is C among the elements and Cl by" in problem_of(atoms)
+    assert named_reader(problem_of(atoms)) is read_structure
     atoms.symbols[1] = "Cl"
     assert problem_of(atoms) is None
     path.write_text(gro_of("SOL", ["OW", "HW1", "HW2"], molecule("H2O").positions))
@@ -197,6 +207,7 @@ def test_alternate_locations_that_ase_keeps_both():
     both.positions[3:] += [0.3, 0, 0]
     residues_of(both, "HOH", [0.6] * 3 + [0.4] * 3)
     assert "atoms 0 and 3 are alternatives" in problem_of(both)
+    assert named_reader(problem_of(both)) is read_structure
     assert problem_of(residues_of(water, "HOH", [0.6] * 3)) is None
 
 

@@ -1,6 +1,7 @@
 """Files of structures are read once, whole and counted, or refused in one sentence."""
 
 import bz2
+import errno
 import gzip
 import json
 import lzma
@@ -15,7 +16,7 @@ from ase.constraints import FixAtoms, FixBondLength, FixCartesian, FixedLine, Fi
 from ase.io import write
 from openmm.app import PDBFile
 
-from mlip_md.errors import StructureError
+from mlip_md.errors import OutputError, StructureError
 from mlip_md.integrations.md.structures import (
     AtomLabel,
     Structure,
@@ -253,6 +254,27 @@ def test_files_that_only_look_like_pdb(put, name):
     refused(put(name, (DATA / "peptide.pdb").read_bytes()), "looks like a PDB file")
 
 
+@pytest.mark.parametrize("writer", [Atoms, Path])
+@pytest.mark.parametrize("name", ["a.extxyz", "a.xyz.gz", "a.pdb"])
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch, name, writer):
+    structure, path = read_structure("paracetamol"), tmp_path / name
+    write_structure(path, structure)
+    before = path.read_bytes()
+
+    def fill(*what):
+        with open(next(one for one in what if isinstance(one, Path)), "wb") as file:
+            file.write(before[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fill)
+    if writer is Atoms:
+        monkeypatch.setattr(Atoms, "write", fill)
+    with pytest.raises(OutputError, match="No space left"):
+        write_structure(path, structure)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize(("suffix", "opened"), [(".gz", gzip.open), (".xz", lzma.open)])
 def test_packed_pdb_is_written(tmp_path, suffix, opened):
     structure = read_structure(DATA / "peptide.pdb")
@@ -304,6 +326,21 @@ def test_asymmetric_unit_is_refused(put):
     refused(put("a.pdb", text.replace("P 1    ", "P 21 21", 1)), "asymmetric unit.*P 21 21")
     text = (DATA / "peptide.cif").read_text().replace("'P 1'", "'P 21 21 21'")
     refused(put("a.cif", text), "asymmetric unit.*P 21 21 21")
+
+
+@pytest.mark.parametrize(
+    ("residue", "symbols"), [("CN", "CN"), ("IN", "IN"), ("C", "CNN"), ("A5", "CNCN"), ("U", "U")]
+)
+def test_small_molecules_that_are_called_like_nucleotides(put, residue, symbols):
+    """Only what has oxygen, as every sugar and phosphate has, is a nucleotide without hydrogens."""
+    water = pdb_of(molecule("H2O"), ["O", "H1", "H2"], "HOH")
+    rest = "".join(
+        pdb_line(4 + i, f"{symbol}{i}", residue, 2, (9 + 1.2 * i, 0, 0), element=symbol)
+        for i, symbol in enumerate(symbols)
+    )
+    assert str(read_structure(put("a.pdb", water + rest)).atoms.symbols).startswith("OH2")
+    oxygen = pdb_line(9, "O5'", residue, 2, (9, 1.4, 0), element="O")
+    refused(put("b.pdb", water + rest + oxygen), f"lacks hydrogens: residue {residue} A 2 has 0")
 
 
 def test_no_hydrogens(put):

@@ -8,13 +8,7 @@ import numpy as np
 import pytest
 
 from mlip_md.errors import CheckpointError, OutputError
-from mlip_md.trainer.checkpoint import (
-    CheckpointFolder,
-    leaves_by_path,
-    read_checkpoint,
-    state_hash,
-    write_checkpoint,
-)
+from mlip_md.trainer.checkpoint import CheckpointFolder, leaves_by_path, state_hash
 
 
 def state(seed=0):
@@ -30,17 +24,18 @@ PROGRESS = {"epoch": 3, "batch": 17, "best": {"1": {"score": 0.1 + 0.2}}, "sums"
 
 
 def test_round_trip_is_exact(tmp_path):
-    write_checkpoint(tmp_path / "c.safetensors", state(5), PROGRESS)
-    restored, progress = read_checkpoint(tmp_path / "c.safetensors", state(0))
+    folder = CheckpointFolder(tmp_path, keep_latest=1)
+    path = folder.save(state(5), PROGRESS, 1)
+    restored, progress = folder.restore(state(0))
     assert state_hash(leaves_by_path(restored)) == state_hash(leaves_by_path(state(5)))
     assert progress == PROGRESS
     assert restored["count"].shape == ()
-    assert list(tmp_path.iterdir()) == [tmp_path / "c.safetensors"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_every_flipped_bit_is_refused_or_harmless(tmp_path):
-    path = tmp_path / "c.safetensors"
-    write_checkpoint(path, state(1), PROGRESS)
+    folder = CheckpointFolder(tmp_path, keep_latest=1)
+    path = folder.save(state(1), PROGRESS, 1)
     whole, expected = path.read_bytes(), state_hash(leaves_by_path(state(1)))
     refused = 0
     for position in range(len(whole)):
@@ -48,7 +43,7 @@ def test_every_flipped_bit_is_refused_or_harmless(tmp_path):
         damaged[position] ^= 1 << (position % 8)
         path.write_bytes(damaged)
         try:
-            restored, progress = read_checkpoint(path, state(0))
+            restored, progress = folder.restore(state(0))
         except CheckpointError:
             refused += 1
             continue
@@ -58,13 +53,13 @@ def test_every_flipped_bit_is_refused_or_harmless(tmp_path):
 
 
 def test_a_cut_off_file_is_refused(tmp_path):
-    path = tmp_path / "c.safetensors"
-    write_checkpoint(path, state(1), PROGRESS)
+    folder = CheckpointFolder(tmp_path, keep_latest=1)
+    path = folder.save(state(1), PROGRESS, 1)
     whole = path.read_bytes()
     for length in (0, 7, 100, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(CheckpointError, match="damaged"):
-            read_checkpoint(path, state(0))
+            folder.restore(state(0))
 
 
 def test_the_newest_good_one_is_taken(tmp_path, caplog):
@@ -88,10 +83,11 @@ def test_the_newest_good_one_is_taken(tmp_path, caplog):
 
 
 def test_a_state_of_another_network_is_refused(tmp_path):
-    write_checkpoint(tmp_path / "c.safetensors", state(1), {})
+    folder = CheckpointFolder(tmp_path, keep_latest=1)
+    folder.save(state(1), {}, 1)
     other = {**state(0), "count": jnp.zeros(2, jnp.int32)}
     with pytest.raises(CheckpointError, match=r"another network.*\['count'\]"):
-        read_checkpoint(tmp_path / "c.safetensors", other)
+        folder.restore(other)
 
 
 def test_what_belongs_to_another_run_is_not_passed_over(tmp_path):

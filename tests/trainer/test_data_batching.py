@@ -1,8 +1,10 @@
 """Graph store, epoch plans and batches: nothing lost, doubled, mixed up or out of its budget."""
 
 import dataclasses
+import errno
 import gc
 import json
+import os
 import threading
 import time
 
@@ -13,7 +15,7 @@ import pytest
 from ase.build import molecule
 from ase.neighborlist import neighbor_list as ase_neighbor_list
 
-from mlip_md.errors import DataError
+from mlip_md.errors import DataError, OutputError
 from mlip_md.graph import edge_vectors
 from mlip_md.trainer.data import (
     BatchBudget,
@@ -258,6 +260,10 @@ def test_impossible_structures():
     near = LabeledStructure(numbers, np.array([[0, 0, 0], [0, 0, 1e-3]]), 0.0, forces, name="f:[7]")
     with pytest.raises(DataError, match=r"f:\[7\]: two atoms are 0\.0010 Å apart"):
         GraphStore.from_structures([near], CUTOFF)
+    cell = {"cell": 4 * np.eye(3), "pbc": np.ones(3, bool), "name": "f:[8]"}
+    lost = LabeledStructure(numbers, np.array([[0, 0, 0], [4e10, 0, 1]]), 0.0, forces, **cell)
+    with pytest.raises(DataError, match=r"f:\[8\]: an atom is 1\.0e\+10 cells away"):
+        GraphStore.from_structures([lost], CUTOFF)
     with pytest.raises(DataError, match="no structures"):
         GraphStore.from_structures([], CUTOFF)
     for changes, message in (
@@ -265,7 +271,8 @@ def test_impossible_structures():
         ({"forces": np.full((2, 3), np.nan)}, "forces hold NaN"),
         ({"energy": np.inf}, "energies hold NaN or infinity"),
         ({"atomic_numbers": np.array([1, 0])}, "allowed are 1 to 118"),
-        ({"pbc": np.array([True] * 3)}, "periodic but has no cell"),
+        ({"pbc": np.array([True] * 3)}, "periodic along a, b, c .* give a cell"),
+        ({"positions": np.full((2, 3), 1e13)}, "no longer resolves"),
     ):
         fields = {"atomic_numbers": numbers, "positions": np.eye(3)[:2], "energy": 0.0}
         with pytest.raises(DataError, match=message):
@@ -311,6 +318,29 @@ def test_store_in_a_folder(structures, store, budget, tmp_path, monkeypatch):
     forces.unlink()
     with pytest.raises(DataError, match="not a readable graph store"):
         open_store(folder)
+
+
+def test_a_store_appears_whole_and_synced(structures, tmp_path, monkeypatch):
+    folder, synced, fsync = tmp_path / "graphs", {}, os.fsync
+
+    def watch(handle):
+        synced.setdefault(os.fstat(handle).st_ino, folder.exists())
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", watch)
+    GraphStore.from_structures(structures, CUTOFF, folder=folder)
+    files = [folder, *folder.iterdir()]
+    assert len(files) > 10
+    assert [synced.get(path.stat().st_ino) for path in files] == [False] * len(files)
+    assert synced[tmp_path.stat().st_ino] is True  # the name itself, last
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(OutputError, match=r"other could not be written \(No space left"):
+        GraphStore.from_structures(structures, CUTOFF, folder=tmp_path / "other")
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_subset(store, budget):

@@ -8,6 +8,7 @@ import pydantic
 import pytest
 from ase.build import molecule
 
+from mlip_md.errors import DataError
 from mlip_md.trainer.data import LabeledStructure, iterate
 from mlip_md.trainer.data.filters import (
     CurationReport,
@@ -64,6 +65,12 @@ def test_bonds_across_a_periodic_boundary():
     assert has_single_bonds(structure(water))
     water.pbc = False
     assert not has_single_bonds(structure(water))
+
+
+def test_a_cell_that_is_too_small_to_search_is_named():
+    grain = ase.Atoms("H", cell=[1e-3] * 3, pbc=True)
+    with pytest.raises(DataError, match=r"^f:\[7\]: 1 atoms with lattice planes"):
+        has_single_bonds(structure(grain, name="f:[7]"))
 
 
 def test_each_filter_removes_its_own():

@@ -11,12 +11,14 @@ import pytest
 from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 
+import mlip_md
 from mlip_md.errors import ConfigError, DataError
 from mlip_md.trainer.data import (
     BatchBudget,
     is_prepared,
     make_batch,
     open_prepared,
+    open_store,
     plan_epoch,
     prepare,
 )
@@ -154,21 +156,49 @@ def test_damaged_folders(path, tmp_path):
     prepared(path, folder=folder)
     with pytest.raises(DataError, match="exists already"):
         prepared(path, folder=folder)
-    rows = np.load(folder / "train.npy")
-    np.save(folder / "train.npy", rows[:-1])
-    with pytest.raises(DataError, match="do not make up the whole"):
-        open_prepared(folder)
-    np.save(folder / "train.npy", rows)
     with open(folder / "graphs" / "positions.bin", "r+b") as stream:
         stream.truncate(100)
     with pytest.raises(DataError, match="has 100 bytes"):
         open_prepared(folder)
-    index = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
-    (folder / "prepared.json").write_text(json.dumps(index | {"format_version": 99}))
-    with pytest.raises(DataError, match="format version 99"):
-        open_prepared(folder)
     with pytest.raises(DataError, match="not a folder of prepared data"):
         open_prepared(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "opened"), [("prepared.json", open_prepared), ("graphs/index.json", open_store)]
+)
+def test_a_folder_of_a_newer_version_says_who_reads_it(file, opened, path, tmp_path):
+    prepared(path, tmp_path / "prepared")
+    file = tmp_path / "prepared" / file
+    index = json.loads(file.read_text(encoding="utf-8"))
+    assert index["written_by"] == f"mlip-md {mlip_md.__version__}"
+    newer = index | {"format_version": 99, "written_by": "mlip-md 9.1"}
+    for content, reader in (
+        (newer, r"mlip-md 9\.1"),
+        ({name: value for name, value in newer.items() if name != "written_by"}, "a newer mlip-md"),
+    ):
+        file.write_text(json.dumps(content), encoding="utf-8")
+        with pytest.raises(DataError, match=rf"version is 99, .* read by {reader}.* Upgrade mlip"):
+            opened(file.parent)
+
+
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+def test_every_structure_is_in_one_part_once(part, path, tmp_path):
+    folder = tmp_path / "prepared"
+    prepared(path, folder, split=SPLIT)
+    file = folder / f"{part}.npy"
+    rows = np.load(file)
+    other = np.load(folder / ("test.npy" if part == "train" else "train.npy"))
+    damaged = (0 * rows, rows[:-1], rows - rows.max() - 1, rows + 0.5, other[: len(rows)])
+    for wrong in damaged:
+        np.save(file, wrong)
+        with pytest.raises(DataError, match=r"prepared is damaged: .* each of its 24 .* once"):
+            open_prepared(folder)
+    np.save(file, rows[:, None])
+    with pytest.raises(DataError, match="prepared: not a folder of prepared data"):
+        open_prepared(folder)
+    np.save(file, rows)
+    assert len(open_prepared(folder).parts[part]) == len(rows)
 
 
 def test_all_charged(tmp_path):

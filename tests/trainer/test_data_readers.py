@@ -13,7 +13,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from mlip_md.constants import BOHR, HARTREE
 from mlip_md.errors import DataError
-from mlip_md.trainer.data import iterate, read, read_atomic_energies
+from mlip_md.trainer.data import iterate, read, read_atomic_energies, readers
 from mlip_md.trainer.data.readers import formal_charge, recognize
 
 STIFFNESS, LENGTH = 0.35, 1.4  # hartree/bohr², bohr: a diatomic on a spring
@@ -264,9 +264,9 @@ def test_curated(tmp_path):
         ({"energy": "low"}, "energy is text"),
         ({"elements": np.array([8.5, 1, 1])}, r"elements \[8\.5\] are no whole numbers"),
         ({"pbc": [True, False], "cell": np.eye(3)}, r"pbc is numbers of shape \(2,\)"),
-        ({"pbc": [True, True, False]}, "periodic but has no cell"),
+        ({"pbc": [True, True, False]}, "periodic along a, b .* give a cell"),
         ({"stress": np.zeros(6)}, r"stress is numbers of shape \(6,\)"),
-        ({"cell": np.ones((3, 3))}, "span no volume"),
+        ({"cell": np.ones((3, 3))}, "zero or linearly dependent"),
     ],
 )
 def test_curated_broken(tmp_path, changes, message):
@@ -373,6 +373,37 @@ def test_extxyz_cell_and_stress(tmp_path):
     np.testing.assert_array_equal(one.cell, cell)
     assert three.stress is None
     assert three.cell is None
+
+
+@pytest.mark.parametrize(
+    ("vectors", "pbc", "message"),
+    [
+        ([[4, 0, 0], [4, 0, 0], [0, 0, 9]], "T T F", "periodic along a, b .* linearly dependent"),
+        ([[4, 0, 0], [0, 0, 0], [0, 0, 9]], "F T F", "periodic along b .* zero"),
+        (1e13 * np.eye(3), "T T T", "too large"),
+    ],
+)
+def test_unsound_cells_are_refused_by_name_or_skipped(tmp_path, vectors, pbc, message):
+    lattice = " ".join(str(x) for x in np.ravel(vectors))
+    good = '1\nLattice="4 0 0 0 4 0 0 0 4" pbc="T T T" energy=-1.0\nH 0 0 0 0 0 0\n'
+    bad = f'1\nLattice="{lattice}" pbc="{pbc}" energy=-1.0\nH 0 0 0 0 0 0\n'
+    columns = "Properties=species:S:1:pos:R:3:forces:R:3"
+    (tmp_path / "a.xyz").write_text((good + bad).replace("energy", f"{columns} energy"))
+    with pytest.raises(DataError, match=rf"a\.xyz:\[1\]: .*{message}"):
+        read(tmp_path / "a.xyz")
+    assert len(read(tmp_path / "a.xyz", on_bad="skip")) == 1
+
+
+def test_a_format_is_an_entry_of_the_table(tmp_path, monkeypatch):
+    def fields(path, split, energy_key, forces_key):
+        numbers, zeros = [1], np.zeros((1, 3))
+        yield {"atomic_numbers": numbers, "positions": zeros, "energy": 2.0, "forces": zeros}
+
+    (tmp_path / "a.own").touch()
+    monkeypatch.setattr(readers, "recognize", lambda _: "own")
+    monkeypatch.setitem(readers.FORMATS, "own", readers.Format(fields, lambda _: {1: 2.0}))
+    assert [structure.energy for structure in read(tmp_path / "a.own")] == [2.0]
+    assert read_atomic_energies(tmp_path / "a.own") == {1: 2.0}
 
 
 def test_isolated_atoms(tmp_path):

@@ -409,6 +409,23 @@ def test_bad_options_touch_no_file(tmp_path, monkeypatch, options, message):
     assert list(tmp_path.iterdir()) == [output]
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_an_output_that_cannot_be_made_is_found_before_the_work(tmp_path, monkeypatch, resume):
+    monkeypatch.setattr(module._Run, "execute", lambda *_: pytest.fail("it was started"))
+    (tmp_path / "a.h5.parts").touch()
+    if not resume:
+        (tmp_path / "a.h5").touch()  # it must survive
+    before = sorted(tmp_path.iterdir())
+    for output, message in (
+        (tmp_path, "is a folder; name a file"),
+        (tmp_path / "a.h5", r"a\.h5\.parts is a file"),
+        (tmp_path / "a.h5.parts" / "b.h5", r"a\.h5\.parts is a file"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make_dataset(output, subsets=["Water clusters"], scale=0.01, resume=resume)
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_a_share_on_the_command_line_is_a_subset_and_a_number():
     shares = {"Dissociation": 0.5, "Atom pairs": 0.0}
     assert parse_shares(["Dissociation=0.5", "Atom pairs=0"]) == shares

@@ -1,7 +1,9 @@
 """Errors of a potential on labeled structures, the report of a run, and the training commands."""
 
+import errno
 import json
 import logging
+import os
 import sys
 from types import SimpleNamespace
 
@@ -15,7 +17,7 @@ from pair_potential import PairPotential, pair_potential
 from training_cases import E0, molecules, small_recipe, write_data_set
 from typer.testing import CliRunner
 
-from mlip_md.errors import ConfigError, DataError
+from mlip_md.errors import ConfigError, DataError, OutputError
 from mlip_md.trainer import cli
 from mlip_md.trainer.data import LabeledStructure, Statistics, load_data, prepare, read
 from mlip_md.trainer.data.statistics import warn_of_open_energies
@@ -201,6 +203,17 @@ def test_pictures_are_drawn_without_a_global_backend(potential, labeled, tmp_pat
     }
 
 
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "curves.png").write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match=r"curves\.png could not be written \(No space left"):
+        draw_curves([], tmp_path / "curves.png")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
+
+
 def test_commands_check_and_prepare(tmp_path):
     from mlip_md.cli import app
 
@@ -360,12 +373,15 @@ def test_exit_codes_of_the_train_command(status, code, tmp_path, monkeypatch):
     assert not logging.getLogger("mlip_md").handlers
 
 
-def test_a_file_where_the_run_should_go_is_found_before_the_work(tmp_path):
+@pytest.mark.parametrize(
+    ("command", "before"), [(cli.train_command, ["--run"]), (cli.prepare_command, [])]
+)
+def test_a_file_where_a_folder_should_go_is_found_before_the_work(command, before, tmp_path):
     app = typer.Typer()
-    app.command()(cli.train_command)
+    app.command()(command)
     (tmp_path / "taken").write_text("")
     for folder in ("taken", "taken/run"):
-        arguments = ["organics-gfn2", "--run", str(tmp_path / folder)]  # and no data set is there
+        arguments = ["organics-gfn2", *before, str(tmp_path / folder)]  # and no data set is there
         error = CliRunner().invoke(app, arguments).exception
         assert isinstance(error, ConfigError)
         assert f"{tmp_path / 'taken'} is a file; name another folder" in str(error)

@@ -15,7 +15,6 @@ import numpy as np
 from ase.data import covalent_radii
 
 from mlip_md.elements import ATOMIC_NUMBERS, LARGEST_ATOMIC_NUMBER
-from mlip_md.neighbors import neighbor_list
 from mlip_md.trainer.data.structures import LabeledStructure
 from mlip_md.trainer.recipe.schema import CurationConfig
 
@@ -107,6 +106,9 @@ def has_single_bonds(structure: LabeledStructure) -> bool:
     A bond is a distance below 1.3 times the sum of the covalent radii (Cordero et al., Dalton
     Trans. 2008, 2832, as tabulated by ASE): C-H up to 1.39 Å, O-H up to 1.26 Å, H-H up to 0.81 Å.
     Alkali and alkaline earth metals count as ions without bonds.
+
+    Raises:
+        DataError: as ``LabeledStructure.find_edges``, if the structure is periodic.
     """
     numbers = structure.atomic_numbers
     hydrogens = np.flatnonzero(numbers == 1)
@@ -114,7 +116,7 @@ def has_single_bonds(structure: LabeledStructure) -> bool:
         return True
     radii = BOND_RADII[numbers]
     if structure.cell is not None:
-        return _periodic_single_bonds(structure, structure.cell, radii, hydrogens)
+        return _periodic_single_bonds(structure, radii, hydrogens)
     positions = structure.positions
     difference = positions[hydrogens, None] - positions[None]
     squared = np.einsum("hni,hni->hn", difference, difference)
@@ -124,11 +126,10 @@ def has_single_bonds(structure: LabeledStructure) -> bool:
 
 
 def _periodic_single_bonds(
-    structure: LabeledStructure, cell: np.ndarray, radii: np.ndarray, hydrogens: np.ndarray
+    structure: LabeledStructure, radii: np.ndarray, hydrogens: np.ndarray
 ) -> bool:
     longest = BOND_FACTOR * (covalent_radii[1] + max(float(radii.max()), 0.0))
-    i, j, shifts = neighbor_list(structure.positions, cell, structure.pbc, longest)
-    vectors = structure.positions[j] - structure.positions[i] + shifts @ cell
-    bonded = np.linalg.norm(vectors, axis=1) < BOND_FACTOR * (radii[i] + radii[j])
+    i, j, _, lengths = structure.find_edges(longest)
+    bonded = lengths < BOND_FACTOR * (radii[i] + radii[j])
     counts = np.bincount(i[bonded], minlength=len(structure))
     return bool((counts[hydrogens] == 1).all())

@@ -18,7 +18,7 @@ import numpy as np
 from mlip_md.constants import SPLITS
 from mlip_md.elements import symbol
 from mlip_md.errors import ConfigError, DataError
-from mlip_md.files import write_text
+from mlip_md.files import new_folder, write_text
 from mlip_md.trainer.data.filters import CurationReport, apply_filters, make_filters
 from mlip_md.trainer.data.readers import iterate
 from mlip_md.trainer.data.split import split_groups
@@ -28,7 +28,7 @@ from mlip_md.trainer.data.statistics import (
     compute_statistics,
     warn_of_open_energies,
 )
-from mlip_md.trainer.data.store import GraphStore, new_folder, open_store
+from mlip_md.trainer.data.store import WRITTEN_BY, GraphStore, check_format, open_store
 from mlip_md.trainer.data.structures import LabeledStructure, refusing_unreadable
 from mlip_md.trainer.recipe.compare import find_differences
 from mlip_md.trainer.recipe.schema import AtomicEnergies, DataConfig
@@ -82,6 +82,7 @@ def prepare(
         DataError: on unusable files, structures that occur twice (a leak between parts), an empty
             training part, elements that only validation or test structures have, or if the folder
             exists.
+        OutputError: if the folder cannot be written.
     """
     reading = _Reading(config)
     if folder is None:
@@ -106,19 +107,19 @@ def open_prepared(folder: str | Path) -> PreparedData:
     folder = Path(folder)
     with refusing_unreadable(folder, "not a folder of prepared data"):
         index = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
-        if index["format_version"] not in (1, FORMAT_VERSION):
-            raise DataError(
-                f"{folder}: format version {index['format_version']}, this program reads 1 to "
-                f"{FORMAT_VERSION}; prepare the data again"
-            )
+        check_format(folder, index, FORMAT_VERSION)
         values = _upgrade(index["settings"]) if index["format_version"] == 1 else index["data"]
         config = DataConfig.model_validate(values)
         statistics = Statistics.from_dict(index["statistics"])
         rows = {name: np.load(folder / f"{name}.npy") for name in index["parts"]}
         reports = {name: CurationReport(**report) for name, report in index["curation"].items()}
+        together = np.sort(np.concatenate(list(rows.values())))
     store = open_store(folder / "graphs")
-    if sum(len(r) for r in rows.values()) != len(store):
-        raise DataError(f"{folder}: its parts do not make up the whole; prepare the data again")
+    if not np.array_equal(together, np.arange(len(store))):
+        raise DataError(
+            f"{folder} is damaged: its parts ({', '.join(rows)}) do not hold each of its "
+            f"{len(store)} structures exactly once; prepare the data again"
+        )
     parts = {name: _labeled(store.subset(r), statistics) for name, r in rows.items()}
     return PreparedData(parts, statistics, reports, config)
 
@@ -282,6 +283,7 @@ def _write(folder: Path, data: PreparedData, store: GraphStore) -> None:
         np.save(folder / f"{name}.npy", rows)
     index = {
         "format_version": FORMAT_VERSION,
+        "written_by": WRITTEN_BY,
         "parts": list(data.parts),
         "data": data.config.model_dump(mode="json"),
         "statistics": data.statistics.to_dict(),

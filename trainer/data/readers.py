@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import gzip
 import io
 import itertools
 import json
 import logging
 import re
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, NamedTuple, TextIO, cast
 
 import ase
 import ase.io
@@ -64,6 +65,7 @@ ATOMIC_ENERGY_ATTRIBUTES = {
 """Root attributes of an HDF5 file with energies of isolated atoms, and their units in eV."""
 
 Fields = dict[str, Any]
+Source = Generator[Fields | DataError, None, None]
 
 
 def read(path: str | Path, **options: Any) -> list[LabeledStructure]:
@@ -102,11 +104,7 @@ def iterate(
     _check_choice("on_bad", on_bad, ("error", "skip"))
     if split is not None:
         _check_choice("split", split, SPLITS)
-    format = recognize(path)
-    if format == "extxyz":
-        source = _iterate_extxyz(path, split, energy_key, forces_key)
-    else:
-        source = _iterate_hdf5(path, format, split)
+    source = FORMATS[recognize(path)].iterate(path, split, energy_key, forces_key)
     seen = {} if seen is None else seen
     count = skipped = 0
     with contextlib.closing(source):  # an error would keep the file open until it is forgotten
@@ -128,7 +126,7 @@ def iterate(
 
 
 def recognize(path: str | Path) -> str:
-    """Format of a data file by its content: "spice", "curated" or "extxyz".
+    """Format of a data file by its content: "spice", "curated" or "extxyz" (see ``FORMATS``).
 
     Raises:
         DataError: if there is no such file, or its content is none of the three.
@@ -160,15 +158,7 @@ def read_atomic_energies(path: str | Path) -> dict[int, float] | None:
         DataError: if the file or the attribute is not readable.
     """
     path = Path(path)
-    if recognize(path) == "extxyz":
-        atoms = [s for s in iterate(path) if len(s) == 1 and s.cell is None and s.charge == 0]
-        return {int(s.atomic_numbers[0]): s.energy for s in atoms} or None
-    with _open_hdf5(path) as file, refusing_unreadable(path):
-        for name, unit in ATOMIC_ENERGY_ATTRIBUTES.items():
-            if name in file.attrs:
-                what = f"{path}: attribute {name}"
-                return _parse_energies(_text(file.attrs[name], what), unit, what)
-    return None
+    return FORMATS[recognize(path)].read_atomic_energies(path)
 
 
 def formal_charge(smiles: str) -> int:
@@ -268,10 +258,21 @@ def _recognize_hdf5(file: h5py.File, path: Path) -> str:
     raise DataError(f"{path}: the HDF5 file holds no groups")
 
 
+def _atomic_energies_hdf5(path: Path) -> dict[int, float] | None:
+    with _open_hdf5(path) as file, refusing_unreadable(path):
+        for name, unit in ATOMIC_ENERGY_ATTRIBUTES.items():
+            if name in file.attrs:
+                what = f"{path}: attribute {name}"
+                return _parse_energies(_text(file.attrs[name], what), unit, what)
+    return None
+
+
 def _iterate_hdf5(
-    path: Path, format: str, split: str | None
-) -> Generator[Fields | DataError, None, None]:
-    fields_of = _spice_group if format == "spice" else _curated_group
+    fields_of: Callable[[_Group, str], Iterator[Fields]],
+    path: Path,
+    split: str | None,
+    *_: str | None,
+) -> Source:
     with _open_hdf5(path) as file:
         for key, group in _groups(file, path):
             mark = _mark(group.value("split"), split, group.name)
@@ -495,9 +496,14 @@ def _curated_group(group: _Group, key: str) -> Iterator[Fields]:
 # Extended XYZ
 
 
+def _atomic_energies_extxyz(path: Path) -> dict[int, float] | None:
+    atoms = [s for s in iterate(path) if len(s) == 1 and s.cell is None and s.charge == 0]
+    return {int(s.atomic_numbers[0]): s.energy for s in atoms} or None
+
+
 def _iterate_extxyz(
     path: Path, split: str | None, energy_key: str | None, forces_key: str | None
-) -> Generator[Fields | DataError, None, None]:
+) -> Source:
     for index, text in enumerate(_frames(path)):
         name = f"{path}:[{index}]"
         try:
@@ -576,3 +582,24 @@ def _stress(atoms: ase.Atoms, name: str) -> np.ndarray | None:
     if stress.size != 9:
         raise DataError(f"{name}: stress of shape {stress.shape}; it must be (6,), (9,) or (3, 3)")
     return factor * stress.reshape(3, 3)
+
+
+class Format(NamedTuple):
+    """How files of a format are read.
+
+    Attributes:
+        iterate: from a path, the split that is wanted, and the keys of energy and forces (each may
+            be None) to the fields of a ``LabeledStructure``, or a DataError for an unusable one.
+        read_atomic_energies: eV by atomic number that a file carries, or None.
+    """
+
+    iterate: Callable[[Path, str | None, str | None, str | None], Source]
+    read_atomic_energies: Callable[[Path], dict[int, float] | None]
+
+
+FORMATS = {
+    "spice": Format(functools.partial(_iterate_hdf5, _spice_group), _atomic_energies_hdf5),
+    "curated": Format(functools.partial(_iterate_hdf5, _curated_group), _atomic_energies_hdf5),
+    "extxyz": Format(_iterate_extxyz, _atomic_energies_extxyz),
+}
+"""By the word that ``recognize`` gives."""

@@ -9,14 +9,11 @@ then neither making nor using them needs more memory than some thousand structur
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
 import json
-import os
-import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,14 +23,16 @@ import numpy as np
 
 from mlip_md.elements import LARGEST_ATOMIC_NUMBER, symbol
 from mlip_md.errors import DataError
-from mlip_md.files import write_text
-from mlip_md.neighbors import check_cutoff, host_edges
+from mlip_md.files import new_folder, write_text
+from mlip_md.neighbors import check_cutoff
 from mlip_md.trainer.data.structures import LabeledStructure, refusing_unreadable
+from mlip_md.version import __version__
 
 SHORTEST_DISTANCE = 0.1
 """Å; atoms nearer than this are a mistake (the shortest bond, H-H, is 0.74 Å)."""
 
 FORMAT_VERSION = 1
+WRITTEN_BY = f"mlip-md {__version__}"
 CHUNK = 2048
 """Structures handled at a time."""
 
@@ -125,8 +124,9 @@ class GraphStore:
             The store, in the order of the structures.
 
         Raises:
-            DataError: on an element not among ``elements``, on atoms on top of each other, if there
-                is no structure, or if the folder exists.
+            DataError: on an element not among ``elements``, on atoms on top of each other or too
+                dense for a list, if there is no structure, or if the folder exists.
+            OutputError: if the folder cannot be written.
         """
         cutoff = check_cutoff(cutoff)
         allowed = None if elements is None else tuple(sorted({int(z) for z in elements}))
@@ -151,7 +151,14 @@ class GraphStore:
         return dataclasses.replace(self, **rows)
 
     def with_atomic_energies(self, energies: np.ndarray | Mapping[int, float]) -> GraphStore:
-        """The same store with labels relative to these E0 (eV, by species or by atomic number)."""
+        """The same store with labels relative to these E0.
+
+        Args:
+            energies: eV, (len(elements),) by species, or a map of atomic number to eV.
+
+        Raises:
+            DataError: if an element has none, or they are not finite numbers, one per element.
+        """
         if isinstance(energies, Mapping):
             missing = [symbol(z) for z in self.elements if z not in energies]
             if missing:
@@ -207,7 +214,11 @@ class GraphStore:
 
     @functools.cached_property
     def interaction_energy(self) -> np.ndarray:
-        """(n,) float32 eV: total energy minus the sum of E0, subtracted in float64."""
+        """(n,) float32 eV: total energy minus the sum of E0, subtracted in float64.
+
+        Raises:
+            DataError: if the store has no E0 yet.
+        """
         if self.atomic_energies is None:
             raise DataError(
                 "the store has no atomic energies (E0) yet, so there are no energy labels; compute "
@@ -236,11 +247,7 @@ def open_store(folder: str | Path) -> GraphStore:
     folder = Path(folder)
     with refusing_unreadable(folder, "not a readable graph store"):
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        if index["format_version"] != FORMAT_VERSION:
-            raise DataError(
-                f"{folder}: format version {index['format_version']}, this program reads "
-                f"{FORMAT_VERSION}; prepare the data again"
-            )
+        check_format(folder, index, FORMAT_VERSION)
         arrays = {name: _mapped(folder, name, spec) for name, spec in index["arrays"].items()}
         for name, checksum in index["sha256"].items():
             if _sha256(folder / name) != checksum:
@@ -248,6 +255,26 @@ def open_store(folder: str | Path) -> GraphStore:
         with open(folder / "structures.jsonl", encoding="utf-8") as stream:
             origins = [_origin(*json.loads(line)) for line in stream]
         return _store(arrays, origins, tuple(index["elements"]), float(index["cutoff"]))
+
+
+def check_format(folder: Path, index: Mapping[str, Any], newest: int) -> None:
+    """Refuse a folder whose format this version does not know.
+
+    Args:
+        folder: for the message.
+        index: its description, with ``format_version`` and, mostly, ``written_by``.
+        newest: format version that is read, with all before it.
+
+    Raises:
+        DataError: naming the version of mlip-md that reads the folder.
+    """
+    version = index["format_version"]
+    if version not in range(1, newest + 1):
+        writer = index.get("written_by", "a newer mlip-md than this")
+        raise DataError(
+            f"{folder}: its format version is {version}, written and read by {writer!s:.40}; "
+            f"{WRITTEN_BY} reads up to {newest}. Upgrade mlip-md, or prepare the data again"
+        )
 
 
 def ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -273,7 +300,7 @@ def _graph(structure: LabeledStructure, cutoff: float, elements: tuple[int, ...]
         if unknown:
             raise _unknown_elements(structure.name, sorted(unknown), elements)
     cell = np.zeros((3, 3)) if structure.cell is None else structure.cell
-    edges = host_edges(structure.positions, cell, structure.pbc, cutoff)
+    edges = structure.find_edges(cutoff)
     shortest = float(edges.lengths.min()) if len(edges.lengths) else np.inf
     if shortest < SHORTEST_DISTANCE:
         raise DataError(
@@ -372,6 +399,7 @@ class _Spool:
         files = [*(f"{name}.bin" for name in specs), "structures.jsonl"]
         index = {
             "format_version": FORMAT_VERSION,
+            "written_by": WRITTEN_BY,
             "units": {"length": "Å", "energy": "eV"},
             "elements": self.elements,
             "cutoff": self.cutoff,
@@ -420,24 +448,3 @@ def _origin(name: str, subset: str, group: str) -> tuple[str, str, str]:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder that appears under its name only when everything in it is written.
-
-    Yields:
-        The folder under another name, to write into.
-
-    Raises:
-        DataError: if there is something of that name.
-    """
-    if folder.exists():
-        raise DataError(f"{folder} exists already; remove it or choose another folder")
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

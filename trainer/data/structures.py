@@ -6,11 +6,13 @@ import contextlib
 import dataclasses
 import zlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from mlip_md.elements import LARGEST_ATOMIC_NUMBER
-from mlip_md.errors import DataError
+from mlip_md.errors import CapacityError, DataError, StructureError
+from mlip_md.neighbors import check_cell, check_positions, neighbor_list
 
 
 @contextlib.contextmanager
@@ -29,6 +31,15 @@ def refusing_unreadable(name: object, what: str = "damaged or not readable") -> 
         raise DataError(f"{name}: {what} ({error})") from error
 
 
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """What is wrong with a structure becomes a DataError that says which."""
+    try:
+        yield
+    except (StructureError, CapacityError) as error:
+        raise DataError(f"{name}: {error}") from error
+
+
 def _array(value: object, shape: tuple[int, ...], what: str, name: str) -> np.ndarray:
     try:
         array = np.asarray(value, dtype=np.float64)
@@ -39,6 +50,15 @@ def _array(value: object, shape: tuple[int, ...], what: str, name: str) -> np.nd
     if not np.isfinite(array).all():
         raise DataError(f"{name}: {what} hold NaN or infinity")
     return array
+
+
+class Edges(NamedTuple):
+    """Edges sorted by receiver: senders, receivers (m,), shifts (m, 3) int32; lengths (m,) Å."""
+
+    senders: np.ndarray
+    receivers: np.ndarray
+    shifts: np.ndarray
+    lengths: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -60,7 +80,8 @@ class LabeledStructure:
         name: where it was read from, ``file:key[index]``, for messages.
 
     Raises:
-        DataError: if a shape, a number or the cell is impossible; the message begins with ``name``.
+        DataError: if a shape, a number or the cell is impossible (``neighbors.check_cell``); the
+            message begins with ``name``.
     """
 
     atomic_numbers: np.ndarray
@@ -100,20 +121,27 @@ class LabeledStructure:
         if pbc.shape != (3,) or pbc.dtype.kind not in "biuf":
             raise DataError(f"{self.name}: pbc is {self.pbc!r}; it must be three of True and False")
         set_field(self, "pbc", pbc.astype(bool))
-        self._check_cell()
+        self._check_geometry()
 
-    def _check_cell(self) -> None:
-        if self.cell is None:
-            if self.pbc.any():
-                raise DataError(f"{self.name}: it is periodic but has no cell")
-            return
-        cell = _array(self.cell, (3, 3), "cells", self.name)
+    def _check_geometry(self) -> None:
+        cell = None if self.cell is None else _array(self.cell, (3, 3), "cells", self.name)
+        with _naming(self.name):
+            check_positions(self.positions)
+            check_cell(cell, self.pbc)
         object.__setattr__(self, "cell", cell)
-        lengths = np.linalg.norm(cell, axis=1)
-        if (lengths[self.pbc] <= 0).any():
-            raise DataError(f"{self.name}: a periodic direction has a lattice vector of length 0")
-        if self.pbc.all() and abs(np.linalg.det(cell)) < 1e-6 * float(np.prod(lengths)):
-            raise DataError(f"{self.name}: the lattice vectors span no volume")
 
     def __len__(self) -> int:
         return len(self.atomic_numbers)
+
+    def find_edges(self, cutoff: float) -> Edges:
+        """All pairs of atoms closer than the cutoff (Å), in both directions.
+
+        Raises:
+            DataError: if the atoms are too many, or too many cells away, for a list.
+        """
+        with _naming(self.name):
+            senders, receivers, shifts = neighbor_list(self.positions, self.cell, self.pbc, cutoff)
+        vectors = self.positions[receivers] - self.positions[senders]
+        if self.cell is not None:
+            vectors += shifts @ self.cell
+        return Edges(senders, receivers, shifts, np.linalg.norm(vectors, axis=1))

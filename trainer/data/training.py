@@ -48,7 +48,11 @@ class TrainingData:
         return plan_epoch(self.train, self.budget, seed, epoch, on_oversize=self.on_oversize)
 
     def example(self) -> Batch:
-        """One batch, to build a network with."""
+        """One batch, to build a network with.
+
+        Raises:
+            DataError: if no training structure fits into a batch.
+        """
         first = np.flatnonzero(self.budget.fits(self.train))[:1]
         if not len(first):
             raise DataError(

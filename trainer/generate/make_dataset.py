@@ -94,12 +94,16 @@ def make_dataset(
         tasks = plan_tasks(seed, scale, subsets, max_atoms, shares)
     output = Path(output)  # bad options touch no file
     settings = _settings(seed, method, scale, subsets, max_atoms, shares)
-    if not resume:
-        output.unlink(missing_ok=True)
-    elif _is_finished(output, settings):
+    if output.is_dir():
+        raise ConfigError(f"make-dataset {output} is a folder; name a file")
+    if resume and _is_finished(output, settings):
         logger.info("%s is complete already", output)
         return output
-    parts = _open_parts(output, settings, resume)
+    parts = output.with_name(output.name + ".parts")
+    check_new_folder(parts, "make-dataset")
+    if not resume:
+        output.unlink(missing_ok=True)
+    _open_parts(parts, settings, resume)
     attributes = {**settings, **labels.describe_method(level), **_notes()}
     run = _Run(tasks, parts, output, attributes, method, seed, progress)
     run.execute(workers or _usable_cores())
@@ -337,9 +341,7 @@ def _is_finished(output: Path, settings: dict[str, object]) -> bool:
     return bool(found.get("complete"))
 
 
-def _open_parts(output: Path, settings: dict[str, object], resume: bool) -> Path:
-    parts = output.with_name(output.name + ".parts")
-    check_new_folder(parts, "make-dataset")
+def _open_parts(parts: Path, settings: dict[str, object], resume: bool) -> None:
     manifest = parts / "settings.json"
     if parts.exists() and not resume:
         shutil.rmtree(parts)
@@ -348,7 +350,6 @@ def _open_parts(output: Path, settings: dict[str, object], resume: bool) -> Path
     else:
         parts.mkdir(parents=True, exist_ok=True)
         write_text(manifest, json.dumps(settings, indent=1))
-    return parts
 
 
 def _compare(found: Mapping[str, object], settings: Mapping[str, object], path: Path) -> None:

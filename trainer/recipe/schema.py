@@ -16,7 +16,7 @@ from mlip_md.errors import ConfigError
 from mlip_md.networks.config import CUTOFF, NetworkConfig, config_from_dict, config_to_dict
 from mlip_md.networks.config import AtomicEnergies as AtomicEnergies  # data sees recipes only
 
-MAX_SEED = 2**63 - 1
+LARGEST_SEED = 2**63 - 1
 """Largest seed that JAX takes."""
 
 
@@ -119,7 +119,7 @@ class SplitConfig(Section):
     validation: float = Field(default=0.1, ge=0, lt=1)
     test: float = Field(default=0.0, ge=0, lt=1)
     by: Literal["group", "structure"] = "group"
-    seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
 
     @model_validator(mode="after")
     def _check_sum(self) -> SplitConfig:
@@ -250,7 +250,7 @@ class Recipe(Section):
 
     name: str = "potential"
     description: str = ""
-    seed: int = Field(default=42, ge=0, le=MAX_SEED)
+    seed: int = Field(default=42, ge=0, le=LARGEST_SEED)
     model: dict[str, Any] = Field(default_factory=lambda: {"kind": "mace"})
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()

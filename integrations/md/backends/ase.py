@@ -15,14 +15,14 @@ from ase.optimize import FIRE
 
 from mlip_md.integrations.ase import MLIPCalculator
 from mlip_md.integrations.md.backends.interface import BAR, Backend, Frame
-from mlip_md.integrations.md.settings import MDSettings
+from mlip_md.integrations.md.settings import Ensemble, MDSettings
 from mlip_md.integrations.md.structures import Structure
 from mlip_md.integrations.md.velocities import (
     compute_temperature,
     count_degrees_of_freedom,
     start_velocities,
 )
-from mlip_md.integrations.models import DTYPES
+from mlip_md.integrations.models import DTYPE_OF_PRECISION
 
 
 class ASEBackend(Backend):
@@ -41,14 +41,23 @@ class ASEBackend(Backend):
         UnsupportedElementError: on an element that the potential does not know.
     """
 
+    title = "ASE"
+    holds_axes = True
     dynamics: MolecularDynamics
+
+    @classmethod
+    def ignored(cls, ensemble: Ensemble) -> dict[str, str]:
+        ignored = {"platform": "only OpenMM has platforms; give --engine openmm"}
+        if ensemble == "npt":
+            ignored["friction"] = "npt of the ase engine (MTK) has none"
+        return ignored
 
     def __init__(self, settings: MDSettings, structure: Structure) -> None:
         self.settings = settings
         self.structure = structure
         self.atoms = structure.atoms.copy()
         self.calculator = MLIPCalculator(
-            settings.model, dtype=DTYPES[settings.precision], device=settings.device
+            settings.model, dtype=DTYPE_OF_PRECISION[settings.precision], device=settings.device
         )
         self.potential = self.calculator.potential
         self.potential.species(self.atoms.numbers)
@@ -160,7 +169,7 @@ class ASEBackend(Backend):
 
     def describe(self) -> dict[str, Any]:
         return {
-            "engine": f"ASE {ase.__version__}",
+            "engine": f"{self.title} {ase.__version__}",
             "integrator": type(self.dynamics).__name__,
             "precision": self.settings.precision,
         }

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from ase import Atoms, units
 
+from mlip_md.integrations.md.settings import Ensemble, MDSettings
 from mlip_md.integrations.md.structures import Structure
 from mlip_md.potential import Potential
 
@@ -57,10 +58,24 @@ class Backend(Protocol):
 
     Every method may raise NonFiniteError, StructureError or SimulationError where the potential
     has no number or the engine stops, and KeyboardInterrupt.
+
+    Attributes:
+        title: what the engine is called.
+        holds_axes: whether it can hold single coordinates of an atom, not only whole atoms.
+        potential: that of the settings.
+        structure: what is run, in the frame in which the engine computes.
     """
 
+    title: ClassVar[str]
+    holds_axes: ClassVar[bool]
     potential: Potential
     structure: Structure
+
+    def __init__(self, settings: MDSettings, structure: Structure) -> None: ...
+
+    @classmethod
+    def ignored(cls, ensemble: Ensemble) -> dict[str, str]:
+        """Settings that would change nothing in an ensemble: their names, and why."""
 
     def warm_up(self) -> None:
         """Evaluate once, so that everything is compiled."""

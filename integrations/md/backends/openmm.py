@@ -22,8 +22,9 @@ from openmm import unit
 
 from mlip_md.constants import ANGSTROM_PER_NM, KJ_PER_MOL_PER_EV
 from mlip_md.errors import ConfigError, SimulationError, StructureError
+from mlip_md.hints import hint
 from mlip_md.integrations.md.backends.interface import Backend, Frame
-from mlip_md.integrations.md.settings import MDSettings, explain_choices
+from mlip_md.integrations.md.settings import Ensemble, MDSettings
 from mlip_md.integrations.md.structures import (
     Structure,
     make_topology,
@@ -37,9 +38,9 @@ from mlip_md.integrations.md.velocities import (
     start_velocities,
 )
 from mlip_md.integrations.md.volume_moves import MOVE_INTERVAL, VolumeMoves
-from mlip_md.integrations.models import DTYPES
-from mlip_md.integrations.openmm_calls import is_interruption
-from mlip_md.integrations.openmm_force import ADVICE, MLForce, open_potential
+from mlip_md.integrations.models import DTYPE_OF_PRECISION
+from mlip_md.integrations.openmm_calls import read_told
+from mlip_md.integrations.openmm_force import MLForce, share_potential
 from mlip_md.integrations.openmm_minimize import minimize
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,13 @@ class OpenMMBackend(Backend):
         UnsupportedElementError: on an element that the potential does not know.
     """
 
+    title = "OpenMM"
+    holds_axes = False
+
+    @classmethod
+    def ignored(cls, ensemble: Ensemble) -> dict[str, str]:  # noqa: ARG003 (as every backend has it)
+        return {}
+
     def __init__(self, settings: MDSettings, structure: Structure) -> None:
         self.settings = settings
         self.structure = reduce_cell(structure)
@@ -89,7 +97,7 @@ class OpenMMBackend(Backend):
             cell = structure.atoms.cell.array
             reduced, self._rotation = reduce_lattice(cell)
             self._vectors = np.rint(cell @ self._rotation.T @ np.linalg.inv(reduced))
-        self.potential = open_potential(settings.model)
+        self.potential = share_potential(settings.model)
         self.atoms = self.structure.atoms
         self._periodic = bool(self.atoms.pbc.any())
         species = self.potential.species(self.atoms.numbers)
@@ -102,7 +110,7 @@ class OpenMMBackend(Backend):
             None,
             self._periodic,
             False,
-            {"dtype": DTYPES[settings.precision], "device": settings.device},
+            {"dtype": DTYPE_OF_PRECISION[settings.precision], "device": settings.device},
         )
         _ = self._force.engine  # what it refuses is refused here, not at the first step
         labels = None
@@ -299,7 +307,7 @@ class OpenMMBackend(Backend):
 
     def describe(self) -> dict[str, Any]:
         return {
-            "engine": f"OpenMM {openmm.version.short_version}",
+            "engine": f"{self.title} {openmm.version.short_version}",
             "integrator": type(self._simulation.integrator).__name__
             + (" and Monte Carlo barostat" if self._moves else ""),
             "platform": self._context.getPlatform().getName(),
@@ -316,9 +324,7 @@ def _find_platform(name: str) -> openmm.Platform:
     except openmm.OpenMMException as error:
         count = openmm.Platform.getNumPlatforms()
         known = [openmm.Platform.getPlatform(i).getName() for i in range(count)]
-        raise ConfigError(
-            f"OpenMM has no platform {name!r} here; {explain_choices(name, known)}"
-        ) from error
+        raise ConfigError(f"OpenMM has no platform {name!r} here; {hint(name, known)}") from error
 
 
 @contextlib.contextmanager
@@ -327,7 +333,7 @@ def _as_simulation_error() -> Iterator[None]:
     try:
         yield
     except openmm.OpenMMException as error:
-        if is_interruption(error):
+        told = read_told(error)
+        if told.interrupted:
             raise KeyboardInterrupt from None
-        # The force advises whoever steps it; a run gives its own advice.
-        raise SimulationError(str(error).replace(f"\n{ADVICE}", "")) from error
+        raise SimulationError(told.text) from error

@@ -21,7 +21,11 @@ from mlip_md.integrations.md.structures.reading import (
     read_structure,
 )
 from mlip_md.integrations.md.structures.topology import make_topology
-from mlip_md.integrations.md.structures.writing import write_structure
+from mlip_md.integrations.md.structures.writing import (
+    describe_unwritten,
+    format_structure,
+    write_structure,
+)
 
 __all__ = [
     "DEFAULT_MOLECULE",
@@ -33,7 +37,9 @@ __all__ = [
     "bundled_molecules",
     "compare_bonds",
     "describe_contact",
+    "describe_unwritten",
     "fixed_axes",
+    "format_structure",
     "make_topology",
     "molecules",
     "read_structure",

@@ -14,7 +14,7 @@ from mlip_md.integrations.residue_names import (
     is_water,
 )
 
-MAX_DENSITY = 30.0
+LARGEST_DENSITY = 30.0
 """g/cm³; the densest solids have 23, and a cell that gives more does not hold its atoms."""
 
 _MISSING = 2
@@ -83,11 +83,11 @@ def check_hydrogens(source: Source, content: Content) -> None:
     for group in residues.values():
         name = labels[group[0]].residue_name
         amino = amino_acid(name)
-        if amino is None and not is_water(name) and not is_nucleotide(name):
+        if amino is None and not is_water(name) and not _is_nucleotide(name, numbers[group]):
             continue
         hydrogens = int(np.sum(numbers[group] == 1))
         least = 1 if amino is None else HYDROGENS[amino] - _MISSING + 1
-        if hydrogens < least and not _lone_ion(numbers[group], name):
+        if hydrogens < least:
             place = str(labels[group[0]]).partition(" of ")[2]
             raise source.refusal(
                 f"lacks hydrogens: residue {place} has {hydrogens}; add them all first, with "
@@ -95,12 +95,13 @@ def check_hydrogens(source: Source, content: Content) -> None:
             )
 
 
-def _lone_ion(numbers: np.ndarray, name: str) -> bool:
-    """Residues of one atom that only share a name with a nucleotide (U, I, C ...)."""
-    return len(numbers) == 1 and is_nucleotide(name)
+def _is_nucleotide(name: str, numbers: np.ndarray) -> bool:
+    """Whether a residue is a nucleotide, not an ion or molecule that is called like one (U, CN)."""
+    sugar = len(numbers) > 1 and 8 in numbers
+    return is_nucleotide(name) and sugar
 
 
-def check_cell(source: Source, atoms: Atoms) -> None:
+def check_cell_and_density(source: Source, atoms: Atoms) -> None:
     """Refuse a cell that is missing where the structure is periodic, or cannot hold the atoms.
 
     Raises:
@@ -119,7 +120,7 @@ def check_cell(source: Source, atoms: Atoms) -> None:
     if atoms.cell.rank < 3:
         return
     density = atoms.get_masses().sum() * _amu * 1e27 / abs(atoms.cell.volume)
-    if density > MAX_DENSITY:
+    if density > LARGEST_DENSITY:
         lengths = " x ".join(f"{length:.4g}" for length in atoms.cell.lengths())
         raise source.refusal(
             f"has a cell of {lengths} Å, too small for {len(atoms)} atoms "

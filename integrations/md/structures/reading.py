@@ -17,7 +17,7 @@ from ase import Atoms
 from mlip_md.errors import StructureError
 from mlip_md.integrations.md.structures import cif, foreign, gro, mmcif, pdb, sdf, xyz
 from mlip_md.integrations.md.structures.checks import (
-    check_cell,
+    check_cell_and_density,
     check_hydrogens,
     check_numbers,
     check_sites,
@@ -123,7 +123,7 @@ def _read_file(path: Path, frame: int | None, drop: bool) -> Structure:
     check_sites(source, content, drop)
     check_numbers(source, content)
     check_hydrogens(source, content)
-    check_cell(source, content.atoms)
+    check_cell_and_density(source, content.atoms)
     return _finish(source, content, name, place)
 
 

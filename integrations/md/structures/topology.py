@@ -46,7 +46,7 @@ def build_topology(
     pairs: np.ndarray,
     formal_charges: np.ndarray | None = None,
 ) -> Any:
-    """A topology of labelled atoms, without a box.
+    """A topology of labeled atoms, without a box.
 
     Args:
         atoms: elements; hydrogen with the mass of an isotope becomes that.
@@ -89,7 +89,7 @@ def _elements(atoms: Atoms) -> list[Any]:
 
 
 def implied_bonds(atoms: Atoms, labels: Sequence[AtomLabel], stated: np.ndarray) -> np.ndarray:
-    """All bonds of labelled atoms.
+    """All bonds of labeled atoms.
 
     Args:
         atoms: elements and positions.

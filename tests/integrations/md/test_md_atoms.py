@@ -13,10 +13,12 @@ from typer.testing import CliRunner
 
 from mlip_md.cli import app
 from mlip_md.errors import ConfigError, StructureError
-from mlip_md.integrations.md import MDSettings, files, restart
-from mlip_md.integrations.md.masses import prepare, repartition_masses
-from mlip_md.integrations.md.minimize import minimize
+from mlip_md.integrations.md import MDSettings, files, report, restart
+from mlip_md.integrations.md.backends import BACKENDS
+from mlip_md.integrations.md.masses import prepare_start, repartition_masses
+from mlip_md.integrations.md.minimize import relax_structure
 from mlip_md.integrations.md.run import restart_md, run_md
+from mlip_md.integrations.md.settings import choices_of
 from mlip_md.integrations.md.structures import read_structure
 from mlip_md.integrations.md.velocities import count_degrees_of_freedom, draw_velocities
 
@@ -86,6 +88,34 @@ def test_one_axis_of_an_atom_is_held_by_ase_and_refused_by_openmm(edited, tmp_pa
         run_md(settings(path, engine="openmm"), tmp_path / "other")
 
 
+def test_an_engine_is_what_the_table_says(edited, tmp_path, monkeypatch):
+    """Its backend, its title and what it holds; no name falls through to another engine."""
+    assert set(BACKENDS) == set(choices_of("engine"))
+    titles = {name: load().title for name, load in BACKENDS.items()}
+    assert titles == {"ase": "ASE", "openmm": "OpenMM"}
+
+    class Another(BACKENDS["ase"]()):
+        title = "Another"
+        holds_axes = False
+
+        @classmethod
+        def ignored(cls, ensemble):
+            return {"seed": f"{ensemble} is not random"}
+
+    drawn = []
+    monkeypatch.setitem(BACKENDS, "ase", lambda: Another)
+    monkeypatch.setattr(report, "draw_plot", lambda *_, title, **__: drawn.append(title))
+    path = edited(lambda atoms: atoms.set_constraint(FixCartesian([2], (False, False, True))))
+    with pytest.raises(StructureError, match="Another can hold whole atoms only"):
+        run_md(settings(path), tmp_path / "run")
+    with pytest.raises(ConfigError, match="--seed would change nothing: nvt is not random"):
+        CliRunner().invoke(app, ["md", path, "--seed", "1"], catch_exceptions=False)
+    folder = run_md(settings(edited(heavy), steps=1), tmp_path / "run")
+    summary = json.loads((folder / report.SUMMARY).read_text(encoding="utf-8"))
+    assert summary["engine"].startswith("Another ")
+    assert drawn == ["edited (27 atoms), NVT, Another"]
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_constraints_that_cannot_be_held_are_refused(edited, crystal, tmp_path, engine):
     path = edited(lambda atoms: atoms.set_constraint(FixAtoms([0])), crystal)
@@ -133,7 +163,7 @@ def test_minimizing_holds_what_is_fixed(edited, potential):
     from mlip_md.integrations.ase import MLIPCalculator
 
     structure = read_structure(edited(lambda atoms: atoms.set_constraint(FixAtoms([0]))))
-    relaxed, _ = minimize(structure.atoms, MLIPCalculator(), steps=5)
+    relaxed, _ = relax_structure(structure.atoms, MLIPCalculator(), steps=5)
     moved = np.abs(relaxed.positions - structure.atoms.positions).max(axis=1)
     assert moved[0] == 0
     assert moved[1:].min() > 1e-5
@@ -151,6 +181,32 @@ def pdb_of_two_chains(path, charge="  "):
         )
     path.write_text("\n".join([*rows, "END"]) + "\n")
     return str(path)
+
+
+def test_minimize_says_what_a_pdb_file_cannot_hold(edited, crystal, tmp_path, monkeypatch):
+    def slab(atoms):
+        heavy(atoms)
+        atoms.pbc[2] = False
+        atoms.set_constraint(FixAtoms([3]))
+
+    monkeypatch.chdir(tmp_path)
+    told = {}
+    for name, path in (("slab", edited(slab, crystal)), ("plain", crystal)):
+        for ending in ("pdb", "pdb.gz", "extxyz"):
+            file = f"{name}.{ending}"
+            done = CliRunner().invoke(app, ["minimize", path, "--steps", "2", "-o", file])
+            told[file] = done.output.splitlines()[-1].partition(f" Wrote {file}")[2]
+    lost = (
+        " (a PDB file cannot hold own masses of 5 atoms, constraints on 1 atom, periodicity along "
+        "a and b only (read again, it is periodic in all directions); extxyz can)"
+    )
+    assert (told["slab.pdb"], told["slab.pdb.gz"]) == (lost, lost)
+    assert {text for file, text in told.items() if not file.startswith("slab.pdb")} == {""}
+    again = {ending: read_structure(f"slab.{ending}") for ending in ("pdb", "extxyz")}
+    for ending, kept in (("pdb", False), ("extxyz", True)):
+        assert again[ending].atoms.pbc.all() != kept
+        assert again[ending].fixed.any() == kept
+        assert again[ending].own_masses.any() == kept
 
 
 def test_minimizing_a_pdb_file_keeps_residues_chains_and_names(tmp_path, monkeypatch):
@@ -259,14 +315,14 @@ def test_one_frame_of_several_is_run(cluster, tmp_path):
     np.testing.assert_allclose(first.positions, other.positions, atol=1e-5)
 
 
-def test_hydrogen_takes_mass_from_its_heavy_neighbour():
+def test_hydrogen_takes_mass_from_its_heavy_neighbor():
     structure = read_structure("paracetamol")
     masses = repartition_masses(structure, 2.0)
     hydrogen = structure.atoms.numbers == 1
     np.testing.assert_allclose(masses[hydrogen], 2.0)
     assert masses.sum() == pytest.approx(structure.atoms.get_masses().sum(), rel=1e-12)
     assert (masses[~hydrogen] <= structure.atoms.get_masses()[~hydrogen]).all()
-    prepared = prepare(MDSettings(hydrogen_mass=2.0), structure)
+    prepared = prepare_start(MDSettings(hydrogen_mass=2.0), structure)
     np.testing.assert_allclose(prepared.atoms.get_masses(), masses)
     with pytest.raises(StructureError, match="smaller --hydrogen-mass"):
         repartition_masses(structure, 5.0)

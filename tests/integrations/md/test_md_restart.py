@@ -109,6 +109,21 @@ def test_damaged_folders_cannot_go_on(cluster, tmp_path):
     restart_md(folder, steps=10)
 
 
+@pytest.mark.parametrize("version", [3, 0, "2", True, None])
+def test_runs_of_another_version_are_refused_with_it(cluster, tmp_path, version):
+    """Before anything else is looked at, for a newer one may hold anything else."""
+    folder = run_md(settings(cluster), tmp_path / "run")
+    path, saved = folder / SETTINGS, (folder / SETTINGS).read_text(encoding="utf-8")
+    told = rf"is of format version {version!r}, and mlip-md .* reads 1 to 2; upgrade mlip-md"
+    path.write_text(json.dumps({"version": version, "future": 1}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=rf"settings\.json {told}"):
+        restart_md(folder, steps=10)
+    path.write_text(saved, encoding="utf-8")
+    np.savez(folder / restart.RESTART, json=np.array(json.dumps({"version": version})))
+    with pytest.raises(CheckpointError, match=rf"restart\.npz {told}"):
+        restart_md(folder, steps=10)
+
+
 @pytest.mark.parametrize("ensemble", ["nvt", "npt"])
 def test_restart_on_another_platform(crystal, tmp_path, ensemble):
     folder = run_md(settings(crystal, engine="openmm", ensemble=ensemble), tmp_path / "run")
