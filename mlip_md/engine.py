@@ -30,7 +30,6 @@ from mlip_md.devices import check_process, device_name, find_device, naming_out_
 from mlip_md.elements import symbol
 from mlip_md.errors import ConfigError, MLIPError, NonFiniteError
 from mlip_md.graph import Graph
-from mlip_md.native import find_native
 from mlip_md.neighbors import (
     Capacities,
     DeviceList,
@@ -41,6 +40,7 @@ from mlip_md.neighbors import (
     find_edges,
     has_volume,
 )
+from mlip_md.networks.native_convolution import find_native
 from mlip_md.networks.tabulate import tabulate_radial
 from mlip_md.potential import Params, Potential, predict
 from mlip_md.structure import COINCIDENT, CheckedStructure, check_structure, list_edges

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from mlip_md.compiler import jit
 from mlip_md.networks import layers
 
 FACTORS = ("x", "y", "r", "g")
@@ -315,7 +316,7 @@ def batch_in_turn(
 
 def run_compiled(primitive: Primitive, *operands: Any, **params: Any) -> list[Any]:
     """A primitive outside of ``jit``."""
-    return jax.jit(functools.partial(primitive.bind, **params))(*operands)
+    return jit(functools.partial(primitive.bind, **params))(*operands)
 
 
 for _primitive in (gradient_p, tangent_p):

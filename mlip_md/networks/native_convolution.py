@@ -6,21 +6,60 @@ is compiled; it computes the same sums in another order.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import mlir
 
-from mlip_md.native import find_native
-from mlip_md.networks import convolution, radial_tables
+from mlip_md import native
+from mlip_md.networks import convolution, native_check, radial_tables
 from mlip_md.networks.convolution import Factors, Names, Plan
 
 HIGHEST_DEGREE = 4
 """l up to which the kernel has couplings."""
 _WRT = {"x": 1, "y": 2, "r": 4, "lengths": 4}
+
+
+class Status(NamedTuple):
+    """Whether the compiled convolution is used in this process.
+
+    Attributes:
+        available: it is there and agrees with its definition.
+        instructions: set that was chosen for this processor; empty if not available.
+        reason: one sentence, why it is not available; empty if it is.
+    """
+
+    available: bool
+    instructions: str
+    reason: str
+
+
+@functools.cache
+def find_native(library: Path = native.LIBRARY) -> Status:
+    """Load the compiled convolution and compare it with its definition, once in a process.
+
+    A library that cannot be loaded or computes something else is not used, and a warning says so.
+
+    Args:
+        library: file to load.
+
+    Returns:
+        What there is.
+    """
+    if not library.exists():
+        return Status(False, "", "no compiled convolution was built with this installation")
+    problem = native.register(library) or native_check.compare()
+    if problem:
+        reason = f"the compiled convolution is not used, because {problem}"
+        warnings.warn(f"{reason}; results are the same, slower", RuntimeWarning, stacklevel=2)
+        return Status(False, "", reason)
+    return Status(True, native.instructions(library), "")
 
 
 def _gradient(*operands: Any, **params: Any) -> list[jax.Array]:

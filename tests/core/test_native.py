@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 
 from mlip_md import native
-from mlip_md.native import check
-from mlip_md.native.check import Case, Path
+from mlip_md.networks import native_check as check
+from mlip_md.networks.native_check import Case, Path
+from mlip_md.networks.native_convolution import find_native
 
 pytestmark = pytest.mark.kernel
 
 
 @pytest.fixture(scope="module", autouse=True)
 def library():
-    status = native.find_native()
+    status = find_native()
     if not native.LIBRARY.exists():
         pytest.skip(status.reason)
     assert status.available, status.reason
@@ -262,7 +263,7 @@ def test_a_wrong_coefficient_is_noticed_at_first_use(tmp_path):
     wrong = tmp_path / "wrong.so"
     wrong.write_bytes(library.replace(coefficient.tobytes(), (coefficient * 1.001).tobytes()))
     said = run_python(
-        "from pathlib import Path; from mlip_md.native import find_native;"
+        "from pathlib import Path; from mlip_md.networks.native_convolution import find_native;"
         f"import sys; sys.stdout.write(str(find_native(Path({str(wrong)!r}))))"
     )
     assert "available=False" in said
@@ -273,12 +274,12 @@ def test_a_damaged_library_is_not_used(tmp_path):
     damaged = tmp_path / "damaged.so"
     damaged.write_bytes(b"not a library")
     with pytest.warns(RuntimeWarning, match="could not be loaded"):
-        status = native.find_native(damaged)
+        status = find_native(damaged)
     assert not status.available
 
 
 def test_no_library_is_no_reason_to_warn(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        status = native.find_native(tmp_path / "none.so")
+        status = find_native(tmp_path / "none.so")
     assert status == (False, "", "no compiled convolution was built with this installation")
