@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import mlip_md
-from mlip_md import errors, files
+from mlip_md import errors, files, native
 from mlip_md.formats.names import FORMAT_HELP, MODEL_HELP
 from mlip_md.integrations.md.cli import md_command, minimize_command
 from mlip_md.signals import EXIT_SAVED
@@ -109,7 +109,7 @@ def _print_error(message: str) -> None:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"mlip-md {mlip_md.__version__}")
+        typer.echo(f"mlip-md {mlip_md.__version__}\nconvolution on processors: {native.describe()}")
         raise typer.Exit()
 
 
@@ -251,6 +251,7 @@ def _model_table(potential: Potential, name: str) -> Table:
     for key, value in flatten(potential.info, ".").items():
         if not key.startswith(_ONLY_IN_JSON):
             table.add_row(key, _plain(value))
+    table.add_row("on processors", native.describe())
     table.add_row("everything", "mlip-md show --json")
     return table
 

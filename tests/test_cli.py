@@ -15,7 +15,7 @@ import pytest
 from model_files import make_potential
 
 import mlip_md
-from mlip_md import bundled, cli, errors
+from mlip_md import bundled, cli, errors, native
 from mlip_md.formats.names import NAMES
 from mlip_md.formats.open import FORMATS
 from mlip_md.formats.own import load, save
@@ -78,7 +78,8 @@ def test_every_command_shows_its_own_help(run, command):
 
 
 def test_version(run):
-    assert run("--version") == (0, f"mlip-md {mlip_md.__version__}\n", "")
+    said = f"mlip-md {mlip_md.__version__}\nconvolution on processors: {native.describe()}\n"
+    assert run("--version") == (0, said, "")
 
 
 def test_show_tells_everything(run, tiny):

@@ -64,3 +64,17 @@ def instructions(library: Path = LIBRARY) -> str:
         OSError: if it cannot be loaded.
     """
     return bytes(handlers(library).mlip_md_instructions()).decode()
+
+
+def describe(library: Path = LIBRARY) -> str:
+    """In words, what this installation computes convolutions with on processors.
+
+    Args:
+        library: file that an installation with it has.
+    """
+    if not library.exists():
+        return "JAX alone: no compiled convolution was built with this installation"
+    try:
+        return f"compiled, {instructions(library)}"
+    except (OSError, AttributeError) as error:
+        return f"JAX alone: {library.name} could not be loaded ({error})"

@@ -65,7 +65,6 @@ def message_paths(
     return paths
 
 
-@functools.lru_cache
 def message_plan(irreps_in: tuple[Irrep, ...], channels: int, config: MACEConfig) -> Plan:
     """The convolution over ``message_paths``, all of one number of channels, side by side."""
     paths = message_paths(irreps_in, config.l_max, message_irreps(config))

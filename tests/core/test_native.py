@@ -283,3 +283,11 @@ def test_no_library_is_no_reason_to_warn(tmp_path):
         warnings.simplefilter("error")
         status = find_native(tmp_path / "none.so")
     assert status == (False, "", "no compiled convolution was built with this installation")
+
+
+def test_an_installation_says_what_it_computes_with(tmp_path, library):
+    assert native.describe() == f"compiled, {library.instructions}"
+    assert "no compiled convolution" in native.describe(tmp_path / "none.so")
+    damaged = tmp_path / "damaged.so"
+    damaged.write_bytes(b"not a library")
+    assert "could not be loaded" in native.describe(damaged)
