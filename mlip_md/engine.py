@@ -235,15 +235,13 @@ class Runtime:
         return Output(values, needs), kept
 
 
-_runtimes: weakref.WeakValueDictionary[tuple[str, str, jax.Device], Runtime] = (
-    weakref.WeakValueDictionary()
-)
+_runtimes: weakref.WeakValueDictionary[tuple[object, ...], Runtime] = weakref.WeakValueDictionary()
 _runtimes_lock = threading.Lock()
 
 
 def _shared_runtime(potential: Potential, dtype: str, device: jax.Device) -> Runtime:
     """The process's one runtime of a potential, dtype and device."""
-    key = (potential.sha256, dtype, device)
+    key = (potential.sha256, potential.used_radial_scale, dtype, device)
     with _runtimes_lock:
         runtime = _runtimes.get(key)
         if runtime is None:
