@@ -142,7 +142,7 @@ class SpeciesPerceptron(nn.Module):
 
 
 class MessagePassingConvolution(nn.Module):
-    """Sum over neighbours of sender features coupled to edge directions (Eq. 8).
+    """Sum over neighbors of sender features coupled to edge directions (Eq. 8).
 
     Attributes:
         config: hyperparameters.
