@@ -14,7 +14,7 @@ import platform
 import sys
 from pathlib import Path
 
-LARGEST = 2**30
+MAX_SIZE = 2**30
 """Bytes that the cache may take; what was used longest ago goes first."""
 VARIABLE = "MLIP_MD_CACHE"
 """Environment variable: the folder, or "off"."""
@@ -83,7 +83,7 @@ def _trim(folder: Path) -> None:
             if file.is_file():
                 status = file.stat()
                 files.append((max(status.st_atime, status.st_mtime), status.st_size, file))
-    excess = sum(size for _, size, _ in files) - LARGEST
+    excess = sum(size for _, size, _ in files) - MAX_SIZE
     for _, size, file in sorted(files):
         if excess <= 0:
             return

@@ -9,7 +9,7 @@ import numpy as np
 
 from mlip_md.networks.layers import coupling
 
-LARGEST_DEGREE = 4
+MAX_DEGREE = 4
 WRITTEN_OUT = 3
 """Largest degree of couplings that become straight-line code; of all it would compile too long."""
 
@@ -23,12 +23,12 @@ HEAD = """// Made by make_coefficients.py from couplings K[a, b, m] of degrees l
 
 def triples() -> list[tuple[int, int, int]]:
     """Degrees that couple, those that are written out first."""
-    degrees = range(LARGEST_DEGREE + 1)
+    degrees = range(MAX_DEGREE + 1)
     found = [
         (l1, l2, l3)
         for l1 in degrees
         for l2 in degrees
-        for l3 in range(abs(l1 - l2), min(l1 + l2, LARGEST_DEGREE) + 1)
+        for l3 in range(abs(l1 - l2), min(l1 + l2, MAX_DEGREE) + 1)
     ]
     return sorted(found, key=lambda triple: max(triple) > WRITTEN_OUT)
 

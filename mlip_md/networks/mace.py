@@ -21,7 +21,7 @@ from mlip_md.networks.convolution import Block, Plan
 from mlip_md.networks.layers import SCALAR, Features
 from mlip_md.networks.messages import Edges, read_edges, sum_messages
 from mlip_md.networks.product_basis import SymmetricContraction
-from mlip_md.networks.radial_scale import radial_scale
+from mlip_md.networks.radial_scale import RadialScale
 
 RADIAL_WIDTHS = (64, 64, 64)
 """Hidden widths of the radial network; no card or file has others."""
@@ -142,7 +142,7 @@ class SpeciesPerceptron(nn.Module):
 
 
 class MessagePassingConvolution(nn.Module):
-    """Sum over neighbours of sender features coupled to edge directions (Eq. 8).
+    """Sum over neighbors of sender features coupled to edge directions (Eq. 8).
 
     Attributes:
         config: hyperparameters.
@@ -361,14 +361,14 @@ class MACE(nn.Module):
         num_species: number of elements.
         cutoff: Å.
         avg_num_neighbors: divisor of the summed messages.
-        avg_r_min: Å, or None; start of the interval on which the radial basis is normalised.
+        radial_scale: factor on the radial basis.
     """
 
     config: MACEConfig
     num_species: int
     cutoff: float
     avg_num_neighbors: float
-    avg_r_min: float | None
+    radial_scale: RadialScale
 
     @nn.compact
     def __call__(self, graph: Graph) -> jax.Array:
@@ -397,7 +397,8 @@ class MACE(nn.Module):
     def _edges(self, graph: Graph) -> Edges:
         config, vectors = self.config, edge_vectors(graph)
         basis = self.cutoff, config.num_bessel, config.radial_envelope
-        scale = radial_scale(self.avg_r_min, *basis, vectors.dtype == jnp.float64)
+        single, double = self.radial_scale
+        scale = double if vectors.dtype == jnp.float64 else single
 
         def radial_basis(lengths: jax.Array) -> jax.Array:
             return layers.radial_basis(lengths, *basis, scale)

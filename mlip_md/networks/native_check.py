@@ -18,7 +18,7 @@ from mlip_md.networks.layers import coupling
 
 Arrays = list[np.ndarray]
 
-LARGEST_DEGREE = 4
+MAX_DEGREE = 4
 TOLERANCES = {"float64": 1e-12, "float32": 5e-6}
 """Of the largest number of a result."""
 
@@ -209,7 +209,7 @@ def run(name: str, case: Case, arguments: Any, results: Any, **attributes: Any) 
 def all_couplings(width: int, n_nodes: int, n_edges: int, seed: int) -> Case:
     """A random case with every coupling, whose columns, channels and sums are not all used."""
     draw = np.random.default_rng(seed)
-    degrees = range(LARGEST_DEGREE + 1)
+    degrees = range(MAX_DEGREE + 1)
     paths, used = [], [0] * len(degrees)
     for l1, l2, l3 in itertools.product(degrees, repeat=3):
         if abs(l1 - l2) <= l3 <= l1 + l2:
@@ -226,7 +226,7 @@ def all_couplings(width: int, n_nodes: int, n_edges: int, seed: int) -> Case:
         receivers,
         draw.random(n_edges) < 0.8,
         [normal(n_nodes, 2 * l + 1, width + 2) for l in degrees],
-        normal(n_edges, (LARGEST_DEGREE + 1) ** 2),
+        normal(n_edges, (MAX_DEGREE + 1) ** 2),
         normal(n_edges, width * len(paths) + 2),
         [normal(n_nodes, 2 * l + 1, used[l]) for l in degrees],
     )

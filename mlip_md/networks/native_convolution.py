@@ -21,7 +21,7 @@ from mlip_md import native
 from mlip_md.networks import convolution, native_check, radial_tables
 from mlip_md.networks.convolution import Factors, Names, Plan
 
-HIGHEST_DEGREE = 4
+MAX_DEGREE = 4
 """l up to which the kernel has couplings."""
 _WRT = {"x": 1, "y": 2, "r": 4, "lengths": 4}
 
@@ -191,7 +191,7 @@ def _call_table(
 def _is_supported(plan: Plan, dtype: Any) -> bool:
     degrees = [block.degree for block in (*plan.sources, *plan.targets)]
     degrees += [path.degree for path in plan.paths]
-    known = max(degrees) <= HIGHEST_DEGREE and dtype in (jnp.float32, jnp.float64)
+    known = max(degrees) <= MAX_DEGREE and dtype in (jnp.float32, jnp.float64)
     return known and find_native().available
 
 

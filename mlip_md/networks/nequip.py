@@ -272,7 +272,7 @@ class NequIPLayer(nn.Module):
 class NequIP(nn.Module):
     """NequIP as in the published models: ``init(key, graph)``, ``apply(params, graph)``.
 
-    An atom without neighbours has an energy of its own, which the residual path makes of its
+    An atom without neighbors has an energy of its own, which the residual path makes of its
     species. Messages vanish smoothly at the cutoff (with sigmoid as the radial network's
     nonlinearity, which is not 0 at 0, they end there abruptly).
 

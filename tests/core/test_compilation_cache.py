@@ -58,7 +58,7 @@ def test_importing_and_computing_write_nothing_unasked(tmp_path):
 
 
 def test_what_was_used_longest_ago_goes_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(compilation_cache, "LARGEST", 250)
+    monkeypatch.setattr(compilation_cache, "MAX_SIZE", 250)
     for name, used in [("a/old", 1), ("b/new", 3), ("b/middle", 2)]:
         file = tmp_path / name
         file.parent.mkdir(exist_ok=True)

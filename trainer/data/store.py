@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from mlip_md.elements import LARGEST_ATOMIC_NUMBER, symbol
+from mlip_md.elements import MAX_ATOMIC_NUMBER, symbol
 from mlip_md.errors import DataError
 from mlip_md.files import new_folder, write_text
 from mlip_md.neighbors import check_cutoff
@@ -189,7 +189,7 @@ class GraphStore:
     @functools.cached_property
     def species_of(self) -> np.ndarray:
         """(119,) int32, species by atomic number; -1 for elements that do not occur."""
-        lookup = np.full(LARGEST_ATOMIC_NUMBER + 1, -1, np.int32)
+        lookup = np.full(MAX_ATOMIC_NUMBER + 1, -1, np.int32)
         lookup[list(self.elements)] = np.arange(len(self.elements))
         return lookup
 
