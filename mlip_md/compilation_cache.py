@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
 MAX_SIZE = 2**30
 """Bytes that the cache may take; what was used longest ago goes first."""
@@ -39,8 +40,9 @@ def enable_cache(folder: str | os.PathLike[str] | None = None) -> Path | None:
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir is not None:
-        return Path(jax.config.jax_compilation_cache_dir)
+    config: Any = jax.config  # its annotations do not name its options
+    if config.jax_compilation_cache_dir is not None:
+        return Path(config.jax_compilation_cache_dir)
     wanted = os.environ.get(VARIABLE, "") if folder is None else os.fspath(folder)
     if wanted == "off":
         return None

@@ -359,7 +359,8 @@ def _sum_messages(form: Form, at: Factors) -> list[jax.Array]:
     (y,), (r,) = at["y"], at["r"]
     y = jnp.where(inside[:, None], y, 0)
     gathered = [feature[senders] for feature in at["x"]]
-    by_path, pieces = _split_columns(plan, r), {}
+    by_path = _split_columns(plan, r)
+    pieces: dict[Path, jax.Array] = {}
     for bundle in _bundles(plan):
         first, degree = bundle[0], plan.targets[bundle[0].target].degree
         couplings = layers.couplings_side_by_side(

@@ -121,7 +121,7 @@ def sum_messages(
     if not module.is_initializing():
         module.sow("functions", "radial", RadialFunction(plan, weights))
     if module.has_variable("tables", "coefficients"):
-        coefficients = module.get_variable("tables", "coefficients")
+        coefficients: jax.Array = module.get_variable("tables", "coefficients")
         index = edges.species if len(coefficients) > 1 else jnp.zeros_like(edges.species)
         return convolve_by_table(
             plan,

@@ -210,7 +210,8 @@ def all_couplings(width: int, n_nodes: int, n_edges: int, seed: int) -> Case:
     """A random case with every coupling, whose columns, channels and sums are not all used."""
     draw = np.random.default_rng(seed)
     degrees = range(MAX_DEGREE + 1)
-    paths, used = [], [0] * len(degrees)
+    paths: list[Path] = []
+    used = [0] * len(degrees)
     for l1, l2, l3 in itertools.product(degrees, repeat=3):
         if abs(l1 - l2) <= l3 <= l1 + l2:
             paths.append(Path(l1, l1 % 2, l2, l3, used[l3], width * len(paths) + 1, width))

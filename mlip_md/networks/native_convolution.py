@@ -174,7 +174,7 @@ def _call_table(
     integers = [a.astype(jnp.int32) for a in (senders, receivers)]
     (lengths,), (y,) = at["lengths"], at["y"]
     call = jax.ffi.ffi_call(target, shapes)
-    return call(
+    found = call(
         *integers,
         lengths,
         index.astype(jnp.int32),
@@ -186,6 +186,7 @@ def _call_table(
         **_attributes(plan),
         **attributes,
     )
+    return list(found)
 
 
 def _is_supported(plan: Plan, dtype: Any) -> bool:

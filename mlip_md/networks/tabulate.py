@@ -53,7 +53,8 @@ def _tabulate(
     values = np.asarray(function.weights(jnp.asarray(probe), jnp.tile(jnp.arange(num_pairs), 3)))
     by_pair = values.reshape(3, num_pairs, -1)
     n_tables = num_pairs if np.any(by_pair != by_pair[:, :1]) else 1
-    cells, found = 0, []
+    cells = 0
+    found: list[np.ndarray] = []
     while len(found) < n_tables:
         weigh = functools.partial(_of_pair, function, len(found))
         fit = fit_radial(weigh, function.plan, cutoff, dtype, at_least=cells)
