@@ -76,6 +76,10 @@ FAST = {
         "(100.0, 200.0, 0.4), (200.0, 300.0, 0.1)",
         ("test_training_loss.py::test_classes_of_the_adaptive_huber_loss",),
     ),
+    "rows of a prepared folder under any name": Mistake(
+        "trainer/data/prepared.py", 'index.get("sha256", {})', "{}",
+        ("test_data_prepared.py::test_every_file_has_the_name_that_it_was_written_with",),
+    ),
     "a charge in info ignored": Mistake(
         "integrations/ase.py", "if not changes and problem_of(atoms):", "if False:",
         ("test_ase_calculator.py::test_charge_in_info_is_not_overlooked",),
