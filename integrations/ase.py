@@ -214,7 +214,7 @@ class MLIPCalculator(Calculator):
         Raises:
             StructureError, UnsupportedElementError, NonFiniteError: as ``calculate``.
         """
-        if problem := problem_of(atoms):
+        if problem := Watch().problem_of(atoms):
             raise StructureError(problem)
         return self.engine.hessian(*_inputs(atoms))
 
