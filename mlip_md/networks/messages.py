@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
@@ -226,15 +227,34 @@ batching.primitive_batchers[add_rows_p] = functools.partial(batch_in_turn, add_r
 
 
 def radial_functions(
-    network: nn.Module, variables: Any, graph: Graph
+    network: nn.Module, variables: Any, graph: Graph, piece: int
 ) -> dict[Names, RadialFunction]:
     """The radial function of every layer, by the names of its modules.
+
+    The network is traced once and never run: what does not belong to a radial function is nowhere
+    computed.
 
     Args:
         network: the network.
         variables: its weights; the functions compute in their dtype.
-        graph: any; the network is evaluated on it.
+        graph: any; the network is traced with it.
+        piece: number of distances that the functions take.
     """
-    _, found = network.apply(variables, graph, mutable=["functions"])
-    flat = traverse_util.flatten_dict(found["functions"])
-    return {names[:-1]: functions[0] for names, functions in flat.items()}
+    plans: dict[Names, Plan] = {}
+
+    def weights(lengths: jax.Array, species: jax.Array) -> list[jax.Array]:
+        _, found = network.apply(variables, graph, mutable=["functions"])
+        sown = traverse_util.flatten_dict(found["functions"])
+        plans.update({names[:-1]: functions[0].plan for names, functions in sown.items()})
+        return [functions[0].weights(lengths, species) for functions in sown.values()]
+
+    traced = jax.make_jaxpr(weights)(jnp.ones(piece), jnp.zeros(piece, jnp.int32))
+    compute = jax.extend.core.jaxpr_as_fun(traced)
+
+    def of_layer(index: int, lengths: jax.Array, species: jax.Array) -> jax.Array:
+        return compute(lengths, species)[index]
+
+    return {
+        names: RadialFunction(plan, functools.partial(of_layer, index))
+        for index, (names, plan) in enumerate(plans.items())
+    }

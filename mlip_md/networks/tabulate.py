@@ -11,9 +11,10 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
+from mlip_md.compiler import jit
 from mlip_md.graph import Graph
 from mlip_md.networks.messages import RadialFunction, radial_functions
-from mlip_md.networks.radial_tables import fit_radial
+from mlip_md.networks.radial_tables import PIECE, fit_radial
 
 MEMORY = 256 * 2**20
 """Bytes that the tables of one layer may take."""
@@ -37,8 +38,8 @@ def tabulate_radial(
     on_cpu = jax.default_device(jax.local_devices(backend="cpu")[0])
     tables = {}
     with jax.enable_x64(True), on_cpu:
-        weights = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf, np.float64), dict(params))
-        for names, function in radial_functions(network, weights, _one_atom()).items():
+        weights = jax.tree_util.tree_map(lambda leaf: jnp.asarray(leaf, jnp.float64), dict(params))
+        for names, function in radial_functions(network, weights, _one_atom(), PIECE).items():
             table = _tabulate(function, num_species**2, cutoff, dtype)
             if table is not None:
                 tables[(*names, "coefficients")] = table
@@ -49,10 +50,7 @@ def _tabulate(
     function: RadialFunction, num_pairs: int, cutoff: float, dtype: Any
 ) -> np.ndarray | None:
     """Coefficients (n_tables, blocks, cells, degree+1, lanes): one for all pairs, or one each."""
-    probe = np.repeat(np.linspace(0.2, 0.9, 3) * cutoff, num_pairs)
-    values = np.asarray(function.weights(jnp.asarray(probe), jnp.tile(jnp.arange(num_pairs), 3)))
-    by_pair = values.reshape(3, num_pairs, -1)
-    n_tables = num_pairs if np.any(by_pair != by_pair[:, :1]) else 1
+    n_tables = num_pairs if _depends_on_pairs(function, num_pairs, cutoff) else 1
     cells = 0
     found: list[np.ndarray] = []
     while len(found) < n_tables:
@@ -69,7 +67,15 @@ def _tabulate(
 
 
 def _of_pair(function: RadialFunction, pair: int, lengths: jax.Array) -> jax.Array:
-    return function.weights(lengths, jnp.full(len(lengths), pair))
+    return function.weights(lengths, jnp.full(len(lengths), pair, jnp.int32))
+
+
+def _depends_on_pairs(function: RadialFunction, num_pairs: int, cutoff: float) -> bool:
+    """Whether weights differ between pairs of species, at a distance where there are any."""
+    lengths, compute = np.full(PIECE, 0.3 * cutoff), jit(function.weights)
+    pairs = np.arange(-(-num_pairs // PIECE) * PIECE, dtype=np.int32) % num_pairs
+    values = [np.asarray(compute(lengths, piece)) for piece in pairs.reshape(-1, PIECE)]
+    return any(np.any(value != values[0][:1]) for value in values)
 
 
 def _one_atom() -> Graph:
