@@ -23,9 +23,10 @@ def convolution() -> list[Extension]:
             NAME,
             [str(SOURCES / "conv.cc"), str(SOURCES / "sets.cc")],
             depends=[str(file) for file in sorted(SOURCES.glob("*.h"))],
-            include_dirs=[str(Path(jaxlib.origin).with_name("include"))],
             # Products may be fused with sums; nothing else may be rounded or dropped.
             extra_compile_args=[
+                # not an include_dir: warnings of its headers are not ours to mend
+                f"-isystem{Path(jaxlib.origin).with_name('include')}",
                 "-std=c++17",
                 "-O2",
                 "-g0",
@@ -63,6 +64,8 @@ class Wheel(bdist_wheel):
         """Build the library first, to know whether there is one."""
         self.run_command("build_ext")
         self.root_is_pure = not self.get_finalized_command("build_ext").built()
+        if self.root_is_pure:
+            self.distribution.ext_modules = []  # else all would lie where a platform's files do
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
