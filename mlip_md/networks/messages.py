@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir, partial_eval
 
 from mlip_md.graph import Graph
 from mlip_md.networks import layers, native_convolution  # noqa: F401 (registers itself)
@@ -249,12 +248,15 @@ def radial_functions(
         return [functions[0].weights(lengths, species) for functions in sown.values()]
 
     traced = jax.make_jaxpr(weights)(jnp.ones(piece), jnp.zeros(piece, jnp.int32))
-    compute = jax.extend.core.jaxpr_as_fun(traced)
-
-    def of_layer(index: int, lengths: jax.Array, species: jax.Array) -> jax.Array:
-        return compute(lengths, species)[index]
-
     return {
-        names: RadialFunction(plan, functools.partial(of_layer, index))
+        names: RadialFunction(plan, _output(traced, index))
         for index, (names, plan) in enumerate(plans.items())
     }
+
+
+def _output(traced: ClosedJaxpr, index: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """One output of what was traced, as a function of its own without the rest."""
+    wanted = [i == index for i in range(len(traced.jaxpr.outvars))]
+    jaxpr, _ = partial_eval.dce_jaxpr(traced.jaxpr, wanted, instantiate=True)
+    compute = jaxpr_as_fun(ClosedJaxpr(jaxpr, traced.consts))
+    return lambda lengths, species: compute(lengths, species)[0]
