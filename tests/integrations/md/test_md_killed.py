@@ -176,9 +176,9 @@ def test_a_run_that_dies_at_random_moments_equals_one_that_lives(tmp_path, engin
 
     case = Case(structure, engine, tmp_path / "run")
     for name in random_moments.sample(sorted(CODES), len(CODES)):
-        wait = random_moments.uniform(0.0, startup)
+        rows, wait = count_rows(case.folder) + 3, random_moments.uniform(0.0, startup)
 
-        def moment(child, rows=count_rows(case.folder) + 3, wait=wait):
+        def moment(child, rows=rows, wait=wait):
             # A later start may be quicker than the first one.
             wait_for_rows(child, case.folder, rows, wait)
 
