@@ -11,6 +11,7 @@ from mlip_md.networks import layers, messages
 from mlip_md.networks.convolution import Block, Pairs, Path, Plan, convolve
 from mlip_md.networks.messages import Edges, _sum_in_turns
 
+pytestmark = pytest.mark.kernel
 N_NODES, N_EDGES = 5, 17
 
 

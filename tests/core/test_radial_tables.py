@@ -23,6 +23,7 @@ from mlip_md.networks.radial_tables import (
 from mlip_md.networks.tabulate import tabulate_radial
 from mlip_md.potential import predict
 
+pytestmark = pytest.mark.kernel
 CUTOFF = 4.0
 
 
