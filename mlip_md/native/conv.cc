@@ -137,7 +137,7 @@ class Call {
   template <class F>
   void read_paths(const FeatureList<F>& targets) {
     for (const int64_t* at = plan_.begin() + 3; at != plan_.end(); at += 7)
-      add_path({at[0], at[1], at[2], at[3], at[4], at[5], at[6], 0, 0, 0}, targets);
+      add_path({at[0], at[1], at[2], at[3], at[4], at[5], at[6], 0, 0, 0, -1, -1}, targets);
     if (p.by_table() && next_block_ != p.n_blocks)
       refuse("the table of the convolution has " + std::to_string(p.n_blocks) +
              " blocks of columns, but its paths need " + std::to_string(next_block_));
@@ -217,7 +217,9 @@ class Call {
            (p.by_table() || within(path.column, path.width, p.columns));
     if (good) {
       path.l1 = int(x[path.source].components / 2), path.l3 = int(targets[path.target].components / 2);
-      good = coupling_index(path.l1, int(path.degree), path.l3) >= 0;
+      path.forth = coupling_index(path.l1, int(path.degree), path.l3);
+      path.back = coupling_index(path.l3, int(path.degree), path.l1);
+      good = path.forth >= 0;
     }
     if (!good)
       refuse("path " + std::to_string(p.paths.size()) +

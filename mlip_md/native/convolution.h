@@ -20,7 +20,8 @@ namespace mlip_md {
 struct Path {
   int64_t source, channel, degree, target, position, column, width;
   int l1, l3;
-  int64_t block;  // first of its blocks in a table
+  int64_t block;      // first of its blocks in a table
+  int forth, back;    // which coupling it is, and that with l1 and l3 exchanged
 };
 
 // Node features by source or target: (n_nodes, components, channels).
@@ -348,7 +349,7 @@ class SumPass {
                Workspace<T>& w) const {
     const Path& path = *tile.path;
     const int from = reversed_ ? path.l3 : path.l1, to = reversed_ ? path.l1 : path.l3;
-    const Kernels<T>& kernels = p_.set.couplings[coupling_index(from, int(path.degree), to)];
+    const Kernels<T>& kernels = p_.set.couplings[reversed_ ? path.back : path.forth];
     const T scale = reversed_ ? T(1 / kernels.reverse) : T(1);
     const Features<T>& out = out_[feature(path)];
     const int64_t in = reversed_ ? path.target : path.source;
@@ -435,8 +436,7 @@ class ProductPass {
                Workspace<T>& w) {
     if (order_.count[node] == 0) return;
     const Path& path = *tile.path;
-    const auto& kernels =
-        p_.set.couplings[coupling_index(path.l1, int(path.degree), path.l3)];
+    const auto& kernels = p_.set.couplings[path.forth];
     const Features<const T>& g = g_[path.target];
     const int folds = fold(kernels, path, g.at(node, path.position + tile.begin), g.channels,
                            tile.width, w);

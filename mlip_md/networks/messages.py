@@ -243,7 +243,7 @@ def radial_functions(
 
     def weights(lengths: jax.Array, species: jax.Array) -> list[jax.Array]:
         _, found = network.apply(variables, graph, mutable=["functions"])
-        sown = traverse_util.flatten_dict(found["functions"])
+        sown = traverse_util.flatten_dict(found.get("functions", {}))
         plans.update({names[:-1]: functions[0].plan for names, functions in sown.items()})
         return [functions[0].weights(lengths, species) for functions in sown.values()]
 
