@@ -179,14 +179,18 @@ class Runtime:
         self._compiled: set[Shape] = set()
         self.step = jit(self.evaluate_buffers, static_argnames="shape", donate_argnames="kept")
         self._multiply = jit(self._multiply_hessian, static_argnames="shape")
-        weights = jax.tree_util.tree_map(
-            lambda leaf: np.asarray(leaf, self.dtype), dict(potential.params)
-        )
-        if device.platform == "cpu" and dtype == "float32" and find_native().available:
-            tabulate = potential.network, weights, len(potential.elements), potential.cutoff
-            weights["tables"] = tabulate_radial(*tabulate, self.dtype)
+        self._radial = len(potential.elements), potential.cutoff
+        self.params = self.place(potential.params)
+
+    def place(self, params: Params) -> Params:
+        """Weights in the runtime's precision on its device, beside tables made of them."""
+        weights = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf, self.dtype), dict(params))
+        weights.pop("tables", None)
+        if self.device.platform == "cpu" and self.dtype == np.float32 and find_native().available:
+            weights["tables"] = tabulate_radial(self._network, weights, *self._radial, self.dtype)
         with self.precision():
-            self.params: Params = jax.device_put(weights, device)
+            placed: Params = jax.device_put(weights, self.device)
+        return placed
 
     def precision(self) -> contextlib.AbstractContextManager[None]:
         """The context in which this runtime computes."""

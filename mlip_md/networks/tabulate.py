@@ -30,11 +30,12 @@ def tabulate_radial(
         params: its weights.
         num_species: number of elements.
         cutoff: Å.
-        dtype: of the tables.
+        dtype: of the tables, and of the computation that they are for.
 
     Returns:
         The collection; layers without a table go on evaluating their radial network.
     """
+    network = _with_factor_of(network, dtype)
     on_cpu = jax.default_device(jax.local_devices(backend="cpu")[0])
     tables = {}
     with jax.enable_x64(True), on_cpu:
@@ -44,6 +45,15 @@ def tabulate_radial(
             if table is not None:
                 tables[(*names, "coefficients")] = table
     return traverse_util.unflatten_dict(tables)
+
+
+def _with_factor_of(network: nn.Module, dtype: Any) -> nn.Module:
+    """The network that computes in float64 with the constants that it has in another precision."""
+    scale = getattr(network, "radial_scale", None)
+    if scale is None:
+        return network
+    factor = getattr(scale, np.dtype(dtype).name)
+    return network.clone(radial_scale=type(scale)(factor, factor))
 
 
 def _tabulate(
