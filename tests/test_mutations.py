@@ -192,7 +192,7 @@ SLOW = {
         (f"{PHYSICS}[mace-rotation]", f"{PHYSICS}[nequip-rotation]"),
     ),
     "activation not normalised": Mistake(
-        "networks/layers.py", "scale = 1.0 / _second_moment(name)", "scale = 1.0",
+        "networks/layers.py", "scale = 1.0 / SECOND_MOMENTS[name]", "scale = 1.0",
         (f"{LIVE}[mace]", f"{LIVE}[nequip]"),
     ),
     "|det| forgotten": Mistake(

@@ -60,10 +60,12 @@ class RadialFunction(NamedTuple):
     Attributes:
         plan: of its convolution.
         weights: radial weights (n, columns) of lengths (n,) and pairs of species (n,).
+        by_species: whether they read the pairs of species.
     """
 
     plan: Plan
     weights: Callable[[jax.Array, jax.Array], jax.Array]
+    by_species: bool = True
 
 
 def read_edges(
@@ -249,14 +251,20 @@ def radial_functions(
 
     traced = jax.make_jaxpr(weights)(jnp.ones(piece), jnp.zeros(piece, jnp.int32))
     return {
-        names: RadialFunction(plan, _output(traced, index))
+        names: RadialFunction(plan, *_output(traced, index))
         for index, (names, plan) in enumerate(plans.items())
     }
 
 
-def _output(traced: ClosedJaxpr, index: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """One output of what was traced, as a function of its own without the rest."""
+def _output(
+    traced: ClosedJaxpr, index: int
+) -> tuple[Callable[[jax.Array, jax.Array], jax.Array], bool]:
+    """One output of what was traced, as a function of its own without the rest.
+
+    Beside it: whether it depends on the second argument.
+    """
     wanted = [i == index for i in range(len(traced.jaxpr.outvars))]
+    _, (_, by_species) = partial_eval.dce_jaxpr(traced.jaxpr, wanted)
     jaxpr, _ = partial_eval.dce_jaxpr(traced.jaxpr, wanted, instantiate=True)
     compute = jaxpr_as_fun(ClosedJaxpr(jaxpr, traced.consts))
-    return lambda lengths, species: compute(lengths, species)[0]
+    return lambda lengths, species: compute(lengths, species)[0], by_species

@@ -115,14 +115,21 @@ def _fit(jets: list[np.ndarray], width: float) -> np.ndarray:
 
 def _derivatives(radial: Radial, lengths: jax.Array) -> list[jax.Array]:
     """Value and derivatives of the first orders."""
-    functions = [radial]
+
+    def lower(lengths: jax.Array) -> list[jax.Array]:
+        return [radial(lengths)]
+
     for _ in range(ORDERS - 1):
-        functions.append(functools.partial(_slope, functions[-1]))
-    return [function(lengths) for function in functions]
+        lower = functools.partial(_with_slope, lower)
+    return lower(lengths)
 
 
-def _slope(function: Radial, lengths: jax.Array) -> jax.Array:
-    return jax.jvp(function, (lengths,), (jnp.ones_like(lengths),))[1]
+def _with_slope(
+    lower: Callable[[jax.Array], list[jax.Array]], lengths: jax.Array
+) -> list[jax.Array]:
+    """Derivatives of the lower orders and one more."""
+    values, slopes = jax.jvp(lower, (lengths,), (jnp.ones_like(lengths),))
+    return [*values, slopes[-1]]
 
 
 def _powers(u: float, order: int) -> np.ndarray:

@@ -11,7 +11,6 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
-from mlip_md.compiler import jit
 from mlip_md.graph import Graph
 from mlip_md.networks.messages import RadialFunction, radial_functions
 from mlip_md.networks.radial_tables import PIECE, fit_radial
@@ -60,7 +59,7 @@ def _tabulate(
     function: RadialFunction, num_pairs: int, cutoff: float, dtype: Any
 ) -> np.ndarray | None:
     """Coefficients (n_tables, blocks, cells, degree+1, lanes): one for all pairs, or one each."""
-    n_tables = num_pairs if _depends_on_pairs(function, num_pairs, cutoff) else 1
+    n_tables = num_pairs if function.by_species else 1
     cells = 0
     found: list[np.ndarray] = []
     while len(found) < n_tables:
@@ -78,14 +77,6 @@ def _tabulate(
 
 def _of_pair(function: RadialFunction, pair: int, lengths: jax.Array) -> jax.Array:
     return function.weights(lengths, jnp.full(len(lengths), pair, jnp.int32))
-
-
-def _depends_on_pairs(function: RadialFunction, num_pairs: int, cutoff: float) -> bool:
-    """Whether weights differ between pairs of species, at a distance where there are any."""
-    lengths, compute = np.full(PIECE, 0.3 * cutoff), jit(function.weights)
-    pairs = np.arange(-(-num_pairs // PIECE) * PIECE, dtype=np.int32) % num_pairs
-    values = [np.asarray(compute(lengths, piece)) for piece in pairs.reshape(-1, PIECE)]
-    return any(np.any(value != values[0][:1]) for value in values)
 
 
 def _one_atom() -> Graph:
