@@ -39,9 +39,9 @@ from mlip_md.trainer.checkpoint import CheckpointFolder
 from mlip_md.trainer.data import TrainingData, iterate_batches
 from mlip_md.trainer.evaluate import evaluate_store
 from mlip_md.trainer.loss import stage_at, weights_at
-from mlip_md.trainer.optimizer import learning_rate_schedule
+from mlip_md.trainer.optimizer import learning_rate_schedule, lowered_rate, settle_steps
 from mlip_md.trainer.recipe import Origins, Recipe, dump_resolved, find_differences
-from mlip_md.trainer.resume import TrainingProgress, check_same, identify
+from mlip_md.trainer.resume import TrainingProgress, check_same, identify, with_defaults
 from mlip_md.trainer.runlog import Echo, RunLog, describe_environment, describe_epoch
 from mlip_md.trainer.step import (
     StepLog,
@@ -116,14 +116,17 @@ class Trainer:
             avg_num_neighbors=statistics.avg_num_neighbors,
             avg_r_min=statistics.avg_r_min,
         )
+        steps = len(data.plan(recipe.seed, 1))
+        self.optimizer = settle_steps(recipe.optimizer, steps, recipe.train.epochs)
+        settled = recipe.model_copy(update={"optimizer": self.optimizer})
         # First, because they look whether this process and its compiler can compute.
-        self.train_step = make_train_step(network.apply, recipe)
+        self.train_step = make_train_step(network.apply, settled)
         self.eval_step = make_eval_step(network.apply)
         example = data.example()
         # jit leaves the forward pass out and compiles the rest once instead of piece by piece
         draw = functools.partial(draw_weights, network, recipe.network)
         params = jit(draw)(jax.random.key(recipe.seed), example.graph)
-        self.state = init_state(recipe, params)
+        self.state = init_state(settled, params)
         self.progress = TrainingProgress()
         self.checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint.keep_latest)
         self.log = RunLog(folder, echo)
@@ -164,7 +167,7 @@ class Trainer:
         with Interruptions(*ENDINGS, max_seconds=max_seconds) as self.interruptions:
             if self.progress.validated < 0:
                 self._validate(0, self.state.params)
-            while self.progress.epoch <= self.recipe.train.epochs:
+            while self.progress.epoch <= self.recipe.train.epochs and not self.progress.stopped:
                 if not self._train_epoch():
                     return self._interrupted()
                 self._finish_epoch()
@@ -197,7 +200,8 @@ class Trainer:
 
     def _continue(self, state: TrainState, saved: dict[str, Any]) -> None:
         """Take up the state and the progress of a checkpoint."""
-        changes = find_differences(saved.pop("recipe"), identify(self.recipe, self.data))
+        before = with_defaults(saved.pop("recipe"))
+        changes = find_differences(before, identify(self.recipe, self.data))
         self.state = jax.tree_util.tree_map(jax.numpy.array, state)
         self.progress = TrainingProgress(**saved)
         step, epoch = self.progress.step, self.progress.epoch
@@ -222,10 +226,12 @@ class Trainer:
         plan = data.plan(self.recipe.seed, progress.epoch)
         count, plan = len(plan), plan[progress.batch :]
         weights = weights_at(self.recipe.loss, progress.epoch)
+        lowers = self.optimizer.schedule == "plateau"
+        rate = (np.float32(progress.rate),) if lowers else ()
         waiting: collections.deque[Waiting] = collections.deque()
         clock = time.monotonic()
         for indices, batch in iterate_batches(data.train, plan, data.budget):
-            self.state, log = self.train_step(self.state, batch, weights)
+            self.state, log = self.train_step(self.state, batch, weights, *rate)
             progress.batch += 1
             progress.step += 1
             waiting.append((progress.step, indices, log))
@@ -299,7 +305,7 @@ class Trainer:
         """The row of an epoch in ``metrics.csv``."""
         sums, weights = self.progress.sums, weights_at(self.recipe.loss, epoch)
         good = sums.get("good", math.nan)
-        rate = learning_rate_schedule(self.recipe.optimizer)(self.progress.step)
+        rate = learning_rate_schedule(self.optimizer)(self.progress.step) * self.progress.rate
         return {
             "epoch": epoch,
             "step": self.progress.step,
@@ -319,7 +325,7 @@ class Trainer:
 
     def _finish_epoch(self) -> None:
         progress, epoch = self.progress, self.progress.epoch
-        params = averaged_params(self.state, self.recipe.train.ema_decay)
+        params = averaged_params(self.state, self.recipe.train.ema_decay, self.optimizer)
         errors, score = self._validate(epoch, params)
         stage = str(stage_at(self.recipe.loss, epoch))
         best = progress.best.get(stage)
@@ -329,8 +335,24 @@ class Trainer:
             for name in (f"best-stage{stage}.safetensors", "model.safetensors"):
                 own.save(potential, self.folder / name)
             self.log.event("best", step=progress.step, epoch=epoch, stage=stage, score=score)
+        self._judge_progress(epoch - progress.best[stage]["epoch"])
         progress.epoch, progress.batch, progress.sums = epoch + 1, 0, {}
         self._save()
+
+    def _judge_progress(self, stale: int) -> None:
+        """Lower the learning rate, or end early, where nothing got better for some epochs."""
+        progress, patience = self.progress, self.recipe.train.patience
+        rate = lowered_rate(
+            self.optimizer, min(stale, progress.epoch - progress.lowered), progress.rate
+        )
+        if rate != progress.rate:
+            progress.rate, progress.lowered = rate, progress.epoch
+            self.log.line(f"no better model for {stale} epochs: learning rate times {rate:.4g}")
+        last = stage_at(self.recipe.loss, self.recipe.train.epochs)
+        ended = stage_at(self.recipe.loss, progress.epoch) == last
+        if patience is not None and ended and stale >= patience:
+            progress.stopped = True
+            self.log.line(f"no better model for {stale} epochs (train.patience): the end")
 
     def make_potential(self, params: Params, training: Mapping[str, Any]) -> Potential:
         """The potential with some weights, with all provenance.

@@ -7,7 +7,7 @@ YAML; ``mlip_md.trainer.recipe.reading`` does.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -62,14 +62,15 @@ class LossConfig(Section):
     """The loss; its terms are defined in ``mlip_md.trainer.loss``.
 
     Attributes:
-        kind: "mse" or "huber".
+        kind: "mse", "huber", "l1" or "l1-l2".
         delta: of the Huber loss, eV per atom and eV/Å.
-        energy: weight of the squared error per atom, 1/eV².
-        forces: weight of the squared force error, Å²/eV².
-        stress: weight of the squared stress error, Å⁶/eV²; 0 leaves stresses out.
+        energy: weight of the squared error per atom, 1/eV²; of the absolute one, 1/eV.
+        forces: weight of the squared force error, Å²/eV²; of the absolute one, Å/eV.
+        stress: weight of the squared stress error, Å⁶/eV²; of the absolute one, Å³/eV; 0 leaves
+            stresses out.
     """
 
-    kind: Literal["mse", "huber"] = "mse"
+    kind: Literal["mse", "huber", "l1", "l1-l2"] = "mse"
     delta: float = Field(default=0.01, gt=0)
     energy: LossTermConfig = _constant(1.0)
     forces: LossTermConfig = _constant(25.0)
@@ -77,29 +78,54 @@ class LossConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AMSGrad and its learning-rate schedule (steps are batches, from 0).
+    """The optimizer and its learning-rate schedule (steps are batches, from 0).
 
     Attributes:
-        kind: "amsgrad".
+        kind: "amsgrad", "adam", "adamw", "muon" or "schedule-free"; see ``trainer.optimizer``.
+        schedule: how the learning rate goes from its peak to its final value: "linear", "cosine",
+            "exponential", or "plateau", which lowers it when the validation score stands still.
         init_learning_rate: at step 0.
         peak_learning_rate: reached linearly after warmup_steps.
-        final_learning_rate: reached linearly after further transition_steps, then kept.
-        weight_decay: L2 decay added to the gradient before clipping.
+        final_learning_rate: reached after further transition_steps, then kept; a "plateau" lowers
+            to it at most.
+        weight_decay: L2 decay added to the gradient before clipping; with "adamw" and "muon"
+            decoupled from it.
         warmup_steps: length of the warm-up.
-        transition_steps: length of the decay to the final learning rate.
+        warmup_epochs: the same in epochs; takes the place of warmup_steps.
+        transition_steps: length of the way to the final learning rate; "to the end" of train.epochs
+            takes the rest.
+        transition_epochs: the same in epochs; takes the place of transition_steps.
+        plateau_epochs: epochs without a better score after which a "plateau" is lowered.
+        plateau_factor: by which it is.
         grad_norm: global norm to which gradients are clipped.
         num_gradient_accumulation_steps: batches whose gradients are averaged before an update.
+        factors: on the learning rate of parts of the network, by pattern of their names, such as
+            "*/layer_0/*": 0.1; 0 freezes a part. The last pattern that fits counts.
     """
 
-    kind: Literal["amsgrad"] = "amsgrad"
+    kind: Literal["amsgrad", "adam", "adamw", "muon", "schedule-free"] = "amsgrad"
+    schedule: Literal["linear", "cosine", "exponential", "plateau"] = "linear"
     init_learning_rate: float = Field(default=0.01, ge=0, allow_inf_nan=False)
     peak_learning_rate: float = Field(default=0.01, gt=0, allow_inf_nan=False)
     final_learning_rate: float = Field(default=0.01, ge=0, allow_inf_nan=False)
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     warmup_steps: int = Field(default=4000, ge=0)
-    transition_steps: int = Field(default=360000, ge=1)
+    warmup_epochs: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    transition_steps: Annotated[int, Field(ge=1)] | Literal["to the end"] = 360000
+    transition_epochs: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    plateau_epochs: int = Field(default=10, ge=1)
+    plateau_factor: float = Field(default=0.5, gt=0, lt=1)
     grad_norm: float = Field(default=500.0, gt=0)
     num_gradient_accumulation_steps: int = Field(default=1, ge=1)
+    factors: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> OptimizerConfig:
+        if self.schedule == "exponential" and self.final_learning_rate == 0:
+            raise ValueError("an exponential schedule never reaches final_learning_rate: 0")
+        if self.schedule == "plateau" and self.kind == "schedule-free":
+            raise ValueError("schedule-free needs no plateau; use schedule: linear")
+        return self
 
 
 class SplitConfig(Section):
@@ -202,11 +228,14 @@ class TrainConfig(Section):
         select_energy_weight: 1/Å; the best model has the lowest
             forces_rmse + select_energy_weight · energy_rmse_per_atom on the validation set. The
             search starts anew when the loss weights change.
+        patience: epochs without a better model after which the training ends early, counted in the
+            last stage of the loss weights; null trains to the end.
     """
 
     epochs: int = Field(default=220, ge=1)
     ema_decay: float = Field(default=0.99, ge=0, lt=1)
     select_energy_weight: float = Field(default=10.0, ge=0)
+    patience: int | None = Field(default=None, ge=1)
 
 
 class CheckpointConfig(Section):
@@ -259,6 +288,12 @@ class Recipe(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     faults: FaultConfig = FaultConfig()
     log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _check_averages(self) -> Recipe:
+        if self.optimizer.kind == "schedule-free" and self.train.ema_decay:
+            raise ValueError("schedule-free averages the weights itself; set train.ema_decay to 0")
+        return self
 
     @property
     def network(self) -> NetworkConfig:
