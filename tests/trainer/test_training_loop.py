@@ -21,6 +21,7 @@ from mlip_md.trainer.costs import time_steps
 from mlip_md.trainer.data import load_data
 from mlip_md.trainer.evaluate import evaluate_store
 from mlip_md.trainer.loss import weights_at
+from mlip_md.trainer.resume import check_same, identify
 from mlip_md.trainer.step import averaged_params, init_state, make_eval_step, make_train_step
 from mlip_md.trainer.train import Trainer
 
@@ -476,3 +477,86 @@ def test_a_hangup_saves_and_a_second_one_changes_nothing(recipe, data, tmp_path,
     at_step(trainer, 2, hang_up)
     assert trainer.run().status == "hangup"
     assert Trainer(recipe, data, tmp_path).checkpoints.files()
+
+
+# Options
+
+
+def test_training_ends_early_where_nothing_gets_better(recipe, data, tmp_path):
+    """With rates of zero every epoch is like the first; the last stage begins in epoch 3."""
+    frozen = {"init_learning_rate": 0.0, "peak_learning_rate": 1e-12, "final_learning_rate": 0.0}
+    long = changed(recipe, optimizer=frozen, train={"epochs": 30, "patience": 2})
+    trainer = Trainer(long, data, tmp_path)
+    assert trainer.run().status == "done"
+    best = trainer.progress.best["2"]["epoch"]
+    assert [int(row["epoch"]) for row in rows(tmp_path)][-1] == best + 2
+    assert "train.patience" in (tmp_path / "log.txt").read_text(encoding="utf-8")
+    again = Trainer(long, data, tmp_path)
+    assert again.run().status == "done"
+    assert again.progress.step == trainer.progress.step
+
+
+def test_a_plateau_lowers_the_rate_also_after_a_resume(recipe, data, tmp_path):
+    still = {
+        "schedule": "plateau", "plateau_epochs": 1, "init_learning_rate": 1e-9,
+        "peak_learning_rate": 1e-9, "final_learning_rate": 0.0,
+    }  # fmt: skip
+    slow = changed(recipe, optimizer=still, train={"epochs": 8, "ema_decay": 0.0})
+    straight = Trainer(slow, data, tmp_path / "straight")
+    straight.run()
+    rates = [float(row["learning_rate"]) for row in rows(tmp_path / "straight")]
+    assert min(rates) < max(rates) == pytest.approx(1e-9)
+    first = Trainer(slow, data, tmp_path / "resumed")
+    stop_at_step(first, 6 * STEPS + 2)
+    second = Trainer(slow, data, tmp_path / "resumed")
+    second.run()
+    assert fingerprint(second) == fingerprint(straight)
+    assert [float(row["learning_rate"]) for row in rows(tmp_path / "resumed")] == rates
+
+
+def test_a_lowered_rate_is_what_steps_are_made_with(recipe, data, tmp_path):
+    def weights(rate):
+        trainer = Trainer(changed(recipe, optimizer={"schedule": "plateau"}), data, tmp_path)
+        before = jax.device_get(trainer.state.params)
+        state, _ = trainer.train_step(
+            trainer.state, data.example(), weights_at(recipe.loss, 1), rate
+        )
+        return [
+            np.asarray(b) - a
+            for b, a in zip(*map(jax.tree_util.tree_leaves, (state.params, before)), strict=True)
+        ]
+
+    for whole, half in zip(weights(np.float32(1.0)), weights(np.float32(0.5)), strict=True):
+        np.testing.assert_allclose(half, 0.5 * whole, rtol=1e-4, atol=1e-7)
+
+
+def test_frozen_weights_keep_their_bits_into_the_model(recipe, data, saved, tmp_path):
+    trainer = Trainer(recipe, data, tmp_path)
+    names = list(trainer.state.params["params"])
+    frozen = changed(recipe, optimizer={"factors": {f"params/{names[0]}": 0.0}})
+    trainer = Trainer(frozen, data, tmp_path)
+    before = np.asarray(trainer.state.params["params"][names[0]])
+    saved.clear()
+    trainer.run()
+    after = saved[-1][1].params["params"]
+    np.testing.assert_array_equal(after[names[0]], before)
+    assert any(np.any(after[n] != np.asarray(trainer.state.params["params"][n])) for n in names[1:])
+
+
+def test_schedules_to_the_end_end_with_the_training(recipe, data, tmp_path):
+    whole = changed(
+        recipe, optimizer={"transition_steps": "to the end", "final_learning_rate": 0.0}
+    )
+    Trainer(whole, data, tmp_path).run()
+    assert float(rows(tmp_path)[-1]["learning_rate"]) == pytest.approx(0.0, abs=1e-9)
+    assert float(rows(tmp_path)[-2]["learning_rate"]) > 1e-4
+
+
+def test_rows_that_an_earlier_version_did_not_know_are_no_difference(recipe, data, tmp_path):
+    now = identify(recipe, data)
+    old = {**now, "optimizer": dict(now["optimizer"]), "train": dict(now["train"])}
+    del old["optimizer"]["schedule"], old["optimizer"]["factors"], old["train"]["patience"]
+    check_same(old, now, tmp_path, allow_changes=False)
+    other = identify(changed(recipe, optimizer={"factors": {"*": 0.5}}), data)
+    with pytest.raises(CheckpointError, match=r"optimizer.factors"):
+        check_same(old, other, tmp_path, allow_changes=False)
