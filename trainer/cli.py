@@ -52,6 +52,10 @@ def train_command(
         typer.Argument(help="Recipe: a YAML file, or mace-spice2, nequip-spice2, organics-gfn2."),
     ],
     overrides: Overrides = None,
+    start: Annotated[
+        str | None,
+        typer.Option("--from", metavar="MODEL", help="Start from this potential: fine-tuning."),
+    ] = None,
     run: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/NAME.")] = None,
     resume: Annotated[
         Literal["auto", "never", "must", "allow-changes"],
@@ -75,7 +79,17 @@ def train_command(
     from mlip_md.trainer.recipe import load_recipe
 
     seconds = parse_duration(max_time)
-    checked, origins = load_recipe(recipe, overrides or [])
+    chosen = [] if start is None else [f"start.potential={start}"]
+    checked, origins = load_recipe(recipe, [*(overrides or []), *chosen])
+    parent = None
+    if checked.start is not None:
+        import mlip_md
+        from mlip_md.trainer.finetune import adopt_network
+
+        parent = mlip_md.load(checked.start.potential)
+        checked, changes = adopt_network(checked, parent)
+        for line in changes:
+            typer.echo(line)
     from mlip_md.trainer.costs import time_steps
     from mlip_md.trainer.data import load_data
     from mlip_md.trainer.train import Trainer
@@ -89,11 +103,15 @@ def train_command(
     typer.echo("compiling the network")
     if dry_run:
         typer.echo(data.summary())
-        for name, value in time_steps(Trainer(checked, data, folder), dry_run).items():
+        for name, value in time_steps(
+            Trainer(checked, data, folder, parent=parent), dry_run
+        ).items():
             typer.echo(f"{name}: {value:.4g}")
         return
     with _bar() as (echo, tick):
-        trainer = Trainer(checked, data, folder, origins=origins, echo=echo, tick=tick)
+        trainer = Trainer(
+            checked, data, folder, parent=parent, origins=origins, echo=echo, tick=tick
+        )
         status = trainer.run(resume, seconds).status
     raise typer.Exit({"done": 0, "keyboard": EXIT_KEYBOARD}.get(status, EXIT_SAVED))
 

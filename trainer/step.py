@@ -80,7 +80,12 @@ def init_state(recipe: Recipe, params: Params) -> TrainState:
     )
 
 
-def make_train_step(apply: Callable[..., Any], recipe: Recipe) -> TrainStep:
+def make_train_step(
+    apply: Callable[..., Any],
+    recipe: Recipe,
+    scaling_mean: float = 0.0,
+    scaling_stdev: float = 1.0,
+) -> TrainStep:
     """The compiled step ``(state, batch, weights[, rate]) -> (state, log)``.
 
     A step whose loss or gradient is not finite changes nothing but the counters of bad steps. The
@@ -90,6 +95,8 @@ def make_train_step(apply: Callable[..., Any], recipe: Recipe) -> TrainStep:
     Args:
         apply: ``network.apply``: (params, graph) to node energies (n_nodes,), eV.
         recipe: its loss, optimizer and averaging; the lengths of the schedule in steps.
+        scaling_mean: added to every node energy, eV.
+        scaling_stdev: factor of the network's node energies before that.
 
     Raises:
         CompilerError: if the installed compiler adds up wrongly.
@@ -99,7 +106,10 @@ def make_train_step(apply: Callable[..., Any], recipe: Recipe) -> TrainStep:
     every, decay = recipe.optimizer.num_gradient_accumulation_steps, recipe.train.ema_decay
 
     def loss_of(params: Params, batch: Batch, weights: LossWeights) -> jax.Array:
-        return batch_loss(recipe.loss, predict(apply, params, batch.graph), batch, weights)
+        prediction = predict(
+            apply, params, batch.graph, scaling_mean=scaling_mean, scaling_stdev=scaling_stdev
+        )
+        return batch_loss(recipe.loss, prediction, batch, weights)
 
     def good_step(state: TrainState, gradient: Params, rate: jax.Array | None) -> TrainState:
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)

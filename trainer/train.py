@@ -38,9 +38,10 @@ from mlip_md.trainer import metrics
 from mlip_md.trainer.checkpoint import CheckpointFolder
 from mlip_md.trainer.data import TrainingData, iterate_batches
 from mlip_md.trainer.evaluate import evaluate_store
+from mlip_md.trainer.finetune import adopt_elements, describe_parent, starting_weights
 from mlip_md.trainer.loss import stage_at, weights_at
 from mlip_md.trainer.optimizer import learning_rate_schedule, lowered_rate, settle_steps
-from mlip_md.trainer.recipe import Origins, Recipe, dump_resolved, find_differences
+from mlip_md.trainer.recipe import Origins, Recipe, StartConfig, dump_resolved, find_differences
 from mlip_md.trainer.resume import TrainingProgress, check_same, identify, with_defaults
 from mlip_md.trainer.runlog import Echo, RunLog, describe_environment, describe_epoch
 from mlip_md.trainer.step import (
@@ -54,6 +55,9 @@ from mlip_md.trainer.step import (
 
 IN_FLIGHT = 2
 """Steps that may wait on the device; unbounded queues can deadlock and hold memory."""
+
+OTHER_METHOD = 0.1
+"""eV/atom; a parent that is farther from its new data was made with another method's."""
 
 LOWER_RATES = (
     "lower optimizer.*_learning_rate and go on from the last checkpoint with --resume allow-changes"
@@ -83,6 +87,10 @@ class Outcome:
     errors: Mapping[str, float]
 
 
+def _start(recipe: Recipe) -> StartConfig:
+    return recipe.start or StartConfig(potential="")
+
+
 class Trainer:
     """One run of a recipe on prepared data, in one folder."""
 
@@ -92,6 +100,7 @@ class Trainer:
         data: TrainingData,
         folder: Path,
         *,
+        parent: Potential | None = None,
         origins: Origins | None = None,
         echo: Echo | None = None,
         tick: Tick | None = None,
@@ -102,11 +111,15 @@ class Trainer:
             recipe: of the run.
             data: prepared training, validation and test sets.
             folder: of the run; made if needed.
+            parent: potential to start from; ``recipe`` has its network, see
+                ``finetune.adopt_network``. None draws the weights at random.
             origins: of the recipe's values, for ``config.resolved.yaml``.
             echo: called with every line of the log.
             tick: called after every step with epoch, batches done and batches of the epoch.
         """
-        self.recipe, self.data, self.folder = recipe, data, folder
+        if parent is not None:
+            data = adopt_elements(data, parent, _start(recipe).atomic_energies == "keep")
+        self.recipe, self.data, self.folder, self.parent = recipe, data, folder, parent
         self.origins = origins or Origins()
         statistics = data.statistics
         network = build_network(
@@ -115,17 +128,24 @@ class Trainer:
             cutoff=recipe.data.cutoff,
             avg_num_neighbors=statistics.avg_num_neighbors,
             avg_r_min=statistics.avg_r_min,
+            **({} if parent is None else {"radial_scale": parent.radial_scale}),
         )
         steps = len(data.plan(recipe.seed, 1))
         self.optimizer = settle_steps(recipe.optimizer, steps, recipe.train.epochs)
         settled = recipe.model_copy(update={"optimizer": self.optimizer})
         # First, because they look whether this process and its compiler can compute.
-        self.train_step = make_train_step(network.apply, settled)
-        self.eval_step = make_eval_step(network.apply)
+        scaling = () if parent is None else (parent.scaling_mean, parent.scaling_stdev)
+        self.train_step = make_train_step(network.apply, settled, *scaling)
+        self.eval_step = make_eval_step(network.apply, *scaling)
         example = data.example()
         # jit leaves the forward pass out and compiles the rest once instead of piece by piece
         draw = functools.partial(draw_weights, network, recipe.network)
-        params = jit(draw)(jax.random.key(recipe.seed), example.graph)
+        key = jax.random.key(recipe.seed)
+        if parent is None:
+            params = jit(draw)(key, example.graph)
+        else:
+            nearest = _start(recipe).new_elements == "nearest"
+            params = starting_weights(parent, statistics.elements, nearest, key, example.graph)
         self.state = init_state(settled, params)
         self.progress = TrainingProgress()
         self.checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint.keep_latest)
@@ -166,7 +186,7 @@ class Trainer:
         self._begin(resume)
         with Interruptions(*ENDINGS, max_seconds=max_seconds) as self.interruptions:
             if self.progress.validated < 0:
-                self._validate(0, self.state.params)
+                self._look_at_parent(self._validate(0, self.state.params)[0])
             while self.progress.epoch <= self.recipe.train.epochs and not self.progress.stopped:
                 if not self._train_epoch():
                     return self._interrupted()
@@ -182,7 +202,7 @@ class Trainer:
         found = None
         if resume != "never":
             allow = resume == "allow-changes"
-            now = identify(self.recipe, self.data)
+            now = self._identity()
             found = self.checkpoints.restore(
                 self.state, lambda saved: check_same(saved["recipe"], now, self.folder, allow)
             )
@@ -197,11 +217,17 @@ class Trainer:
             f"{self.recipe.name}: {self.recipe.model['kind']} with {self.num_parameters:,} "
             f"weights; {self.data.summary()}"
         )
+        if self.parent is not None:
+            name = self.parent.info.get("name", "a potential")
+            self.log.line(
+                f"starts from {name} ({self.parent.sha256[:12]}); E0: "
+                f"{self.data.statistics.atomic_energies_source}"
+            )
 
     def _continue(self, state: TrainState, saved: dict[str, Any]) -> None:
         """Take up the state and the progress of a checkpoint."""
         before = with_defaults(saved.pop("recipe"))
-        changes = find_differences(before, identify(self.recipe, self.data))
+        changes = find_differences(before, self._identity())
         self.state = jax.tree_util.tree_map(jax.numpy.array, state)
         self.progress = TrainingProgress(**saved)
         step, epoch = self.progress.step, self.progress.epoch
@@ -211,6 +237,10 @@ class Trainer:
         words = [f"{name} {before} -> {now}" for name, (before, now) in changes.items()]
         with_changes = f", with {', '.join(words)}" if words else ""
         self.log.line(f"resumed at epoch {epoch}, step {step}{with_changes}")
+
+    def _identity(self) -> dict[str, Any]:
+        parent = {} if self.parent is None else {"parent": self.parent.sha256}
+        return {**identify(self.recipe, self.data), **parent}
 
     def _describe_run(self) -> None:
         for name, text in {
@@ -280,7 +310,7 @@ class Trainer:
 
     def _save(self) -> None:
         values = dataclasses.asdict(self.progress)
-        values["recipe"] = identify(self.recipe, self.data)
+        values["recipe"] = self._identity()
         self.checkpoints.save(self.state, values, self.progress.step)
         self._last_save = time.monotonic()
 
@@ -339,6 +369,15 @@ class Trainer:
         progress.epoch, progress.batch, progress.sums = epoch + 1, 0, {}
         self._save()
 
+    def _look_at_parent(self, errors: Mapping[str, float]) -> None:
+        """Say so where the parent's energies are those of another method."""
+        wrong = errors["energy_mae_per_atom"]
+        if self.parent is not None and wrong > OTHER_METHOD:
+            self.log.line(
+                f"Warning: the parent's energies are {wrong:.2g} eV/atom away from the data's. The "
+                "levels of theory differ, or E0: start.atomic_energies: refit may be meant"
+            )
+
     def _judge_progress(self, stale: int) -> None:
         """Lower the learning rate, or end early, where nothing got better for some epochs."""
         progress, patience = self.progress, self.recipe.train.patience
@@ -370,7 +409,9 @@ class Trainer:
             cutoff=self.recipe.data.cutoff,
             avg_num_neighbors=statistics.avg_num_neighbors,
             avg_r_min=statistics.avg_r_min,
+            **self._inherited(),
             info={
+                **({} if self.parent is None else {"parent": describe_parent(self.parent)}),
                 "name": self.recipe.name,
                 "description": self.recipe.description,
                 "units": {"energy": "eV", "length": "Å", "forces": "eV/Å"},
@@ -380,6 +421,13 @@ class Trainer:
                 "training": dict(training),
             },
         )
+
+    def _inherited(self) -> dict[str, Any]:
+        """What stays of the parent besides its network."""
+        if self.parent is None:
+            return {}
+        names = ("scaling_mean", "scaling_stdev", "radial_scale")
+        return {name: getattr(self.parent, name) for name in names}
 
     def _interrupted(self) -> Outcome:
         reason = self.interruptions.reason or "terminated"

@@ -15,5 +15,6 @@ from mlip_md.trainer.recipe.schema import LossConfig as LossConfig
 from mlip_md.trainer.recipe.schema import OptimizerConfig as OptimizerConfig
 from mlip_md.trainer.recipe.schema import Recipe as Recipe
 from mlip_md.trainer.recipe.schema import SplitConfig as SplitConfig
+from mlip_md.trainer.recipe.schema import StartConfig as StartConfig
 from mlip_md.trainer.recipe.schema import TrainConfig as TrainConfig
 from mlip_md.trainer.recipe.schema import WeightStep as WeightStep

@@ -259,6 +259,22 @@ class LogConfig(Section):
     plots: bool = True
 
 
+class StartConfig(Section):
+    """The potential that a training starts from.
+
+    Attributes:
+        potential: a file, run folder or bundled name; the network and the cutoff are its.
+        atomic_energies: "keep" its E0 and fit those of new elements to what they leave, or "refit":
+            those of the data (model.atomic_energies), and its of elements that these lack.
+        new_elements: weights of elements it does not know: copies of the "nearest" relative's, or
+            "fresh" random ones.
+    """
+
+    potential: str
+    atomic_energies: Literal["keep", "refit"] = "keep"
+    new_elements: Literal["nearest", "fresh"] = "nearest"
+
+
 class Recipe(Section):
     """A whole training run.
 
@@ -266,6 +282,7 @@ class Recipe(Section):
         name: of the potential; goes into the model file.
         description: free text; goes into the model file.
         seed: of the initial weights and of the order of the structures.
+        start: potential that the weights are taken from; null draws them at random.
         model: ``kind`` (mace or nequip) and the hyperparameters of the network; E0 are given by
             symbol or atomic number, ``atomic_energies: {H: -13.6, 6: -1030.5}`` (eV).
         data: data set, cutoff, batches.
@@ -280,6 +297,7 @@ class Recipe(Section):
     name: str = "potential"
     description: str = ""
     seed: int = Field(default=42, ge=0, le=MAX_SEED)
+    start: StartConfig | None = None
     model: dict[str, Any] = Field(default_factory=lambda: {"kind": "mace"})
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
