@@ -60,9 +60,10 @@ class TrainingProgress:
         validated: last epoch that was validated; -1 before the evaluation of the start.
         best: per stage (as text, from "1"): epoch, score and errors of its best model.
         sums: over the present epoch: loss, gradient_norm, good (steps), structures, seconds.
-        rate: factor of a "plateau" on the learning rate.
-        lowered: epoch after which it was lowered last.
+        rate: factor on the learning rate, of a "plateau" and of rollbacks.
+        lowered: epoch after which a "plateau" was lowered last.
         stopped: whether the training ended early.
+        rollbacks: how often it went back to a checkpoint.
     """
 
     epoch: int = 1
@@ -74,6 +75,7 @@ class TrainingProgress:
     rate: float = 1.0
     lowered: int = 0
     stopped: bool = False
+    rollbacks: int = 0
 
     def add(self, **values: float) -> None:
         """Add to the sums of the present epoch."""

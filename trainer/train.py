@@ -36,7 +36,7 @@ from mlip_md.potential import Params, Potential
 from mlip_md.signals import ENDINGS, Interruptions
 from mlip_md.trainer import metrics
 from mlip_md.trainer.checkpoint import CheckpointFolder
-from mlip_md.trainer.data import TrainingData, iterate_batches
+from mlip_md.trainer.data import TrainingData, iterate_batches, write_structures
 from mlip_md.trainer.evaluate import evaluate_store
 from mlip_md.trainer.finetune import adopt_elements, describe_parent, starting_weights
 from mlip_md.trainer.loss import stage_at, weights_at
@@ -68,6 +68,10 @@ Resume = Literal["auto", "never", "must", "allow-changes"]
 Tick = Callable[[int, int, int], None]
 Waiting = tuple[int, np.ndarray, StepLog]
 """Number of a step, its structures and what it will tell."""
+
+
+class BadSteps(Exception):  # noqa: N818  (no error yet: a training goes back and on)
+    """Too many steps in a row gave NaN or infinity: their number, the last one, its structures."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,10 +189,17 @@ class Trainer:
         """``run`` in a folder that is ours."""
         self._begin(resume)
         with Interruptions(*ENDINGS, max_seconds=max_seconds) as self.interruptions:
+            if not self.checkpoints.files():
+                self._save()  # before anything that can go wrong or be interrupted
             if self.progress.validated < 0:
                 self._look_at_parent(self._validate(0, self.state.params)[0])
             while self.progress.epoch <= self.recipe.train.epochs and not self.progress.stopped:
-                if not self._train_epoch():
+                try:
+                    finished = self._train_epoch()
+                except BadSteps as fault:
+                    self._roll_back(fault)
+                    continue
+                if not finished:
                     return self._interrupted()
                 self._finish_epoch()
             return self._finish()
@@ -226,17 +237,20 @@ class Trainer:
 
     def _continue(self, state: TrainState, saved: dict[str, Any]) -> None:
         """Take up the state and the progress of a checkpoint."""
-        before = with_defaults(saved.pop("recipe"))
-        changes = find_differences(before, self._identity())
-        self.state = jax.tree_util.tree_map(jax.numpy.array, state)
-        self.progress = TrainingProgress(**saved)
+        changes = find_differences(with_defaults(saved["recipe"]), self._identity())
+        self._take_up(state, saved)
         step, epoch = self.progress.step, self.progress.epoch
-        self.log.truncate(step, self.progress.validated)
         self._describe_run()
         self.log.event("resumed", step=step, epoch=epoch, changes=changes)
         words = [f"{name} {before} -> {now}" for name, (before, now) in changes.items()]
         with_changes = f", with {', '.join(words)}" if words else ""
         self.log.line(f"resumed at epoch {epoch}, step {step}{with_changes}")
+
+    def _take_up(self, state: TrainState, saved: Mapping[str, Any]) -> None:
+        self.state = jax.tree_util.tree_map(jax.numpy.array, state)
+        values = {name: value for name, value in saved.items() if name != "recipe"}
+        self.progress = TrainingProgress(**values)
+        self.log.truncate(self.progress.step, self.progress.validated)
 
     def _identity(self) -> dict[str, Any]:
         parent = {} if self.parent is None else {"parent": self.parent.sha256}
@@ -256,7 +270,7 @@ class Trainer:
         plan = data.plan(self.recipe.seed, progress.epoch)
         count, plan = len(plan), plan[progress.batch :]
         weights = weights_at(self.recipe.loss, progress.epoch)
-        lowers = self.optimizer.schedule == "plateau"
+        lowers = self.optimizer.schedule == "plateau" or progress.rate != 1.0
         rate = (np.float32(progress.rate),) if lowers else ()
         waiting: collections.deque[Waiting] = collections.deque()
         clock = time.monotonic()
@@ -296,12 +310,33 @@ class Trainer:
             self.log.event("bad_step", step=step, structures=names)
             self.log.line(f"a step gave NaN or infinity and was not applied (batch: {names[0]}, …)")
         if bad >= self.recipe.faults.max_bad_steps_in_row:
-            raise NonFiniteError(
-                f"{bad} steps in a row gave NaN or infinity, up to step {step}. The last batch "
-                f"holds {', '.join(names)}. Check these labels, or {LOWER_RATES}"
-            )
+            raise BadSteps(bad, step, indices)
         if step % self.recipe.log.every_steps == 0:
             self.log.event("step", step=step, epoch=self.progress.epoch, loss=loss, norm=norm)
+
+    def _roll_back(self, fault: BadSteps) -> None:
+        """Write the batch out, go back to the last checkpoint and go on with a lower rate."""
+        bad, step, indices = fault.args
+        path = self.folder / f"bad-step-{step}.extxyz"
+        written = write_structures(self.data.train, indices, path)
+        names, settings = ", ".join(self.data.names(indices)), self.recipe.faults
+        if self.progress.rollbacks >= settings.rollbacks:
+            raise NonFiniteError(
+                f"{bad} steps in a row gave NaN or infinity, up to step {step}. The last batch, "
+                f"written to {written}, holds {names}. Check these labels, or {LOWER_RATES}"
+            )
+        found = self.checkpoints.restore(self.state)
+        if found is None:
+            raise CheckpointError(f"{self.folder} holds no checkpoint to go back to")
+        rate, rollbacks = self.progress.rate * settings.rate_factor, self.progress.rollbacks + 1
+        self._take_up(*found)
+        self.progress.rate, self.progress.rollbacks = rate, rollbacks
+        self._save()
+        self.log.event("rolled_back", step=self.progress.step, from_step=step, rate=rate)
+        self.log.line(
+            f"{bad} steps in a row gave NaN or infinity; the last batch is in {written}. Back to "
+            f"step {self.progress.step}, learning rate times {rate:.4g}"
+        )
 
     def _checkpoint_due(self) -> bool:
         minutes = (time.monotonic() - self._last_save) / 60

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 
+import ase.io
 import jax
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from mlip_md.trainer.costs import time_steps
 from mlip_md.trainer.data import load_data
 from mlip_md.trainer.evaluate import evaluate_store
 from mlip_md.trainer.loss import weights_at
+from mlip_md.trainer.optimizer import learning_rate_schedule
 from mlip_md.trainer.resume import check_same, identify
 from mlip_md.trainer.step import averaged_params, init_state, make_eval_step, make_train_step
 from mlip_md.trainer.train import Trainer
@@ -412,17 +414,56 @@ def test_a_bad_step_changes_nothing_but_its_counters(recipe, data):
     assert all(np.isfinite(leaf).all() for leaf in leaves_by_path(state).values())
 
 
+def spoil_steps(trainer, numbers):
+    """Give NaN labels to steps of these numbers, counted as they are made."""
+    step, made = trainer.train_step, itertools.count(1)
+
+    def spoiling(state, batch, *others):
+        return step(state, spoiled(batch) if next(made) in numbers else batch, *others)
+
+    trainer.train_step = spoiling
+
+
 def test_bad_steps_in_a_row_end_the_run_with_the_names(recipe, data, tmp_path):
-    recipe = recipe.model_copy(
-        update={"faults": recipe.faults.model_copy(update={"max_bad_steps_in_row": 2})}
-    )
+    recipe = changed(recipe, faults={"max_bad_steps_in_row": 2, "rollbacks": 0})
     trainer = Trainer(recipe, data, tmp_path)
-    step = trainer.train_step
-    trainer.train_step = lambda state, batch, weights: step(state, spoiled(batch), weights)
+    spoil_steps(trainer, range(1, 100))
     start = leaves_by_path(trainer.state.params)
     with pytest.raises(NonFiniteError, match=r"2 steps in a row .*set\.hdf5:molecule-\d+"):
         trainer.run()
     assert state_hash(leaves_by_path(trainer.state.params)) == state_hash(start)
+
+
+def test_bad_steps_lead_back_to_the_last_checkpoint_with_a_lower_rate(recipe, data, tmp_path):
+    """Checkpoints are of steps 0, 4, …; steps 6 and 7 are bad, once."""
+    recipe = changed(recipe, faults={"max_bad_steps_in_row": 2}, train={"epochs": 2})
+    trainer = Trainer(recipe, data, tmp_path)
+    spoil_steps(trainer, (6, 7))
+    assert trainer.run().status == "done"
+    assert (trainer.progress.rollbacks, trainer.progress.rate) == (1, 0.5)
+    told = [event for event in events(tmp_path) if event["event"] == "rolled_back"]
+    assert [(event["step"], event["from_step"]) for event in told] == [(6, 7)]  # end of epoch 1
+    assert int(rows(tmp_path)[-1]["step"]) == 2 * STEPS
+    batch = ase.io.read(tmp_path / "bad-step-7.extxyz", ":")
+    assert all("set.hdf5:molecule-" in atoms.info["name"] for atoms in batch)
+    assert all("REF_forces" in atoms.arrays for atoms in batch)
+    assert float(rows(tmp_path)[-1]["learning_rate"]) == pytest.approx(
+        0.5 * float(learning_rate_schedule(trainer.optimizer)(2 * STEPS))
+    )
+
+
+def test_bad_steps_that_come_back_end_the_run_after_all(recipe, data, tmp_path):
+    recipe = changed(recipe, faults={"max_bad_steps_in_row": 1, "rollbacks": 2})
+    trainer = Trainer(recipe, data, tmp_path)
+    spoil_steps(trainer, range(3, 100))
+    with pytest.raises(NonFiniteError, match="1 steps in a row"):
+        trainer.run()
+    assert trainer.progress.rollbacks == 2
+    again = Trainer(recipe, data, tmp_path)  # the count is kept
+    spoil_steps(again, range(1, 100))
+    with pytest.raises(NonFiniteError):
+        again.run()
+    assert again.progress.rollbacks == 2
 
 
 def test_averages_wait_for_the_end_of_an_accumulation(recipe, data):

@@ -247,9 +247,18 @@ class CheckpointConfig(Section):
 
 
 class FaultConfig(Section):
-    """What to do when a step gives NaN or infinity: it is never applied; after so many stop."""
+    """What to do when a step gives NaN or infinity; it is never applied.
+
+    Attributes:
+        max_bad_steps_in_row: after so many, the last batch is written to the run's folder, and the
+            training goes back to its last checkpoint.
+        rollbacks: how often; the next time it ends.
+        rate_factor: on the learning rate after each.
+    """
 
     max_bad_steps_in_row: int = Field(default=5, ge=1)
+    rollbacks: int = Field(default=2, ge=0)
+    rate_factor: float = Field(default=0.5, gt=0, lt=1)
 
 
 class LogConfig(Section):
