@@ -139,7 +139,7 @@ def _bar() -> Iterator[tuple[Callable[[str], None], Callable[[int, int, int], No
 
 
 def check_command(
-    recipe: Annotated[str, typer.Argument(help="Recipe: a YAML file or a shipped name.")],
+    recipe: Annotated[str, typer.Argument(help="Recipe: a YAML file or a shipped name.")] = "",
     overrides: Overrides = None,
     deep: Annotated[
         bool, typer.Option("--deep", help="Also compile a step: memory and arithmetic it takes.")
@@ -147,13 +147,21 @@ def check_command(
     print_only: Annotated[
         bool, typer.Option("--print", help="Print the recipe as it is written, nothing else.")
     ] = False,
+    rows: Annotated[
+        bool, typer.Option("--rows", help="Print every row that a recipe may have, nothing else.")
+    ] = False,
 ) -> None:
     """Check a recipe and its data without training: labels, E0, padding, size of the network.
 
     A shipped recipe is the start of an own one: mlip-md check organics-gfn2 --print > own.yaml
     """
-    from mlip_md.trainer.recipe import load_recipe, print_recipe
+    from mlip_md.trainer.recipe import describe_rows, load_recipe, print_recipe
 
+    if rows:
+        typer.echo(describe_rows(), nl=False)
+        return
+    if not recipe:
+        raise ConfigError("name a recipe: a YAML file or a shipped name; or use --rows")
     if print_only:
         typer.echo(print_recipe(recipe), nl=False)
         return

@@ -6,6 +6,7 @@ from mlip_md.trainer.recipe.reading import RECIPES as RECIPES
 from mlip_md.trainer.recipe.reading import dump_resolved as dump_resolved
 from mlip_md.trainer.recipe.reading import load_recipe as load_recipe
 from mlip_md.trainer.recipe.reading import print_recipe as print_recipe
+from mlip_md.trainer.recipe.rows import describe_rows as describe_rows
 from mlip_md.trainer.recipe.schema import CheckpointConfig as CheckpointConfig
 from mlip_md.trainer.recipe.schema import CurationConfig as CurationConfig
 from mlip_md.trainer.recipe.schema import DataConfig as DataConfig

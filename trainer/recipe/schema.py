@@ -239,7 +239,13 @@ class TrainConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When the complete state is written; always at the end of an epoch and on interruption."""
+    """When the complete state is written; always at the end of an epoch and on interruption.
+
+    Attributes:
+        every_steps: batches after which it is.
+        every_minutes: minutes after which it is.
+        keep_latest: number of checkpoints that are kept.
+    """
 
     every_steps: int = Field(default=1000, ge=1)
     every_minutes: float = Field(default=15.0, gt=0)
@@ -262,7 +268,12 @@ class FaultConfig(Section):
 
 
 class LogConfig(Section):
-    """How often a step is logged, and whether plots are drawn."""
+    """How often a step is logged, and whether plots are drawn.
+
+    Attributes:
+        every_steps: batches of which one is logged.
+        plots: draw learning curves and parity plots at the end.
+    """
 
     every_steps: int = Field(default=50, ge=1)
     plots: bool = True
