@@ -52,6 +52,10 @@ def train_command(
         typer.Argument(help="Recipe: a YAML file, or mace-spice2, nequip-spice2, organics-gfn2."),
     ],
     overrides: Overrides = None,
+    start: Annotated[
+        str | None,
+        typer.Option("--from", metavar="MODEL", help="Start from this potential: fine-tuning."),
+    ] = None,
     run: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/NAME.")] = None,
     resume: Annotated[
         Literal["auto", "never", "must", "allow-changes"],
@@ -75,7 +79,17 @@ def train_command(
     from mlip_md.trainer.recipe import load_recipe
 
     seconds = parse_duration(max_time)
-    checked, origins = load_recipe(recipe, overrides or [])
+    chosen = [] if start is None else [f"start.potential={start}"]
+    checked, origins = load_recipe(recipe, [*(overrides or []), *chosen])
+    parent = None
+    if checked.start is not None:
+        import mlip_md
+        from mlip_md.trainer.finetune import adopt_network
+
+        parent = mlip_md.load(checked.start.potential)
+        checked, changes = adopt_network(checked, parent)
+        for line in changes:
+            typer.echo(line)
     from mlip_md.trainer.costs import time_steps
     from mlip_md.trainer.data import load_data
     from mlip_md.trainer.train import Trainer
@@ -89,11 +103,15 @@ def train_command(
     typer.echo("compiling the network")
     if dry_run:
         typer.echo(data.summary())
-        for name, value in time_steps(Trainer(checked, data, folder), dry_run).items():
+        for name, value in time_steps(
+            Trainer(checked, data, folder, parent=parent), dry_run
+        ).items():
             typer.echo(f"{name}: {value:.4g}")
         return
     with _bar() as (echo, tick):
-        trainer = Trainer(checked, data, folder, origins=origins, echo=echo, tick=tick)
+        trainer = Trainer(
+            checked, data, folder, parent=parent, origins=origins, echo=echo, tick=tick
+        )
         status = trainer.run(resume, seconds).status
     raise typer.Exit({"done": 0, "keyboard": EXIT_KEYBOARD}.get(status, EXIT_SAVED))
 
@@ -121,7 +139,7 @@ def _bar() -> Iterator[tuple[Callable[[str], None], Callable[[int, int, int], No
 
 
 def check_command(
-    recipe: Annotated[str, typer.Argument(help="Recipe: a YAML file or a shipped name.")],
+    recipe: Annotated[str, typer.Argument(help="Recipe: a YAML file or a shipped name.")] = "",
     overrides: Overrides = None,
     deep: Annotated[
         bool, typer.Option("--deep", help="Also compile a step: memory and arithmetic it takes.")
@@ -129,13 +147,21 @@ def check_command(
     print_only: Annotated[
         bool, typer.Option("--print", help="Print the recipe as it is written, nothing else.")
     ] = False,
+    rows: Annotated[
+        bool, typer.Option("--rows", help="Print every row that a recipe may have, nothing else.")
+    ] = False,
 ) -> None:
     """Check a recipe and its data without training: labels, E0, padding, size of the network.
 
     A shipped recipe is the start of an own one: mlip-md check organics-gfn2 --print > own.yaml
     """
-    from mlip_md.trainer.recipe import load_recipe, print_recipe
+    from mlip_md.trainer.recipe import describe_rows, load_recipe, print_recipe
 
+    if rows:
+        typer.echo(describe_rows(), nl=False)
+        return
+    if not recipe:
+        raise ConfigError("name a recipe: a YAML file or a shipped name; or use --rows")
     if print_only:
         typer.echo(print_recipe(recipe), nl=False)
         return
