@@ -37,6 +37,7 @@ EXIT_CODES: Mapping[type[Exception], int] = {
     errors.OutputError: 5,
     errors.OwnershipError: 5,
     errors.CapacityError: 7,
+    errors.NotLearnedError: 8,
     errors.StoppedError: EXIT_SAVED,
     errors.MLIPError: 2,
     FileNotFoundError: 2,

@@ -100,11 +100,14 @@ def precision(dtype: str, platform: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def naming_out_of_memory(what: str) -> Iterator[None]:
+def naming_out_of_memory(
+    what: str, advice: str = "use fewer atoms, a smaller model, dtype='float32' or another device"
+) -> Iterator[None]:
     """Say what did not fit into a device's memory.
 
     Args:
         what: the plural of what is computed, with its size.
+        advice: what to do.
 
     Raises:
         CapacityError: in place of JAX's error that the memory is exhausted.
@@ -115,7 +118,6 @@ def naming_out_of_memory(what: str) -> Iterator[None]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise CapacityError(
-            f"{what} do not fit into the device's memory; "
-            "use fewer atoms, a smaller model, dtype='float32' or another device. JAX says: "
+            f"{what} do not fit into the device's memory; {advice}. JAX says: "
             + str(error).splitlines()[0][:200]
         ) from error

@@ -104,6 +104,10 @@ class NonFiniteError(MLIPError, FloatingPointError):
     """A potential gave NaN or infinite energies or forces."""
 
 
+class NotLearnedError(MLIPError, RuntimeError):
+    """A training whose best model is no better than one that predicts nothing."""
+
+
 class CompilerError(MLIPError, RuntimeError):
     """The installed compiler computes wrong numbers."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from mlip_md.trainer.data import Statistics
     from mlip_md.trainer.evaluate import Evaluation
 
+
+STARTED = time.monotonic()
+"""When the process began; --max-time counts from here, reading and compiling included."""
 
 Overrides = Annotated[
     list[str] | None,
@@ -74,7 +78,7 @@ def train_command(
     """Train a potential from a recipe.
 
     Exit codes: 0 done, 2 recipe, 3 data, 4 diverged (NaN), 5 storage, 75 interrupted or out of
-    time with the state saved, 130 Ctrl-C with the state saved.
+    time with the state saved, 130 Ctrl-C with the state saved; 7 memory, 8 nothing learned.
     """
     from mlip_md.trainer.recipe import load_recipe
 
@@ -112,7 +116,7 @@ def train_command(
         trainer = Trainer(
             checked, data, folder, parent=parent, origins=origins, echo=echo, tick=tick
         )
-        status = trainer.run(resume, seconds).status
+        status = trainer.run(resume, seconds - (time.monotonic() - STARTED)).status
     raise typer.Exit({"done": 0, "keyboard": EXIT_KEYBOARD}.get(status, EXIT_SAVED))
 
 

@@ -125,6 +125,22 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
+def changed_versions(before: Path) -> list[str]:
+    """What differs from the environment of a run that is continued, in words.
+
+    Args:
+        before: its ``environment.json``; nothing is said without one.
+    """
+    try:
+        known = json.loads(before.read_text(encoding="utf-8"))
+        flat = {"python": known["python"], **known["packages"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    present = describe_environment()
+    now = {"python": present["python"], **present["packages"]}
+    return [f"{name} {flat.get(name)} -> {v}" for name, v in now.items() if v != flat.get(name)]
+
+
 def describe_epoch(row: Mapping[str, float]) -> str:
     """The line of ``log.txt`` for a row of ``metrics.csv``."""
     meV = 1000.0

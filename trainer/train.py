@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import datetime
 import functools
 import json
 import math
@@ -27,7 +28,8 @@ import numpy as np
 
 import mlip_md
 from mlip_md.compiler import jit
-from mlip_md.errors import CheckpointError, NonFiniteError
+from mlip_md.devices import naming_out_of_memory
+from mlip_md.errors import CheckpointError, NonFiniteError, NotLearnedError
 from mlip_md.files import write_text
 from mlip_md.formats import own
 from mlip_md.networks import build_network, draw_weights
@@ -43,7 +45,13 @@ from mlip_md.trainer.loss import stage_at, weights_at
 from mlip_md.trainer.optimizer import learning_rate_schedule, lowered_rate, settle_steps
 from mlip_md.trainer.recipe import Origins, Recipe, StartConfig, dump_resolved, find_differences
 from mlip_md.trainer.resume import TrainingProgress, check_same, identify, with_defaults
-from mlip_md.trainer.runlog import Echo, RunLog, describe_environment, describe_epoch
+from mlip_md.trainer.runlog import (
+    Echo,
+    RunLog,
+    changed_versions,
+    describe_environment,
+    describe_epoch,
+)
 from mlip_md.trainer.step import (
     StepLog,
     TrainState,
@@ -55,6 +63,9 @@ from mlip_md.trainer.step import (
 
 IN_FLIGHT = 2
 """Steps that may wait on the device; unbounded queues can deadlock and hold memory."""
+
+TELL_AFTER = 60.0
+"""Seconds between lines about an epoch."""
 
 OTHER_METHOD = 0.1
 """eV/atom; a parent that is farther from its new data was made with another method's."""
@@ -156,7 +167,7 @@ class Trainer:
         self.log = RunLog(folder, echo)
         self.interruptions = Interruptions()
         self._tick = tick
-        self._last_save = time.monotonic()
+        self._last_save = self._told = time.monotonic()
 
     @property
     def num_parameters(self) -> int:
@@ -240,11 +251,14 @@ class Trainer:
         changes = find_differences(with_defaults(saved["recipe"]), self._identity())
         self._take_up(state, saved)
         step, epoch = self.progress.step, self.progress.epoch
+        versions = changed_versions(self.folder / "environment.json")
         self._describe_run()
         self.log.event("resumed", step=step, epoch=epoch, changes=changes)
         words = [f"{name} {before} -> {now}" for name, (before, now) in changes.items()]
         with_changes = f", with {', '.join(words)}" if words else ""
         self.log.line(f"resumed at epoch {epoch}, step {step}{with_changes}")
+        if versions:
+            self.log.line(f"other versions than before: {', '.join(versions)}")
 
     def _take_up(self, state: TrainState, saved: Mapping[str, Any]) -> None:
         self.state = jax.tree_util.tree_map(jax.numpy.array, state)
@@ -275,13 +289,16 @@ class Trainer:
         waiting: collections.deque[Waiting] = collections.deque()
         clock = time.monotonic()
         for indices, batch in iterate_batches(data.train, plan, data.budget):
-            self.state, log = self.train_step(self.state, batch, weights, *rate)
+            with naming_out_of_memory(*self._memory_words()):
+                self.state, log = self.train_step(self.state, batch, weights, *rate)
             progress.batch += 1
             progress.step += 1
             waiting.append((progress.step, indices, log))
             self._note_until(waiting, IN_FLIGHT)
             if self._tick is not None:
                 self._tick(progress.epoch, progress.batch, count)
+            elif time.monotonic() - self._told > TELL_AFTER:
+                self._tell_progress(count, time.monotonic() - clock)
             stop = self.interruptions.reason is not None
             if stop or self._checkpoint_due():
                 self._note_until(waiting, 0)
@@ -301,7 +318,8 @@ class Trainer:
 
     def _note(self, step: int, indices: np.ndarray, log: StepLog) -> None:
         """Wait for a step and record it under its number."""
-        loss, norm, bad = float(log.loss), float(log.gradient_norm), int(log.bad_in_row)
+        with naming_out_of_memory(*self._memory_words()):
+            loss, norm, bad = float(log.loss), float(log.gradient_norm), int(log.bad_in_row)
         self.progress.add(structures=float(log.structures))
         if bad == 0:
             self.progress.add(loss=loss, gradient_norm=norm, good=1)
@@ -313,6 +331,26 @@ class Trainer:
             raise BadSteps(bad, step, indices)
         if step % self.recipe.log.every_steps == 0:
             self.log.event("step", step=step, epoch=self.progress.epoch, loss=loss, norm=norm)
+
+    def _tell_progress(self, count: int, seconds: float) -> None:
+        """A line about a long epoch, where no bar moves."""
+        progress, self._told = self.progress, time.monotonic()
+        spent = progress.sums.get("seconds", 0.0) + seconds
+        epochs = self.recipe.train.epochs - progress.epoch + 1 - progress.batch / count
+        left = datetime.timedelta(seconds=round(spent / progress.batch * count * epochs))
+        self.log.line(
+            f"epoch {progress.epoch:4d}  batch {progress.batch} of {count}; {left} to the end of "
+            f"epoch {self.recipe.train.epochs}"
+        )
+
+    def _memory_words(self) -> tuple[str, str]:
+        budget = self.data.budget
+        return (
+            f"steps of {budget.n_graph - 1} structures in {budget.n_node} atoms and "
+            f"{budget.n_edge} edges",
+            "lower data.batch_size (and raise optimizer.num_gradient_accumulation_steps by as "
+            "much), data.max_n_node or data.max_n_edge",
+        )
 
     def _roll_back(self, fault: BadSteps) -> None:
         """Write the batch out, go back to the last checkpoint and go on with a lower rate."""
@@ -475,6 +513,7 @@ class Trainer:
 
     def _finish(self) -> Outcome:
         best = self.progress.last_best()
+        reached = best["errors"]["forces_rmse"]
         self.log.line(
             f"done; the best model of the last stage is of epoch {best['epoch']}, "
             f"in {self.folder / 'model.safetensors'}"
@@ -483,4 +522,10 @@ class Trainer:
             from mlip_md.trainer.report import write_report
 
             write_report(self.folder, self.eval_step, self.data)
+        if not reached < (nothing := self.data.validation.forces_rms()):
+            raise NotLearnedError(
+                f"the best model's forces are {1e3 * reached:.0f} meV/Å wrong (rmse, validation); "
+                f"forces of zero would be {1e3 * nothing:.0f}. The network learned nothing: look "
+                "at the learning rates, the weights of the loss and the labels' units"
+            )
         return Outcome("done", self.folder, self.progress.validated, best["errors"])

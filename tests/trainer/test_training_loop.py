@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -15,7 +16,14 @@ import pytest
 from pair_potential import PairNetwork
 from training_cases import FLIP, small_recipe, write_data_set
 
-from mlip_md.errors import CheckpointError, DataError, NonFiniteError, OwnershipError
+from mlip_md.errors import (
+    CapacityError,
+    CheckpointError,
+    DataError,
+    NonFiniteError,
+    NotLearnedError,
+    OwnershipError,
+)
 from mlip_md.trainer import train
 from mlip_md.trainer.checkpoint import leaves_by_path, state_hash
 from mlip_md.trainer.costs import time_steps
@@ -601,3 +609,44 @@ def test_rows_that_an_earlier_version_did_not_know_are_no_difference(recipe, dat
     other = identify(changed(recipe, optimizer={"factors": {"*": 0.5}}), data)
     with pytest.raises(CheckpointError, match=r"optimizer.factors"):
         check_same(old, other, tmp_path, allow_changes=False)
+
+
+def test_a_training_that_learned_nothing_ends_with_an_error_and_a_model(
+    recipe, data, tmp_path, saved
+):
+    nothing = {f"{name}_learning_rate": 1e-30 for name in ("init", "peak", "final")}
+    trainer = Trainer(changed(recipe, optimizer=nothing, train={"epochs": 1}), data, tmp_path)
+    trainer.state = dataclasses.replace(
+        trainer.state, params=jax.tree_util.tree_map(lambda p: 50.0 * p, trainer.state.params)
+    )
+    with pytest.raises(NotLearnedError, match="forces of zero would be"):
+        trainer.run()
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_a_step_that_does_not_fit_names_the_row_to_change(recipe, data, tmp_path):
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    trainer = Trainer(recipe, data, tmp_path)
+    trainer.train_step = full
+    with pytest.raises(CapacityError, match=r"steps of 8 structures .* lower data.batch_size"):
+        trainer.run()
+
+
+def test_long_epochs_are_told_with_the_time_left(recipe, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "TELL_AFTER", 0.0)
+    Trainer(recipe, data, tmp_path).run()
+    log = (tmp_path / "log.txt").read_text(encoding="utf-8")
+    assert re.search(r"epoch    2  batch 3 of 6; \d+:\d\d:\d\d to the end of epoch 4", log)
+
+
+def test_other_versions_than_before_are_told(recipe, data, tmp_path):
+    stop_at_step(Trainer(recipe, data, tmp_path), 3)
+    path = tmp_path / "environment.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["packages"]["jax"] = "0.1"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    Trainer(recipe, data, tmp_path).run()
+    log = (tmp_path / "log.txt").read_text(encoding="utf-8")
+    assert f"other versions than before: jax 0.1 -> {jax.__version__}\n" in log

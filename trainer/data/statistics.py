@@ -94,7 +94,7 @@ def compute_statistics(
         undetermined=undetermined,
         avg_num_neighbors=num_edges / num_connected,
         avg_r_min=float(shortest[np.isfinite(shortest)].mean()),
-        forces_rms=_forces_rms(store),
+        forces_rms=store.forces_rms(),
         num_structures=len(store),
         num_atoms=int(store.num_atoms.sum()),
         num_edges=num_edges,
@@ -128,13 +128,6 @@ def warn_of_open_energies(statistics: Statistics) -> None:
             "(model.atomic_energies), or add structures of other compositions",
             combination,
         )
-
-
-def _forces_rms(store: GraphStore) -> float:
-    squares = 0.0
-    for _, atoms, _ in store.chunks():
-        squares += float(np.sum(np.square(store.forces[atoms], dtype=np.float64)))
-    return float(np.sqrt(squares / (3 * store.num_atoms.sum())))
 
 
 def fit_atomic_energies(

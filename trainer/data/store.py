@@ -212,6 +212,13 @@ class GraphStore:
             counts.append(np.bincount(flat, minlength=len(sizes) * size).reshape(-1, size))
         return np.concatenate(counts).astype(np.float64)
 
+    def forces_rms(self) -> float:
+        """Root mean square of the force components, eV/Å."""
+        squares = 0.0
+        for _, atoms, _ in self.chunks():
+            squares += float(np.sum(np.square(self.forces[atoms], dtype=np.float64)))
+        return float(np.sqrt(squares / (3 * self.num_atoms.sum())))
+
     @functools.cached_property
     def interaction_energy(self) -> np.ndarray:
         """(n,) float32 eV: total energy minus the sum of E0, subtracted in float64.
