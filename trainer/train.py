@@ -41,6 +41,7 @@ from mlip_md.trainer.checkpoint import CheckpointFolder
 from mlip_md.trainer.data import TrainingData, iterate_batches, write_structures
 from mlip_md.trainer.evaluate import evaluate_store
 from mlip_md.trainer.finetune import adopt_elements, describe_parent, starting_weights
+from mlip_md.trainer.loggers import Logger, open_loggers
 from mlip_md.trainer.loss import stage_at, weights_at
 from mlip_md.trainer.optimizer import learning_rate_schedule, lowered_rate, settle_steps
 from mlip_md.trainer.recipe import Origins, Recipe, StartConfig, dump_resolved, find_differences
@@ -166,6 +167,7 @@ class Trainer:
         self.checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint.keep_latest)
         self.log = RunLog(folder, echo)
         self.interruptions = Interruptions()
+        self.loggers: list[Logger] = []
         self._tick = tick
         self._last_save = self._told = time.monotonic()
 
@@ -199,7 +201,10 @@ class Trainer:
     def _run(self, resume: Resume, max_seconds: float) -> Outcome:
         """``run`` in a folder that is ours."""
         self._begin(resume)
-        with Interruptions(*ENDINGS, max_seconds=max_seconds) as self.interruptions:
+        with (
+            open_loggers(self.recipe, self.folder, self.progress.step) as self.loggers,
+            Interruptions(*ENDINGS, max_seconds=max_seconds) as self.interruptions,
+        ):
             if not self.checkpoints.files():
                 self._save()  # before anything that can go wrong or be interrupted
             if self.progress.validated < 0:
@@ -395,6 +400,8 @@ class Trainer:
         )
         row = self._row(epoch, values)
         self.log.epoch(row)
+        for logger in self.loggers:
+            logger(row)
         self.log.line(describe_epoch(row))
         if not math.isfinite(row["score"]):
             raise NonFiniteError(

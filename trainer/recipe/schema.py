@@ -273,10 +273,14 @@ class LogConfig(Section):
     Attributes:
         every_steps: batches of which one is logged.
         plots: draw learning curves and parity plots at the end.
+        tensorboard: also write the rows of epochs to RUN/tensorboard (extra "tensorboard").
+        wandb: also send them to this project of Weights & Biases (extra "wandb").
     """
 
     every_steps: int = Field(default=50, ge=1)
     plots: bool = True
+    tensorboard: bool = False
+    wandb: str | None = Field(default=None, min_length=1)
 
 
 class StartConfig(Section):
