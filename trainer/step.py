@@ -12,7 +12,8 @@ import optax
 from flax import struct
 
 from mlip_md.compiler import check_sums, jit
-from mlip_md.devices import find_device
+from mlip_md.devices import find_device, message_memory
+from mlip_md.networks.messages import bound_messages
 from mlip_md.potential import Params, Prediction, predict
 from mlip_md.trainer.data.batching import Batch
 from mlip_md.trainer.loss import LossWeights, batch_loss
@@ -86,12 +87,15 @@ def make_train_step(apply: Callable[..., Any], recipe: Recipe) -> TrainStep:
     Raises:
         CompilerError: if the installed compiler adds up wrongly.
     """
-    check_sums("float32", find_device(None))
+    check_sums("float32", device := find_device(None))
+    memory = message_memory(device)
     optimizer = make_optimizer(recipe.optimizer, recipe.network.decays)
     every, decay = recipe.optimizer.num_gradient_accumulation_steps, recipe.train.ema_decay
 
     def loss_of(params: Params, batch: Batch, weights: LossWeights) -> jax.Array:
-        return batch_loss(recipe.loss, predict(apply, params, batch.graph), batch, weights)
+        with bound_messages(memory):
+            prediction = predict(apply, params, batch.graph)
+        return batch_loss(recipe.loss, prediction, batch, weights)
 
     def good_step(state: TrainState, gradient: Params) -> TrainState:
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
@@ -134,12 +138,14 @@ def make_eval_step(
     Raises:
         CompilerError: if the installed compiler adds up wrongly.
     """
-    check_sums("float32", find_device(None))
+    check_sums("float32", device := find_device(None))
+    memory = message_memory(device)
 
     def step(params: Params, batch: Batch) -> tuple[Prediction, Sums]:
-        prediction = predict(
-            apply, params, batch.graph, scaling_mean=scaling_mean, scaling_stdev=scaling_stdev
-        )
+        with bound_messages(memory):
+            prediction = predict(
+                apply, params, batch.graph, scaling_mean=scaling_mean, scaling_stdev=scaling_stdev
+            )
         return prediction, error_sums(prediction, batch)
 
     return jit(step)

@@ -253,6 +253,7 @@ def _launch(
             run = functools.partial(body, program, unit, outputs)
             pl.when(pl.program_id(1) == index)(run)
 
+    kernel.__name__ = f"mlip_md_{body.__qualname__.partition('.')[0].strip('_')}"  # seen in profiles
     params = triton.CompilerParams(num_warps=channels // 32, num_stages=1)
     call = pl.pallas_call(
         kernel,
