@@ -24,6 +24,8 @@ CHANNELS = (32, 128)
 """Least and most channels of a program, powers of two: its threads."""
 MOST_ROWS = 48
 """Sums of a thread, which are to stay in registers."""
+CLEARING = 64
+"""Programs that clear what belongs to edges that carry nothing."""
 
 
 class Unit(NamedTuple):
@@ -153,10 +155,15 @@ def _pull_to_edges(
         by_name = dict(zip(wrt, outputs, strict=True))
 
         def pull(edge: Edge, _: Rows) -> Rows:
-            _store_pull(program, edge, unit.parts, by_name)
+            _store_pull(program, edge.index, unit.parts, by_name, edge)
             return []
 
         program.walk(0, pull, shared=unit.parts)
+
+    def clear(program: Program, unit: Unit, outputs: Sequence[Any]) -> None:
+        by_name = dict(zip(wrt, outputs, strict=True))
+        visit = functools.partial(_store_pull, program, parts=unit.parts, outputs=by_name)
+        program.visit_rest(len(edges.starts) - 1, CLEARING, visit)
 
     needed = _needed(task, "x", "r", "g", without="y") if "y" in wrt else set()
     if "r" in wrt:
@@ -164,31 +171,47 @@ def _pull_to_edges(
     if "lengths" in wrt:
         needed |= {"x", "y", "g"}
     shapes = [shape_of[name] for name in wrt]
-    found = _launch(task, body, units, edges, factors, needed, shapes, start_at_zero=True)
+    found = dict(
+        zip(wrt, _launch(task, body, units, edges, factors, needed, shapes, clear), strict=True)
+    )
     return {
-        name: [array if name == "r" else jnp.sum(array, axis=0)]
-        for name, array in zip(wrt, found, strict=True)
+        name: [_fill_columns(plan, array) if name == "r" else jnp.sum(array, axis=0)]
+        for name, array in found.items()
     }
 
 
 def _store_pull(
-    program: Program, edge: Edge, parts: Sequence[Part], outputs: dict[str, Any]
+    program: Program,
+    index: Any,
+    parts: Sequence[Part],
+    outputs: dict[str, Any],
+    edge: Edge | None = None,
 ) -> None:
-    """Write what a program finds of one edge, summed over its channels."""
-    harmonics: dict[int, jax.Array] = {}
+    """Write what a program finds of one edge, summed over its channels; zeros without one."""
+    sums: dict[int, jax.Array] = {}
     slopes = []
     for part in parts:
         if "r" in outputs:
-            view = outputs["r"].at[edge.index, program.channels(part.path.column)]
-            program.store(view, edge.pulled_weights(part), part.width)
-        if "lengths" in outputs:
+            view = outputs["r"].at[index, program.channels(part.path.column)]
+            program.store(view, edge.pulled_weights(part) if edge else program.zeros(), part.width)
+        if "lengths" in outputs and edge:
             slopes.append(edge.pulled_weights(part) * edge.slopes(part))
-        for b, value in edge.pulled_harmonics(part) if "y" in outputs else ():
-            harmonics[b] = harmonics[b] + value if b in harmonics else value
-    for b, values in harmonics.items():
-        outputs["y"][program.number, edge.index, b] = jnp.sum(values)
-    if slopes:
-        outputs["lengths"][program.number, edge.index] = jnp.sum(functools.reduce(jnp.add, slopes))
+        for b, value in edge.pulled_harmonics(part) if "y" in outputs and edge else ():
+            sums[b] = sums[b] + value if b in sums else value
+    if "y" in outputs:
+        for b in range(outputs["y"].shape[-1]):
+            outputs["y"][program.number, index, b] = jnp.sum(sums[b]) if b in sums else 0.0
+    if "lengths" in outputs:
+        slope = jnp.sum(functools.reduce(jnp.add, slopes)) if slopes else 0.0
+        outputs["lengths"][program.number, index] = slope
+
+
+def _fill_columns(plan: Plan, array: jax.Array) -> jax.Array:
+    """Zeros in the columns that belong to no path, which no program wrote."""
+    read = np.zeros(plan.columns, bool)
+    for path in plan.paths:
+        read[path.column : path.column + path.width] = True
+    return array if read.all() else jnp.where(read[None], array, 0.0)
 
 
 def _needed(task: Task, *factors: str, without: str) -> set[str]:
@@ -238,32 +261,35 @@ def _launch(
     factors: Arrays,
     needed: Iterable[str],
     shapes: Sequence[tuple[int, ...]],
-    start_at_zero: bool = False,
+    clear: Callable[[Program, Unit, Sequence[Any]], None] | None = None,
 ) -> list[jax.Array]:
-    """Run a body for every node, unit and block of channels."""
+    """Run a body for every node, unit and block of channels, and ``clear`` by others behind."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
     channels, blocks = _channel_blocks(units)
-    zeros = [jnp.zeros(shape, jnp.float32) for shape in shapes] if start_at_zero else []
+    n_nodes = len(edges.starts) - 1
 
-    def kernel(_: Any, inputs: Arrays, *outputs: Any) -> None:
+    def kernel(inputs: Arrays, *outputs: Any) -> None:
         program = Program(task, inputs, edges.mine, channels, blocks)
         for index, unit in enumerate(units):
-            run = functools.partial(body, program, unit, outputs)
-            pl.when(pl.program_id(1) == index)(run)
+            here, of_node = pl.program_id(1) == index, pl.program_id(0) < n_nodes
+            pl.when(here & of_node)(functools.partial(body, program, unit, outputs))
+            if clear is not None:
+                pl.when(here & ~of_node)(functools.partial(clear, program, unit, outputs))
 
-    kernel.__name__ = f"mlip_md_{body.__qualname__.partition('.')[0].strip('_')}"  # seen in profiles
+    kernel.__name__ = (
+        f"mlip_md_{body.__qualname__.partition('.')[0].strip('_')}"  # seen in profiles
+    )
     params = triton.CompilerParams(num_warps=channels // 32, num_stages=1)
     call = pl.pallas_call(
         kernel,
         out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
-        grid=(len(edges.starts) - 1, len(units), blocks),
-        input_output_aliases={k: k for k in range(len(zeros))},
+        grid=(n_nodes + (CLEARING if clear is not None else 0), len(units), blocks),
         interpret=task.interpret,
         compiler_params=None if task.interpret else params,
     )
-    return list(call(zeros, _inputs(task, edges, factors, needed)))
+    return list(call(_inputs(task, edges, factors, needed)))
 
 
 def _inputs(

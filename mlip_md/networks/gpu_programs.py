@@ -139,9 +139,25 @@ class Program:
             ends = {self._mine: self._node, self._other: others[index]}
             return add(Edge(self, index, ends, dict(node.known)), list(sums))
 
-        zeros = [jnp.zeros(self._channels, jnp.float32)] * number
+        zeros = [self.zeros()] * number
         found: Rows = jax.lax.fori_loop(starts[self._node], starts[self._node + 1], step, zeros)
         return found
+
+    def visit_rest(self, nodes: int, programs: int, visit: Callable[[Any], None]) -> None:
+        """Visit the edges that belong to no node, by so many programs that follow the nodes'."""
+        (order,), (starts,) = self.inputs["order"], self.inputs["starts"]
+        first = starts[nodes] + (self._node - nodes)
+        turns = jax.lax.div(order.shape[0] - first + (programs - 1), programs)
+
+        def step(turn: jax.Array, none: jax.Array) -> jax.Array:
+            visit(order[first + turn * programs])
+            return none
+
+        jax.lax.fori_loop(0, turns, step, jnp.int32(0))
+
+    def zeros(self) -> jax.Array:
+        """One for each channel."""
+        return jnp.zeros(self._channels, jnp.float32)
 
     def numbers(self) -> jax.Array:
         """The program's channels, counted from the first of a part."""
@@ -263,9 +279,7 @@ class Edge:
 
     def _weighted(self, names: Sequence[Names], part: Part) -> Rows:
         """Radial weights times features, summed over some versions (x, r) of them."""
-        products = [
-            [self.weights(r, part) * row for row in self.rows(x, part)] for x, r in names
-        ]
+        products = [[self.weights(r, part) * row for row in self.rows(x, part)] for x, r in names]
         return [functools.reduce(jnp.add, rows) for rows in zip(*products, strict=True)]
 
     def messages(self, part: Part) -> Iterator[tuple[int, jax.Array]]:
@@ -301,7 +315,4 @@ class Edge:
         for g in dict.fromkeys(version[0] for version in versions):
             rows = self._weighted([(x, r) for k, x, r in versions if k == g], part)
             for a, b, m, k in couplings(*degrees):
-                yield degrees[1] ** 2 + b, k * (rows[a] * self._product_row(g, part)[m])
-
-    def _product_row(self, g: str, part: Part) -> Rows:
-        return self.rows(g, part)
+                yield degrees[1] ** 2 + b, k * (rows[a] * self.rows(g, part)[m])
