@@ -3,13 +3,14 @@
     python benchmarks/gpu_plan.py --model organics-gfn2 --atoms 1200 [--card H100] [--json OUT]
     python benchmarks/gpu_plan.py --recipe mace-spice2 [--nodes 32 --edges 288]
 
-``--model`` plans the step that ASE and OpenMM take (list on the device, energy, forces, stress) of a
-model file, of a bundled model, or of random weights in a recipe's network (mace-spice2,
+``--model`` plans the step that ASE and OpenMM take (list on the device, energy, forces, stress), of
+a model file, of a bundled model, or of random weights in a recipe's network (mace-spice2,
 nequip-spice2); ``--recipe`` plans a training step. It needs the extra [cuda12] or [cuda13], whose
 wheels hold the compiler. See docs/gpu.md for what the numbers mean.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -18,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -189,11 +189,11 @@ def registers(folder: Path) -> dict[str, dict[str, int]]:
 # Steps
 
 
-class Found(Exception):
+class FoundError(Exception):
     """Stops an engine where its step would begin."""
 
 
-def engine_step(model: str, atoms: int) -> Iterator[Any]:
+def engine_step(model: str, atoms: int) -> Any:
     """The function that an engine would call on a GPU, and its arguments."""
     import memory
     import numpy as np
@@ -214,13 +214,11 @@ def engine_step(model: str, atoms: int) -> Iterator[Any]:
 
     def capture(*given: Any) -> Any:
         arguments.extend(given)
-        raise Found
+        raise FoundError
 
     step, engine.runtime.step = engine.runtime.step, capture
-    try:
+    with contextlib.suppress(FoundError):
         engine.evaluate(positions, numbers, cell, True)
-    except Found:
-        pass
     params, *rest = arguments
     if "tables" not in params:
         options = len(potential.elements), potential.cutoff, np.float32
@@ -323,7 +321,8 @@ def main() -> None:
         folder = options.keep or Path(temporary)
         os.environ.update(JAX_PLATFORMS="cpu", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1")
         # Without a card the search for the best tiles of a matrix product fails in some programs.
-        os.environ["XLA_FLAGS"] = f"--xla_gpu_enable_triton_gemm=false --xla_dump_to={folder}"
+        flags = f"--xla_gpu_enable_triton_gemm=false --xla_dump_to={folder}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
         if options.model:
             step = engine_step(options.model, options.atoms)
         else:

@@ -32,13 +32,13 @@ class Unit(NamedTuple):
     """What a program computes beside others for the same node.
 
     Attributes:
-        index: of the block of features or of sums.
+        block: index of the block of features or of sums.
         channel: first channel of it.
         width: most channels of a part.
         parts: what is computed.
     """
 
-    index: int
+    block: int
     channel: int
     width: int
     parts: tuple[Part, ...]
@@ -107,7 +107,7 @@ def _sum_messages(task: Task, edges: Edges, factors: Arrays) -> list[jax.Array]:
     shapes = [(n_nodes, 2 * block.degree + 1, block.channels) for block in plan.targets]
 
     def body(program: Program, unit: Unit, outputs: Sequence[Any]) -> None:
-        size = 2 * plan.targets[unit.index].degree + 1
+        size = 2 * plan.targets[unit.block].degree + 1
 
         def add(edge: Edge, sums: Rows) -> Rows:
             for k, part in enumerate(unit.parts):
@@ -118,7 +118,7 @@ def _sum_messages(task: Task, edges: Edges, factors: Arrays) -> list[jax.Array]:
         sums = program.walk(len(unit.parts) * size, add)
         for k, part in enumerate(unit.parts):
             rows = sums[k * size : (k + 1) * size]
-            program.store_rows(outputs[unit.index], part.path.position, rows, part.width)
+            program.store_rows(outputs[unit.block], part.path.position, rows, part.width)
 
     needed = _needed(task, "x", "y", "r", without="g")
     return _launch(task, body, units_of_sums(plan), edges, factors, needed, shapes)
@@ -136,8 +136,8 @@ def _pull_to_senders(task: Task, edges: Edges, factors: Arrays) -> list[jax.Arra
                     sums[a] = sums[a] + value
             return sums
 
-        sums = program.walk(2 * plan.sources[unit.index].degree + 1, add)
-        program.store_rows(outputs[unit.index], unit.channel, sums, unit.width)
+        sums = program.walk(2 * plan.sources[unit.block].degree + 1, add)
+        program.store_rows(outputs[unit.block], unit.channel, sums, unit.width)
 
     needed = _needed(task, "y", "r", "g", without="x")
     return _launch(task, body, units_of_features(plan), edges, factors, needed, shapes)
