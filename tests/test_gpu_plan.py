@@ -1,4 +1,4 @@
-"""Plans of a step for a GPU that is not there: what is counted, and what the bundled model takes."""
+"""Plans of a step for a GPU that is not there: what is counted, and the bundled potential's."""
 
 import importlib.util
 import json
