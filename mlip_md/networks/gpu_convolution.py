@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import mlir
 
+from mlip_md import rows
 from mlip_md.networks import convolution, radial_tables
 from mlip_md.networks.convolution import Names, Pairs, Plan
-from mlip_md.networks.gpu_kernels import derivatives
+from mlip_md.networks.gpu_kernels import derivatives, sum_rows
 from mlip_md.networks.gpu_programs import Task
 
 
@@ -76,13 +77,15 @@ def _say_refused(reason: str) -> None:
     )
 
 
-def _lowering(kernels: Callable[..., Any], definition: Callable[..., Any]) -> Callable[..., Any]:
-    by_kernels = mlir.lower_fun(kernels, multiple_results=True)
-    by_definition = mlir.lower_fun(definition, multiple_results=True)
+def _lowering(
+    kernels: Callable[..., Any], definition: Callable[..., Any], several: bool = True
+) -> Callable[..., Any]:
+    by_kernels = mlir.lower_fun(kernels, multiple_results=several)
+    by_definition = mlir.lower_fun(definition, multiple_results=several)
 
     def lower(context: Any, *operands: Any, **params: Any) -> Any:
         sizes = [math.prod(aval.shape) for aval in context.avals_in]
-        if context.avals_in[-1].dtype == jnp.float32 and min(sizes) > 0:
+        if context.avals_out[0].dtype == jnp.float32 and min(sizes) > 0:
             try:
                 return by_kernels(context, *operands, **params)
             except Exception as error:  # whatever this version's Pallas or this card's age raises
@@ -99,3 +102,6 @@ for _primitive, _kernels, _definition in (
     (radial_tables.table_pull_p, table_pull, radial_tables.define_pull),
 ):
     mlir.register_lowering(_primitive, _lowering(_kernels, _definition), platform="cuda")
+mlir.register_lowering(
+    rows.sum_rows_p, _lowering(sum_rows, rows.define_sum, several=False), platform="cuda"
+)

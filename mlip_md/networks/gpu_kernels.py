@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ CHANNELS = (32, 128)
 """Least and most channels of a program, powers of two: its threads."""
 MOST_ROWS = 48
 """Sums of a thread, which are to stay in registers."""
+TILE = 2048
+"""Entries that a program adds up at a time."""
 CLEARING = 64
 """Programs that clear what belongs to edges that carry nothing."""
 
@@ -94,11 +97,17 @@ def derivatives(
 def _edges_of(
     nodes: jax.Array, others: jax.Array, inside: jax.Array, number: int, mine: str
 ) -> Edges:
-    keys = jnp.where(inside, nodes, number).astype(jnp.int32)
+    keys = jnp.where(inside, nodes, number)
+    return Edges(*_sort(keys, number), others.astype(jnp.int32), mine)
+
+
+def _sort(keys: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
+    """Order of keys, and where each number below ``number`` begins in it."""
+    keys = keys.astype(jnp.int32)
     ordered, order = jax.lax.sort((keys, jnp.arange(len(keys), dtype=jnp.int32)), num_keys=1)
     bounds = jnp.arange(number + 1, dtype=jnp.int32)
-    starts = jnp.searchsorted(ordered, bounds, method="scan_unrolled").astype(jnp.int32)
-    return Edges(order, starts, others.astype(jnp.int32), mine)
+    starts = jnp.searchsorted(ordered, bounds, method="scan_unrolled")
+    return order, starts.astype(jnp.int32)
 
 
 def _sum_messages(task: Task, edges: Edges, factors: Arrays) -> list[jax.Array]:
@@ -302,3 +311,43 @@ def _inputs(
         names = names - {"r"} | {"lengths"} | ({"index"} if task.table[0] > 1 else set())
         inputs["table"] = [factors["table"][0].reshape(-1)]
     return inputs | {name: list(factors[name]) for name in sorted(names)}
+
+
+def sum_rows(
+    values: jax.Array, index: jax.Array, number: int, *, interpret: bool = False
+) -> jax.Array:
+    """``rows.sum_rows`` in a fixed order; a program takes some lanes of one row of the result."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    shape, width = values.shape[1:], math.prod(values.shape[1:])
+    if number == 1:
+        return jnp.sum(values, axis=0, keepdims=True)
+    lanes = min(128, 1 << (width - 1).bit_length())
+    tile = TILE // lanes
+
+    def mlip_md_sum_rows(values: Any, order: Any, starts: Any, sums: Any) -> None:
+        row, first = pl.program_id(0), pl.program_id(1) * lanes
+        start, stop = starts[row], starts[row + 1]
+        lane = first + jnp.arange(lanes, dtype=jnp.int32)
+        columns = jnp.broadcast_to(lane[None, :], (tile, lanes))
+
+        def add(turn: jax.Array, total: jax.Array) -> jax.Array:
+            places = start + turn * tile + jnp.arange(tile, dtype=jnp.int32)
+            rows = triton.load(order.at[places], mask=places < stop, other=0)
+            there = jnp.broadcast_to((places < stop)[:, None], columns.shape) & (columns < width)
+            view = values.at[jnp.broadcast_to(rows[:, None], columns.shape), columns]
+            return total + jnp.sum(triton.load(view, mask=there, other=0.0), axis=0)
+
+        turns = jax.lax.div(stop - start + (tile - 1), np.int32(tile))
+        total = jax.lax.fori_loop(0, turns, add, jnp.zeros(lanes, jnp.float32))
+        triton.store(sums.at[row, pl.ds(first, lanes)], total, mask=lane < width)
+
+    found = pl.pallas_call(
+        mlip_md_sum_rows,
+        out_shape=jax.ShapeDtypeStruct((number, width), jnp.float32),
+        grid=(number, -(-width // lanes)),
+        interpret=interpret,
+        compiler_params=None if interpret else triton.CompilerParams(num_warps=4, num_stages=1),
+    )(values.reshape(-1, width), *_sort(index, number))
+    return found.reshape(number, *shape)

@@ -147,7 +147,7 @@ class Program:
         """Visit the edges that belong to no node, by so many programs that follow the nodes'."""
         (order,), (starts,) = self.inputs["order"], self.inputs["starts"]
         first = starts[nodes] + (self._node - nodes)
-        turns = jax.lax.div(order.shape[0] - first + (programs - 1), programs)
+        turns = jax.lax.div(order.shape[0] - first + (programs - 1), np.int32(programs))
 
         def step(turn: jax.Array, none: jax.Array) -> jax.Array:
             visit(order[first + turn * programs])

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from jax import export
 
+from mlip_md import rows
 from mlip_md.networks import convolution, gpu_convolution, radial_tables
 from mlip_md.networks.convolution import Block, Form, Pairs, Path, Plan, in_order
+from mlip_md.networks.gpu_kernels import sum_rows
 
 pytestmark = pytest.mark.kernel
 N_SENDERS, N_RECEIVERS, N_EDGES = 4, 6, 15
@@ -133,6 +135,33 @@ def test_edges_outside_are_not_read():
     dirty = found(*(jnp.where(outside, jnp.nan, at[k][0]) for k in ("y", "r")))
     for a, b in zip(plain, dirty, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(("number", "shape"), [(7, (3,)), (3, (40, 4)), (1, (3, 3)), (300, (1,))])
+def test_sums_of_rows_in_a_fixed_order(number, shape):
+    rng = np.random.default_rng(0)
+    values = jnp.asarray(rng.normal(size=(500, *shape)), jnp.float32)
+    index = jnp.asarray(rng.integers(0, max(1, number - 1), 500))  # nothing for the last
+    found = jax.jit(lambda v, i: sum_rows(v, i, number, interpret=True))(values, index)
+    expected = np.zeros((number, *shape))
+    np.add.at(expected, np.asarray(index), np.asarray(values, np.float64))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+
+
+def test_sums_and_rows_are_each_other_s_transpose():
+    index = jnp.array([2, 0, 2, 1])
+    values, weights = jnp.arange(6.0).reshape(3, 2) + 1, jnp.arange(8.0).reshape(4, 2) - 3
+
+    def energy(values):
+        return jnp.sum(weights * jnp.sin(rows.take_rows(values, index)))
+
+    def plain(values):
+        return jnp.sum(weights * jnp.sin(values[index]))
+
+    np.testing.assert_array_equal(jax.grad(energy)(values), jax.grad(plain)(values))
+    for derive in (jax.jacfwd, jax.jacrev):
+        found = derive(jax.grad(energy))(values)
+        np.testing.assert_allclose(found, derive(jax.grad(plain))(values), rtol=1e-6)
 
 
 def exported(dtype) -> str:
