@@ -264,7 +264,7 @@ def plan(step: Any, arguments: Any, card: str, folder: Path) -> dict[str, Any]:
     from jax.experimental import topologies
 
     from mlip_md.devices import precision
-    from mlip_md.networks.messages import bound_messages
+    from mlip_md.networks.layers import bounding_turns
 
     topology = topologies.get_topology_desc(
         "", platform="cuda", target_config=describe(card), topology="1x1x1"
@@ -277,7 +277,7 @@ def plan(step: Any, arguments: Any, card: str, folder: Path) -> dict[str, Any]:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
     *_, capacity, bandwidth, _ = CARDS[card]
-    with precision("float32", "gpu"), bound_messages(int(SHARE * capacity * 2**30)):
+    with precision("float32", "gpu"), bounding_turns(int(SHARE * capacity * 2**30)):
         shapes = [
             a if type(a).__name__ == "Shape" else jax.tree_util.tree_map(shape_of, a)
             for a in arguments

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from mlip_md.errors import CapacityError, ConfigError, DeviceError, ForkError
 
 SHARE_VARIABLE = "MLIP_MD_MEMORY_SHARE"
-"""Environment variable: share of an accelerator's memory that messages may take at a time."""
+"""Environment variable: share of an accelerator's memory that one turn may take."""
 DEFAULT_SHARE = 0.1
 
 
@@ -86,7 +86,7 @@ def device_name(device: jax.Device) -> str:
 
 
 def message_memory(device: jax.Device) -> int | None:
-    """Bytes that messages may take on a device at a time; None for what is best for processors.
+    """Bytes that messages, say, may take at a time; None for what is best for processors.
 
     Turns keep a processor's caches warm, but cost an accelerator launches.
 

@@ -48,7 +48,7 @@ from mlip_md.neighbors import (
     find_edges,
     has_volume,
 )
-from mlip_md.networks.messages import bound_messages
+from mlip_md.networks.layers import bounding_turns
 from mlip_md.networks.native_convolution import find_native
 from mlip_md.networks.tabulate import tabulate_radial
 from mlip_md.potential import Params, Potential, predict
@@ -234,7 +234,7 @@ class Runtime:
         return output, kept
 
     def _apply(self, params: Params, graph: Graph) -> jax.Array:
-        with bound_messages(message_memory(self.device)):
+        with bounding_turns(message_memory(self.device)):
             return jnp.asarray(self._network.apply(params, graph))
 
     def evaluate_buffers(

@@ -202,7 +202,7 @@ SLOW = {
         ("test_gpu_convolution.py::test_sums_by_tables_are_those_of_the_definition[3]",),
     ),
     "GPU: the bound of messages is not handed down": Mistake(
-        "networks/messages.py", "_bound.set(memory or _bound.get())", "_bound.set(None)",
+        "networks/layers.py", "_memory.set(memory or _memory.get())", "_memory.set(None)",
         ("test_gpu_export.py::test_a_training_step_takes_no_turns_where_memory_suffices[1073741824-True]",),
     ),
     "sign of the edge vector": Mistake(

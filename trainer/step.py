@@ -13,7 +13,7 @@ from flax import struct
 
 from mlip_md.compiler import check_sums, jit
 from mlip_md.devices import find_device, message_memory
-from mlip_md.networks.messages import bound_messages
+from mlip_md.networks.layers import bounding_turns
 from mlip_md.potential import Params, Prediction, predict
 from mlip_md.trainer.data.batching import Batch
 from mlip_md.trainer.loss import LossWeights, batch_loss
@@ -93,7 +93,7 @@ def make_train_step(apply: Callable[..., Any], recipe: Recipe) -> TrainStep:
     every, decay = recipe.optimizer.num_gradient_accumulation_steps, recipe.train.ema_decay
 
     def loss_of(params: Params, batch: Batch, weights: LossWeights) -> jax.Array:
-        with bound_messages(memory):
+        with bounding_turns(memory):
             prediction = predict(apply, params, batch.graph)
         return batch_loss(recipe.loss, prediction, batch, weights)
 
@@ -142,7 +142,7 @@ def make_eval_step(
     memory = message_memory(device)
 
     def step(params: Params, batch: Batch) -> tuple[Prediction, Sums]:
-        with bound_messages(memory):
+        with bounding_turns(memory):
             prediction = predict(
                 apply, params, batch.graph, scaling_mean=scaling_mean, scaling_stdev=scaling_stdev
             )

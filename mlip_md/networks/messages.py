@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,20 +20,9 @@ from mlip_md.networks.radial_tables import convolve_by_table
 
 MEMORY = 32 * 2**20
 """Bytes that the messages of one turn may take before the edges are split further."""
-_bound: contextvars.ContextVar[int | None] = contextvars.ContextVar("bound", default=None)
 
 Basis = Callable[[jax.Array], jax.Array]
 """Radial basis (n, num_bessel) of distances (n,) in Å."""
-
-
-@contextlib.contextmanager
-def bound_messages(memory: int | None) -> Iterator[None]:
-    """Let networks that are traced inside take so many bytes in place of ``MEMORY``, if given."""
-    token = _bound.set(memory or _bound.get())
-    try:
-        yield
-    finally:
-        _bound.reset(token)
 
 
 class Edges(NamedTuple):
@@ -163,7 +150,7 @@ def _sum_in_turns(
     """
     (_, receivers, inside), n_nodes = edges.pairs, len(x[0])
     n_edges, itemsize = len(receivers), edges.basis.dtype.itemsize
-    memory = _bound.get() or MEMORY
+    memory = layers.memory_of_turns(MEMORY)
     most_edges = max(256, memory // (plan.message_size * itemsize))
     most_edges = -(-n_edges // max(1, -(-n_edges // most_edges)))  # turns of equal size
     if n_edges == most_edges:

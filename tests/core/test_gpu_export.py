@@ -14,7 +14,7 @@ from training_cases import small_recipe
 from mlip_md.engine import Engine
 from mlip_md.graph import Graph
 from mlip_md.networks import messages
-from mlip_md.networks.messages import bound_messages
+from mlip_md.networks.layers import bounding_turns
 from mlip_md.networks.tabulate import tabulate_radial
 from mlip_md.trainer.data.batching import Batch
 from mlip_md.trainer.loss import LossWeights
@@ -124,7 +124,7 @@ def training_step(potential, n_edges: int):
 def test_a_training_step_takes_no_turns_where_memory_suffices(monkeypatch, potential, memory, fits):
     monkeypatch.setattr(messages, "MEMORY", 2**14)
     step, arguments = training_step(potential, 20000)
-    with bound_messages(memory):
+    with bounding_turns(memory):
         program = for_cuda(step, *arguments)
     assert (max(turns(program), default=0) <= MOST_TURNS) == fits
     if fits:
