@@ -23,7 +23,7 @@ from mlip_md.networks.gpu_programs import Arrays, Edge, Part, Program, Rows, Tas
 
 CHANNELS = (32, 128)
 """Least and most channels of a program, powers of two: its threads."""
-MOST_ROWS = 48
+MOST_ROWS = 40
 """Sums of a thread, which are to stay in registers."""
 TILE = 2048
 """Entries that a program adds up at a time."""
