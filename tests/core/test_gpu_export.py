@@ -3,6 +3,7 @@
 import contextlib
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,7 +12,9 @@ from jax import export
 from small_models import random_mace
 from training_cases import small_recipe
 
+from mlip_md.devices import SHARE_VARIABLE, message_memory, runs_kernels
 from mlip_md.engine import Engine
+from mlip_md.errors import ConfigError
 from mlip_md.graph import Graph
 from mlip_md.networks import messages
 from mlip_md.networks.layers import bounding_turns
@@ -137,3 +140,40 @@ def test_a_training_step_takes_no_turns_where_memory_suffices(monkeypatch, poten
 def test_loops_are_seen():
     step = jax.jit(lambda x: jax.lax.fori_loop(0, 1234, lambda _, y: y * 2, x))
     assert turns(for_cuda(step, 1.0)) == [1234]
+
+
+def card(platform="gpu", version="PJRT C API cuda 12090", capability="9.0", memory=80 * 2**30):
+    """What is asked of a device."""
+    return SimpleNamespace(
+        platform=platform,
+        client=SimpleNamespace(platform_version=version),
+        compute_capability=capability,
+        memory_stats=lambda: {"bytes_limit": memory} if memory else None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "runs"),
+    [
+        (card(), True),
+        (card(capability="7.5"), False),
+        (card(version="PJRT C API rocm 60000", capability="gfx942"), False),
+        (card("cpu", "cpu"), False),
+        (card("tpu", "tpu"), False),
+    ],
+)
+def test_which_devices_have_kernels(device, runs):
+    assert runs_kernels(device) == runs
+
+
+def test_the_share_of_memory_that_a_turn_takes(monkeypatch):
+    monkeypatch.delenv(SHARE_VARIABLE, raising=False)
+    assert message_memory(card()) == 8 * 2**30
+    assert message_memory(card(memory=None)) is None
+    assert message_memory(card("cpu")) is None
+    monkeypatch.setenv(SHARE_VARIABLE, "0.5")
+    assert message_memory(card()) == 40 * 2**30
+    for wrong in ("0", "1.5", "half", "nan"):
+        monkeypatch.setenv(SHARE_VARIABLE, wrong)
+        with pytest.raises(ConfigError, match=f"{SHARE_VARIABLE} = '{wrong}'.*above 0"):
+            message_memory(card())
