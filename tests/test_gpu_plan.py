@@ -72,6 +72,5 @@ def test_the_plan_of_the_bundled_potential(tmp_path):
     assert found["loop_turns"] <= 32
     assert found["gigabytes"] <= 0.2
     assert found["spills"] == 0
-    assert {name.partition("__")[0] for name in found["our_kernels"]} == {
-        "mlip_md_sum_messages", "mlip_md_pull_to_edges", "mlip_md_pull_to_senders"
-    }  # fmt: skip
+    names = {name.partition("__")[0] for name in found["our_kernels"]}
+    assert {"mlip_md_sum_messages", "mlip_md_pull_to_edges", "mlip_md_pull_to_senders"} <= names

@@ -83,31 +83,63 @@ def derivatives(
     wanted = {k for k in wrt if any(term != k for term in task.terms)}
     found: dict[str, list[jax.Array]] = {}
     if wanted - {"x"}:
-        arriving = _edges_of(pairs.receivers, pairs.senders, pairs.inside, sizes[1], "g")
+        ends = pairs.receivers, pairs.senders
+        arriving = _edges_of(*ends, pairs.inside, sizes[1], "g", task.interpret)
     if "g" in wanted:
         found["g"] = _sum_messages(task, arriving, factors)
     if varied := [k for k in ("y", weights) if k in wanted]:
         found |= _pull_to_edges(task, arriving, factors, varied)
     if "x" in wanted:
-        leaving = _edges_of(pairs.senders, pairs.receivers, pairs.inside, sizes[0], "x")
+        ends = pairs.senders, pairs.receivers
+        leaving = _edges_of(*ends, pairs.inside, sizes[0], "x", task.interpret)
         found["x"] = _pull_to_senders(task, leaving, factors)
     return found
 
 
 def _edges_of(
-    nodes: jax.Array, others: jax.Array, inside: jax.Array, number: int, mine: str
+    nodes: jax.Array, others: jax.Array, inside: jax.Array, number: int, mine: str, interpret: bool
 ) -> Edges:
     keys = jnp.where(inside, nodes, number)
-    return Edges(*_sort(keys, number), others.astype(jnp.int32), mine)
+    return Edges(*_sort(keys, number, interpret), others.astype(jnp.int32), mine)
 
 
-def _sort(keys: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
-    """Order of keys, and where each number below ``number`` begins in it."""
+def _sort(keys: jax.Array, number: int, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    """Order of keys, and where each number up to ``number`` begins in it."""
     keys = keys.astype(jnp.int32)
     ordered, order = jax.lax.sort((keys, jnp.arange(len(keys), dtype=jnp.int32)), num_keys=1)
-    bounds = jnp.arange(number + 1, dtype=jnp.int32)
-    starts = jnp.searchsorted(ordered, bounds, method="scan_unrolled")
-    return order, starts.astype(jnp.int32)
+    return order, _find_starts(ordered, number + 1, interpret)
+
+
+def _find_starts(ordered: jax.Array, number: int, interpret: bool) -> jax.Array:
+    """Places of the first keys that are not below 0 … number - 1, by halving, in one kernel."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    _, lanes = CHANNELS
+    size = len(ordered)
+
+    def mlip_md_find_starts(ordered: Any, starts: Any) -> None:
+        place = pl.program_id(0) * lanes
+        bounds = place + jnp.arange(lanes, dtype=jnp.int32)
+
+        def halve(_: jax.Array, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            low, high = ends
+            middle, wide = jnp.right_shift(low + high, 1), low < high
+            below = wide & (triton.load(ordered.at[middle], mask=wide, other=0) < bounds)
+            return jnp.where(below, middle + 1, low), jnp.where(wide & ~below, middle, high)
+
+        ends = jnp.zeros(lanes, jnp.int32), jnp.full(lanes, size, jnp.int32)
+        low, _ = jax.lax.fori_loop(0, size.bit_length(), halve, ends)
+        triton.store(starts.at[pl.ds(place, lanes)], low, mask=bounds < number)
+
+    found: jax.Array = pl.pallas_call(
+        mlip_md_find_starts,
+        out_shape=jax.ShapeDtypeStruct((number,), jnp.int32),
+        grid=(-(-number // lanes),),
+        interpret=interpret,
+        compiler_params=None if interpret else triton.CompilerParams(num_warps=4, num_stages=1),
+    )(ordered)
+    return found
 
 
 def _sum_messages(task: Task, edges: Edges, factors: Arrays) -> list[jax.Array]:
@@ -349,5 +381,5 @@ def sum_rows(
         grid=(number, -(-width // lanes)),
         interpret=interpret,
         compiler_params=None if interpret else triton.CompilerParams(num_warps=4, num_stages=1),
-    )(values.reshape(-1, width), *_sort(index, number))
+    )(values.reshape(-1, width), *_sort(index, number, interpret))
     return found.reshape(number, *shape)

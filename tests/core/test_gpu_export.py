@@ -91,7 +91,9 @@ def test_the_step_of_an_engine_in_every_mode_of_lists(potential, tables, backend
     params = {**potential.params, "tables": tables}
     program = for_cuda(runtime.step, params, *arguments, shape=shape)
     # features do not depend on positions; gradients of vectors go to senders and to receivers
-    assert kernels(program) == {"sum_messages": 1, "pull_to_edges": 1, "sum_rows": 2}
+    found = kernels(program)
+    assert found.pop("find_starts") >= 3
+    assert found == {"sum_messages": 1, "pull_to_edges": 1, "sum_rows": 2}
     assert max(turns(program), default=0) <= MOST_TURNS
 
 
