@@ -12,6 +12,10 @@ import jax.numpy as jnp
 
 from mlip_md.errors import CapacityError, ConfigError, DeviceError, ForkError
 
+SHARE_VARIABLE = "MLIP_MD_MEMORY_SHARE"
+"""Environment variable: share of an accelerator's memory that one turn may take."""
+DEFAULT_SHARE = 0.1
+
 
 @functools.cache
 def _first_process() -> int:
@@ -79,6 +83,38 @@ def find_device(device: str | jax.Device | None) -> jax.Device:
 def device_name(device: jax.Device) -> str:
     """A name by which ``find_device`` finds a device again, in this process or another."""
     return f"{device.platform}:{jax.local_devices(backend=device.platform).index(device)}"
+
+
+def message_memory(device: jax.Device) -> int | None:
+    """Bytes that messages, say, may take at a time; None for what is best for processors.
+
+    Turns keep a processor's caches warm, but cost an accelerator launches.
+
+    Args:
+        device: that is computed on.
+
+    Raises:
+        ConfigError: if the environment's share is not above 0 and at most 1.
+    """
+    given = os.environ.get(SHARE_VARIABLE, "") or str(DEFAULT_SHARE)
+    try:
+        share = float(given)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise ConfigError(
+            f"{SHARE_VARIABLE} = {given!r} is not allowed; it must be a number above 0 and at most "
+            "1, the share of a GPU's memory that messages may take at a time"
+        )
+    limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
+    return int(share * limit) if limit else None
+
+
+def runs_kernels(device: jax.Device) -> bool:
+    """Whether the convolution has kernels for a device: NVIDIA's, from compute capability 8 on."""
+    if device.platform != "gpu" or "rocm" in device.client.platform_version.lower():
+        return False
+    return float(device.compute_capability) >= 8
 
 
 @contextlib.contextmanager

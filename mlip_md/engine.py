@@ -26,7 +26,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mlip_md.compiler import check_sums, jit
-from mlip_md.devices import check_process, device_name, find_device, naming_out_of_memory, precision
+from mlip_md.devices import (
+    check_process,
+    device_name,
+    find_device,
+    message_memory,
+    naming_out_of_memory,
+    precision,
+    runs_kernels,
+)
 from mlip_md.elements import symbol
 from mlip_md.errors import ConfigError, MLIPError, NonFiniteError
 from mlip_md.graph import Graph
@@ -40,6 +48,7 @@ from mlip_md.neighbors import (
     find_edges,
     has_volume,
 )
+from mlip_md.networks.layers import bounding_turns
 from mlip_md.networks.native_convolution import find_native
 from mlip_md.networks.tabulate import tabulate_radial
 from mlip_md.potential import Params, Potential, predict
@@ -186,7 +195,9 @@ class Runtime:
         """Weights in the runtime's precision on its device, beside tables made of them."""
         weights = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf, self.dtype), dict(params))
         weights.pop("tables", None)
-        if self.device.platform == "cpu" and self.dtype == np.float32 and find_native().available:
+        on_cpu = self.device.platform == "cpu"
+        compiled = find_native().available if on_cpu else runs_kernels(self.device)
+        if self.dtype == np.float32 and compiled:
             weights["tables"] = tabulate_radial(self._network, weights, *self._radial, self.dtype)
         with self.precision():
             placed: Params = jax.device_put(weights, self.device)
@@ -223,7 +234,8 @@ class Runtime:
         return output, kept
 
     def _apply(self, params: Params, graph: Graph) -> jax.Array:
-        return jnp.asarray(self._network.apply(params, graph))
+        with bounding_turns(message_memory(self.device)):
+            return jnp.asarray(self._network.apply(params, graph))
 
     def evaluate_buffers(
         self,

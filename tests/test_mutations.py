@@ -179,6 +179,32 @@ FAST = {
     ),
 }  # fmt: skip
 SLOW = {
+    "GPU: edges outside are walked along": Mistake(
+        "networks/gpu_kernels.py", "keys = jnp.where(inside, nodes, number)", "keys = nodes",
+        ("test_gpu_convolution.py::test_edges_outside_are_not_read",),
+    ),
+    "GPU: edges outside are not cleared": Mistake(
+        "networks/gpu_kernels.py", "pl.when(here & ~of_node)", "pl.when(here & of_node)",
+        ("test_gpu_convolution.py::test_gradients_are_those_of_the_definition[wrt2]",),
+    ),
+    "GPU: a derivative by the factor that is replaced": Mistake(
+        "networks/gpu_programs.py", "for term in self.terms if term != without]",
+        "for term in self.terms]",
+        ("test_gpu_convolution.py::test_second_order_is_that_of_the_definition[active0-wrt0]",),
+    ),
+    "GPU: slope by the place in the cell": Mistake(
+        "networks/gpu_programs.py", "return value, slope * (cells / self._task.cutoff)",
+        "return value, slope",
+        ("test_gpu_convolution.py::test_gradients_by_tables_are_those_of_the_definition[wrt1]",),
+    ),
+    "GPU: the first table for all pairs of species": Mistake(
+        "networks/gpu_kernels.py", '({"index"} if task.table[0] > 1 else set())', "set()",
+        ("test_gpu_convolution.py::test_sums_by_tables_are_those_of_the_definition[3]",),
+    ),
+    "GPU: the bound of messages is not handed down": Mistake(
+        "networks/layers.py", "_memory.set(memory or _memory.get())", "_memory.set(None)",
+        ("test_gpu_export.py::test_a_training_step_takes_no_turns_where_memory_suffices[1073741824-True]",),
+    ),
     "sign of the edge vector": Mistake(
         "networks/layers.py", "(irreps, vectors, normalize", "(irreps, -vectors, normalize",
         (f"{LIVE}[mace]", f"{LIVE}[nequip]"),

@@ -12,7 +12,8 @@ import optax
 from flax import struct
 
 from mlip_md.compiler import check_sums, jit
-from mlip_md.devices import find_device
+from mlip_md.devices import find_device, message_memory
+from mlip_md.networks.layers import bounding_turns
 from mlip_md.potential import Params, Prediction, predict
 from mlip_md.trainer.data.batching import Batch
 from mlip_md.trainer.loss import LossWeights, batch_loss
@@ -101,14 +102,16 @@ def make_train_step(
     Raises:
         CompilerError: if the installed compiler adds up wrongly.
     """
-    check_sums("float32", find_device(None))
+    check_sums("float32", device := find_device(None))
+    memory = message_memory(device)
     optimizer = make_optimizer(recipe.optimizer, recipe.network.decays)
     every, decay = recipe.optimizer.num_gradient_accumulation_steps, recipe.train.ema_decay
 
     def loss_of(params: Params, batch: Batch, weights: LossWeights) -> jax.Array:
-        prediction = predict(
-            apply, params, batch.graph, scaling_mean=scaling_mean, scaling_stdev=scaling_stdev
-        )
+        with bounding_turns(memory):
+            prediction = predict(
+                apply, params, batch.graph, scaling_mean=scaling_mean, scaling_stdev=scaling_stdev
+            )
         return batch_loss(recipe.loss, prediction, batch, weights)
 
     def good_step(state: TrainState, gradient: Params, rate: jax.Array | None) -> TrainState:
@@ -156,12 +159,14 @@ def make_eval_step(
     Raises:
         CompilerError: if the installed compiler adds up wrongly.
     """
-    check_sums("float32", find_device(None))
+    check_sums("float32", device := find_device(None))
+    memory = message_memory(device)
 
     def step(params: Params, batch: Batch) -> tuple[Prediction, Sums]:
-        prediction = predict(
-            apply, params, batch.graph, scaling_mean=scaling_mean, scaling_stdev=scaling_stdev
-        )
+        with bounding_turns(memory):
+            prediction = predict(
+                apply, params, batch.graph, scaling_mean=scaling_mean, scaling_stdev=scaling_stdev
+            )
         return prediction, error_sums(prediction, batch)
 
     return jit(step)

@@ -7,10 +7,12 @@ float64 and take the dtype of the features they meet.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import e3nn_jax as e3nn
@@ -28,6 +30,7 @@ order of the configuration. In NequIP irreps that are zero, or that nothing read
 
 MATRIX_MEMORY = 32 * 2**20
 """Bytes that the matrices of one chunk of nodes may take before nodes are split further."""
+_memory: contextvars.ContextVar[int | None] = contextvars.ContextVar("memory", default=None)
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -38,6 +41,21 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "sigmoid": jax.nn.sigmoid,
     "none": lambda x: x,
 }
+
+
+@contextlib.contextmanager
+def bounding_turns(memory: int | None) -> Iterator[None]:
+    """Bound by so many bytes, if given, what networks that are traced inside take in one turn."""
+    token = _memory.set(memory or _memory.get())
+    try:
+        yield
+    finally:
+        _memory.reset(token)
+
+
+def memory_of_turns(otherwise: int) -> int:
+    """Bytes that a turn may take; ``otherwise`` is what suits processors."""
+    return _memory.get() or otherwise
 
 
 SECOND_MOMENTS = {
@@ -330,7 +348,8 @@ def species_linear(x: jax.Array, weights: jax.Array, species: jax.Array) -> jax.
         x, species = piece
         return x @ by_species[species]
 
-    turn = max(4, MATRIX_MEMORY // (by_species[0].size * x.dtype.itemsize))
+    memory = memory_of_turns(MATRIX_MEMORY)
+    turn = max(4, memory // (by_species[0].size * x.dtype.itemsize))
     n_turns = -(-len(blocked) // turn)
     if n_turns == 1:
         out = mapped((blocked, blocks.species))

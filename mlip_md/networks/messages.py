@@ -14,7 +14,7 @@ from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir, partial_eval
 
 from mlip_md.graph import Graph
-from mlip_md.networks import layers, native_convolution  # noqa: F401 (registers itself)
+from mlip_md.networks import gpu_convolution, layers, native_convolution  # noqa: F401 (register)
 from mlip_md.networks.convolution import Pairs, Plan, batch_in_turn, convolve
 from mlip_md.networks.radial_tables import convolve_by_table
 
@@ -142,7 +142,7 @@ def sum_messages(
 def _sum_in_turns(
     plan: Plan, x: Sequence[jax.Array], edges: Edges, weigh: Weigh
 ) -> list[jax.Array]:
-    """Beyond ``MEMORY`` in turns over ranges of edges that arrive at a range of nodes.
+    """Beyond the bound in turns over ranges of edges that arrive at a range of nodes.
 
     Each turn writes its own rows only, and its radial weights are computed again in the backward
     pass. Ranges end at multiples of a number of edges and at multiples of a number of nodes, so
@@ -150,7 +150,8 @@ def _sum_in_turns(
     """
     (_, receivers, inside), n_nodes = edges.pairs, len(x[0])
     n_edges, itemsize = len(receivers), edges.basis.dtype.itemsize
-    most_edges = max(256, MEMORY // (plan.message_size * itemsize))
+    memory = layers.memory_of_turns(MEMORY)
+    most_edges = max(256, memory // (plan.message_size * itemsize))
     most_edges = -(-n_edges // max(1, -(-n_edges // most_edges)))  # turns of equal size
     if n_edges == most_edges:
         weights = weigh(edges.basis, inside[:, None], edges.species)
