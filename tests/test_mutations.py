@@ -85,6 +85,10 @@ FAST = {
         "trainer/data/prepared.py", 'index.get("sha256", {})', "{}",
         ("test_data_prepared.py::test_every_file_has_the_name_that_it_was_written_with",),
     ),
+    "isolated atoms go to training": Mistake(
+        "trainer/data/prepared.py", "self.isolated.part_from(read, config.cutoff)", "read",
+        ("test_data_isolated.py::test_they_are_not_fitted",),
+    ),
     "a charge in info ignored": Mistake(
         "integrations/ase.py", "if not changes and self._watch.problem_of(atoms):", "if False:",
         ("test_ase_calculator.py::test_charge_in_info_is_not_overlooked",),

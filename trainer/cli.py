@@ -176,7 +176,7 @@ def prepare_command(
     overrides: Overrides = None,
 ) -> None:
     """Read, curate and split the data of a recipe once, into a folder that many runs can use."""
-    from mlip_md.trainer.data import prepare
+    from mlip_md.trainer.data import describe_reading, prepare
     from mlip_md.trainer.recipe import load_recipe
 
     prepared = load_recipe(recipe, overrides or [])[0]
@@ -184,9 +184,7 @@ def prepare_command(
     _say_reading(prepared.data.path)
     with _plain_warnings():
         data = prepare(prepared.data, prepared.network.atomic_energies, folder)
-    for path, report in data.curation.items():
-        typer.echo(f"{path}: {report}")
-    for line in statistics_lines(data.statistics):
+    for line in (*describe_reading(data), *statistics_lines(data.statistics)):
         typer.echo(line)
     counts = ", ".join(f"{len(store)} {name}" for name, store in data.parts.items())
     typer.echo(f"{folder}: {counts}; train with --set data.path={folder}")

@@ -18,6 +18,7 @@ from mlip_md.trainer.data import (
     Batch,
     BatchBudget,
     GraphStore,
+    IsolatedAtoms,
     LabeledStructure,
     is_prepared,
     iterate,
@@ -133,7 +134,8 @@ def read_graphs(
         forces_key: extxyz: name of the forces, likewise.
 
     Returns:
-        The graphs, and how many structures were left out for their elements.
+        The graphs, without isolated atoms (their energy is E0, nothing predicts it), and how many
+        structures were left out for their elements.
 
     Raises:
         DataError: if a file, a label or an element is unusable, or a folder has another cutoff.
@@ -155,7 +157,9 @@ def read_graphs(
     structures = iterate(
         path, split=split, on_bad=on_bad, energy_key=energy_key, forces_key=forces_key
     )
-    return _graphs(known(structures), potential), len(left_out)
+    atoms = IsolatedAtoms()
+    frames = atoms.part_from(structures, potential.cutoff)
+    return _graphs(known(frames), potential), len(left_out)
 
 
 def _graphs(structures: Iterable[LabeledStructure], potential: Potential) -> GraphStore:

@@ -6,6 +6,7 @@ from mlip_md.trainer.data.batching import iterate_batches as iterate_batches
 from mlip_md.trainer.data.batching import make_batch as make_batch
 from mlip_md.trainer.data.batching import plan_epoch as plan_epoch
 from mlip_md.trainer.data.filters import CurationReport as CurationReport
+from mlip_md.trainer.data.isolated import IsolatedAtoms as IsolatedAtoms
 from mlip_md.trainer.data.prepared import PreparedData as PreparedData
 from mlip_md.trainer.data.prepared import is_prepared as is_prepared
 from mlip_md.trainer.data.prepared import open_prepared as open_prepared
@@ -20,4 +21,5 @@ from mlip_md.trainer.data.store import GraphStore as GraphStore
 from mlip_md.trainer.data.store import open_store as open_store
 from mlip_md.trainer.data.structures import LabeledStructure as LabeledStructure
 from mlip_md.trainer.data.training import TrainingData as TrainingData
+from mlip_md.trainer.data.training import describe_reading as describe_reading
 from mlip_md.trainer.data.training import load_data as load_data

@@ -20,7 +20,8 @@ from mlip_md.elements import symbol
 from mlip_md.errors import ConfigError, DataError
 from mlip_md.files import new_folder, write_text
 from mlip_md.trainer.data.filters import CurationReport, apply_filters, make_filters
-from mlip_md.trainer.data.readers import iterate
+from mlip_md.trainer.data.isolated import IsolatedAtoms
+from mlip_md.trainer.data.readers import iterate, read_stated_energies
 from mlip_md.trainer.data.split import split_groups
 from mlip_md.trainer.data.statistics import (
     FITTED,
@@ -56,12 +57,14 @@ class PreparedData:
         statistics: of the training part.
         curation: what the filters removed, by file.
         config: how it was made.
+        isolated: atoms that its files hold; they are in no part.
     """
 
     parts: Mapping[str, GraphStore]
     statistics: Statistics
     curation: Mapping[str, CurationReport]
     config: DataConfig
+    isolated: IsolatedAtoms = dataclasses.field(default_factory=IsolatedAtoms)
 
 
 def prepare(
@@ -77,7 +80,7 @@ def prepare(
     Args:
         config: files, filters, split, cutoff (Å). Where ``validation`` or ``test`` files are named,
             the fraction of that part goes to training.
-        atomic_energies: "average" (or None), "zero" or a map of atomic number to eV.
+        atomic_energies: as ``compute_statistics`` takes them.
         folder: new folder, to be named as ``data.path`` of later runs; None keeps everything in
             memory.
 
@@ -101,8 +104,16 @@ def prepare(
             store = GraphStore.from_structures(reading.structures(), config.cutoff, folder=graphs)
             _write(partial, _part(store, reading, atomic_energies), store)
         data = open_prepared(folder)
-    warn_of_open_energies(data.statistics)
+    _warn_of_energies(data)
     return data
+
+
+def _warn_of_energies(data: PreparedData) -> None:
+    warn_of_open_energies(data.statistics)
+    statistics = data.statistics
+    if statistics.atomic_energies_source == FITTED:
+        fitted = zip(statistics.elements, statistics.atomic_energies.tolist(), strict=True)
+        data.isolated.warn_if_unused(dict(fitted))
 
 
 def open_prepared(folder: str | Path) -> PreparedData:
@@ -120,6 +131,7 @@ def open_prepared(folder: str | Path) -> PreparedData:
         statistics = Statistics.from_dict(index["statistics"])
         rows = {name: np.load(folder / f"{name}.npy") for name in index["parts"]}
         reports = {name: CurationReport(**report) for name, report in index["curation"].items()}
+        isolated = IsolatedAtoms.from_dict(index.get("isolated", {"found": {}, "ions": []}))
         together = np.sort(np.concatenate(list(rows.values())))
     store = open_store(folder / "graphs")
     if not np.array_equal(together, np.arange(len(store))):
@@ -130,7 +142,7 @@ def open_prepared(folder: str | Path) -> PreparedData:
     with refusing_unreadable(folder, "not a folder of prepared data"):
         check_sums(folder, index.get("sha256", {}))  # written since version 0.2.0
     parts = {name: _labeled(store.subset(r), statistics) for name, r in rows.items()}
-    return PreparedData(parts, statistics, reports, config)
+    return PreparedData(parts, statistics, reports, config, isolated)
 
 
 def open_prepared_for(config: DataConfig, atomic_energies: AtomicEnergies) -> PreparedData:
@@ -138,7 +150,7 @@ def open_prepared_for(config: DataConfig, atomic_energies: AtomicEnergies) -> Pr
 
     Args:
         config: of the run.
-        atomic_energies: "average" (or None), "zero" or a map of atomic number to eV.
+        atomic_energies: as ``compute_statistics`` takes them.
 
     Raises:
         ConfigError: if the folder was made in another way than ``config`` says.
@@ -152,10 +164,10 @@ def open_prepared_for(config: DataConfig, atomic_energies: AtomicEnergies) -> Pr
         )
     fitted = data.statistics.atomic_energies_source == FITTED
     if "train" in data.parts and not (atomic_energies in (None, "average") and fitted):
-        statistics = compute_statistics(data.parts["train"], atomic_energies)
+        statistics = compute_statistics(data.parts["train"], atomic_energies, data.isolated)
         parts = {name: _labeled(part, statistics) for name, part in data.parts.items()}
         data = dataclasses.replace(data, parts=parts, statistics=statistics)
-    warn_of_open_energies(data.statistics)
+    _warn_of_energies(data)
     return data
 
 
@@ -213,6 +225,7 @@ class _Reading:
         self.files = [_list_paths(p) for p in (config.path, config.validation, config.test)]
         self.part: list[int] = []  # of each kept structure; -1: to be split
         self.reports: dict[str, CurationReport] = {}
+        self.isolated = IsolatedAtoms()
         self._check_files()
 
     def _check_files(self) -> None:
@@ -242,7 +255,10 @@ class _Reading:
                     forces_key=config.forces_key,
                     seen=seen,
                 )
-                for structure in apply_filters(read, filters, report):
+                for z, energy in (read_stated_energies(path) or {}).items():
+                    self.isolated.add(z, energy, f"stated in {path}")
+                frames = self.isolated.part_from(read, config.cutoff)
+                for structure in apply_filters(frames, filters, report):
                     self.part.append(self._part_of(structure, part))
                     yield structure
                 self.reports[str(path)] = report
@@ -277,9 +293,9 @@ def _part(store: GraphStore, reading: _Reading, atomic_energies: AtomicEnergies)
     train = stores["train"]
     present = [z for z, n in zip(train.elements, train.compositions.sum(0), strict=True) if n]
     stores = {name: part.with_elements(present) for name, part in stores.items()}
-    statistics = compute_statistics(stores["train"], atomic_energies)
+    statistics = compute_statistics(stores["train"], atomic_energies, reading.isolated)
     parts = {name: _labeled(part, statistics) for name, part in stores.items()}
-    return PreparedData(parts, statistics, reading.reports, reading.config)
+    return PreparedData(parts, statistics, reading.reports, reading.config, reading.isolated)
 
 
 def _labeled(store: GraphStore, statistics: Statistics) -> GraphStore:
@@ -299,5 +315,6 @@ def _write(folder: Path, data: PreparedData, store: GraphStore) -> None:
         "data": data.config.model_dump(mode="json"),
         "statistics": data.statistics.to_dict(),
         "curation": {path: dataclasses.asdict(r) for path, r in data.curation.items()},
+        "isolated": data.isolated.to_dict(),
     }
     write_text(folder / "prepared.json", json.dumps(index, indent=1))

@@ -27,8 +27,10 @@ import numpy as np
 
 from mlip_md.constants import ANGSTROM_PER_NM, BOHR, HARTREE, KJ_PER_KCAL, KJ_PER_MOL_PER_EV, SPLITS
 from mlip_md.elements import MAX_ATOMIC_NUMBER
-from mlip_md.errors import DataError
+from mlip_md.errors import ConfigError, DataError
+from mlip_md.trainer.data.isolated import IsolatedAtoms
 from mlip_md.trainer.data.structures import LabeledStructure, refusing_unreadable
+from mlip_md.trainer.recipe.schema import to_atomic_number
 
 logger = logging.getLogger(__name__)
 
@@ -152,13 +154,47 @@ def read_atomic_energies(path: str | Path) -> dict[int, float] | None:
 
     They are looked for in the attributes ``atomic_energies`` (eV), ``atomic_energies_hartree`` and
     ``atom_reference_energies_hartree`` of an HDF5 file (JSON maps of atomic number to energy), and
-    in the one-atom structures without periodicity of an extended XYZ file.
+    in the neutral structures of one atom without periodicity of other files.
 
     Raises:
         DataError: if the file or the attribute is not readable.
     """
     path = Path(path)
+    kind = recognize(path)
+    stated = FORMATS[kind].read_atomic_energies(path)
+    if stated is not None or kind in ("spice", "curated"):
+        return stated
+    atoms = IsolatedAtoms()
+    for _ in atoms.part_from((s for s in iterate(path) if s.cell is None), 1.0):
+        pass
+    return {z: energy for z, ((energy, _), *_) in atoms.found.items()} or None
+
+
+def read_stated_energies(path: str | Path) -> dict[int, float] | None:
+    """Energies that a file states beside its structures, as ``read_atomic_energies`` has them."""
+    path = Path(path)
     return FORMATS[recognize(path)].read_atomic_energies(path)
+
+
+def read_energy_file(path: str | Path) -> dict[int, float]:
+    """E0 (eV) by atomic number from a file of their own.
+
+    Args:
+        path: a JSON map, ``{"H": -13.6}``, by symbol or atomic number; or a data file with isolated
+            atoms, see ``read_atomic_energies``.
+
+    Raises:
+        DataError: if it is not readable or has no energies of atoms.
+    """
+    path = Path(path)
+    with refusing_unreadable(path, "no file of atomic energies"):
+        content = path.read_bytes()
+        if content.lstrip().startswith(b"{"):
+            return _parse_energies(content.decode(), 1.0, str(path))
+    energies = read_atomic_energies(path)
+    if energies is None:
+        raise DataError(f'{path}: it holds no isolated atoms; write a JSON map: {{"H": -13.6}}')
+    return energies
 
 
 def formal_charge(smiles: str) -> int:
@@ -186,6 +222,8 @@ def _structure(fields: Fields | DataError, seen: dict[int, str]) -> LabeledStruc
     if isinstance(fields, DataError):
         raise fields
     structure = LabeledStructure(**fields)
+    if len(structure) == 1 and structure.cell is None:
+        return structure  # its place says nothing; ``IsolatedAtoms`` looks at its energy
     content = structure.atomic_numbers.tobytes() + structure.positions.tobytes()
     key = hash(content + (b"" if structure.cell is None else structure.cell.tobytes()))
     if key in seen:
@@ -211,10 +249,10 @@ def _parse_energies(text: str, unit: float, name: str) -> dict[int, float]:
     plain = re.sub(r"array\(([^()]*)\)", r"\1", text)  # files written with repr() of NumPy numbers
     try:
         values = json.loads(plain) if plain.lstrip().startswith('{"') else ast.literal_eval(plain)
-        energies = {int(z): float(energy) * unit for z, energy in values.items()}
+        energies = {to_atomic_number(z): float(energy) * unit for z, energy in values.items()}
     except (
-        ValueError, SyntaxError, AttributeError, TypeError, ArithmeticError, RecursionError,
-        MemoryError,
+        ConfigError, ValueError, SyntaxError, AttributeError, TypeError, ArithmeticError,
+        RecursionError, MemoryError,
     ) as error:  # fmt: skip
         raise DataError(
             f"{name}: not a map of atomic number to energy: {text[:60]!r} ({error})"
@@ -496,11 +534,6 @@ def _curated_group(group: _Group, key: str) -> Iterator[Fields]:
 # Extended XYZ
 
 
-def _atomic_energies_extxyz(path: Path) -> dict[int, float] | None:
-    atoms = [s for s in iterate(path) if len(s) == 1 and s.cell is None and s.charge == 0]
-    return {int(s.atomic_numbers[0]): s.energy for s in atoms} or None
-
-
 def _iterate_extxyz(
     path: Path, split: str | None, energy_key: str | None, forces_key: str | None
 ) -> Source:
@@ -541,8 +574,8 @@ def _extxyz_fields(
     energy_keys = (energy_key,) if energy_key else ENERGY_KEYS
     forces_keys = (forces_key,) if forces_key else FORCES_KEYS
     energy, forces = _label(atoms, energy_keys), _label(atoms, forces_keys)
-    if forces is None and len(atoms) == 1 and not atoms.pbc.any():
-        forces = np.zeros((1, 3))  # exact: nothing acts on a single atom
+    if forces is None and len(atoms) == 1:
+        forces = np.zeros((1, 3))  # exact: nothing acts on a single atom, and images cancel
     for what, value, keys in (("energy", energy, energy_keys), ("forces", forces, forces_keys)):
         if value is None:
             there = sorted({*atoms.info, *atoms.arrays} - {"numbers", "positions"})
@@ -590,7 +623,7 @@ class Format(NamedTuple):
     Attributes:
         iterate: from a path, the split that is wanted, and the keys of energy and forces (each may
             be None) to the fields of a ``LabeledStructure``, or a DataError for an unusable one.
-        read_atomic_energies: eV by atomic number that a file carries, or None.
+        read_atomic_energies: eV by atomic number that a file states beside its structures, or None.
     """
 
     iterate: Callable[[Path, str | None, str | None, str | None], Source]
@@ -600,6 +633,6 @@ class Format(NamedTuple):
 FORMATS = {
     "spice": Format(functools.partial(_iterate_hdf5, _spice_group), _atomic_energies_hdf5),
     "curated": Format(functools.partial(_iterate_hdf5, _curated_group), _atomic_energies_hdf5),
-    "extxyz": Format(_iterate_extxyz, _atomic_energies_extxyz),
+    "extxyz": Format(_iterate_extxyz, lambda _: None),
 }
 """By the word that ``recognize`` gives."""

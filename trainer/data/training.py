@@ -12,7 +12,12 @@ import numpy as np
 from mlip_md.elements import symbol
 from mlip_md.errors import ConfigError, DataError
 from mlip_md.trainer.data.batching import Batch, BatchBudget, make_batch, plan_epoch
-from mlip_md.trainer.data.prepared import is_prepared, open_prepared_for, prepare
+from mlip_md.trainer.data.prepared import (
+    PreparedData,
+    is_prepared,
+    open_prepared_for,
+    prepare,
+)
 from mlip_md.trainer.data.statistics import Statistics
 from mlip_md.trainer.data.store import OF_ATOMS, OF_EDGES, GraphStore
 from mlip_md.trainer.recipe.schema import Recipe
@@ -152,5 +157,16 @@ def load_data(recipe: Recipe) -> TrainingData:
             config.batch_size, config.max_n_node, config.max_n_edge, store=train
         ),
         on_oversize=config.on_oversize,
-        notes=tuple(f"{path}: {report}" for path, report in data.curation.items()),
+        notes=tuple(describe_reading(data)),
     )
+
+
+def describe_reading(data: PreparedData) -> list[str]:
+    """What reading, filters and isolated atoms came to, a line each."""
+    notes = [f"{path}: {report}" for path, report in data.curation.items()]
+    sources, ions = data.isolated.sources(), data.isolated.ions
+    if sources:
+        notes.append(f"isolated atoms, in no part: {sources}")
+    if ions:
+        notes.append(f"single ions, in no part: {len(ions)}, e.g. {ions[0]}")
+    return notes

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from mlip_md.elements import ATOMIC_NUMBERS, MAX_ATOMIC_NUMBER, symbol
 from mlip_md.errors import ConfigError
 from mlip_md.networks.config import CUTOFF, NetworkConfig, config_from_dict, config_to_dict
-from mlip_md.networks.config import AtomicEnergies as AtomicEnergies  # data sees recipes only
+from mlip_md.networks.config import ENERGY_WORDS as ENERGY_WORDS  # data sees recipes only
+from mlip_md.networks.config import AtomicEnergies as AtomicEnergies
 
 MAX_SEED = 2**63 - 1
 """Largest seed that JAX takes."""
@@ -237,8 +238,10 @@ class Recipe(Section):
         name: of the potential; goes into the model file.
         description: free text; goes into the model file.
         seed: of the initial weights and of the order of the structures.
-        model: ``kind`` (mace or nequip) and the hyperparameters of the network; E0 are given by
-            symbol or atomic number, ``atomic_energies: {H: -13.6, 6: -1030.5}`` (eV).
+        model: ``kind`` (mace or nequip) and the hyperparameters of the network. E0 are fitted to
+            the data (``atomic_energies: average``), those of its isolated atoms (``isolated``), 0
+            (``zero``), of a file, or given by symbol or atomic number, ``{H: -13.6, 6: -1030.5}``
+            (eV).
         data: data set, cutoff, batches.
         loss: terms and weights.
         optimizer: learning rates, clipping, accumulation.
