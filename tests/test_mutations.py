@@ -85,6 +85,10 @@ FAST = {
         "trainer/data/prepared.py", 'index.get("sha256", {})', "{}",
         ("test_data_prepared.py::test_every_file_has_the_name_that_it_was_written_with",),
     ),
+    "flipped forces pass": Mistake(
+        "trainer/data/judgement.py", "spring > FOREIGN or (math", "False or (math",
+        ("test_data_judgement.py::test_a_mistake_is_named[flipped sign-one molecule]",),
+    ),
     "isolated atoms go to training": Mistake(
         "trainer/data/prepared.py", "self.isolated.part_from(read, config.cutoff)", "read",
         ("test_data_isolated.py::test_they_are_not_fitted",),

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mlip_md.errors import ConfigError
+from mlip_md.errors import ConfigError, DataError
 from mlip_md.files import check_new_file, check_new_folder
 from mlip_md.signals import EXIT_KEYBOARD, EXIT_SAVED
 
@@ -29,23 +29,36 @@ Overrides = Annotated[
 ]
 
 
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Stop (exit code 3) if the data are warned of.")
+]
+
+
 class _PlainWarnings(logging.Handler):
+    count = 0
+
     def emit(self, record: logging.LogRecord) -> None:
+        self.count += 1
         typer.echo(f"Warning: {record.getMessage()}", err=True)
 
 
 @contextlib.contextmanager
-def _plain_warnings() -> Iterator[None]:
-    """Warnings of the package become lines on stderr that begin with "Warning:"."""
+def _plain_warnings(strict: bool = False) -> Iterator[None]:
+    """Warnings of the package become lines on stderr that begin with "Warning:".
+
+    Raises:
+        DataError: at the end, if ``strict`` and there was a warning.
+    """
     logger, handler = logging.getLogger("mlip_md"), _PlainWarnings(logging.WARNING)
     logger.addHandler(handler)
     try:
         yield
     finally:
         logger.removeHandler(handler)
+    if strict and handler.count:
+        raise DataError(f"--strict: {handler.count} warnings, see above")
 
 
-@_plain_warnings()
 def train_command(
     recipe: Annotated[
         str,
@@ -66,6 +79,7 @@ def train_command(
     max_time: Annotated[
         str | None, typer.Option(metavar="HH:MM", help="Save and stop (exit code 75) after this.")
     ] = None,
+    strict: Strict = False,
 ) -> None:
     """Train a potential from a recipe.
 
@@ -83,7 +97,8 @@ def train_command(
     folder = run or Path("runs") / checked.name
     check_new_folder(folder, "--run")
     _say_reading(checked.data.path)
-    data = load_data(checked)
+    with _plain_warnings(strict):
+        data = load_data(checked)
     for line in (*data.notes, *statistics_lines(data.statistics)):
         typer.echo(line)
     typer.echo("compiling the network")
@@ -92,7 +107,7 @@ def train_command(
         for name, value in time_steps(Trainer(checked, data, folder), dry_run).items():
             typer.echo(f"{name}: {value:.4g}")
         return
-    with _bar() as (echo, tick):
+    with _plain_warnings(), _bar() as (echo, tick):
         trainer = Trainer(checked, data, folder, origins=origins, echo=echo, tick=tick)
         status = trainer.run(resume, seconds).status
     raise typer.Exit({"done": 0, "keyboard": EXIT_KEYBOARD}.get(status, EXIT_SAVED))
@@ -129,6 +144,7 @@ def check_command(
     print_only: Annotated[
         bool, typer.Option("--print", help="Print the recipe as it is written, nothing else.")
     ] = False,
+    strict: Strict = False,
 ) -> None:
     """Check a recipe and its data without training: labels, E0, padding, size of the network.
 
@@ -144,7 +160,7 @@ def check_command(
     from mlip_md.trainer.data import load_data
     from mlip_md.trainer.train import Trainer
 
-    with _plain_warnings():
+    with _plain_warnings(strict):
         data = load_data(checked)
     trainer = Trainer(checked, data, Path("runs") / checked.name, origins=origins)
     for line in (*data.notes, data.summary(), *statistics_lines(data.statistics)):
@@ -174,6 +190,7 @@ def prepare_command(
     recipe: Annotated[str, typer.Argument(help="Recipe: a YAML file or a shipped name.")],
     folder: Annotated[Path, typer.Argument(help="New folder; name it as data.path afterwards.")],
     overrides: Overrides = None,
+    strict: Strict = False,
 ) -> None:
     """Read, curate and split the data of a recipe once, into a folder that many runs can use."""
     from mlip_md.trainer.data import describe_reading, prepare
@@ -182,7 +199,7 @@ def prepare_command(
     prepared = load_recipe(recipe, overrides or [])[0]
     check_new_folder(folder, "prepare")
     _say_reading(prepared.data.path)
-    with _plain_warnings():
+    with _plain_warnings(strict):
         data = prepare(prepared.data, prepared.network.atomic_energies, folder)
     for line in (*describe_reading(data), *statistics_lines(data.statistics)):
         typer.echo(line)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from mlip_md.errors import ConfigError, DataError
 from mlip_md.files import new_folder, write_text
 from mlip_md.trainer.data.filters import CurationReport, apply_filters, make_filters
 from mlip_md.trainer.data.isolated import IsolatedAtoms
+from mlip_md.trainer.data.judgement import Finding, Sample, describe_findings, judge
 from mlip_md.trainer.data.readers import iterate, read_stated_energies
 from mlip_md.trainer.data.split import split_groups
 from mlip_md.trainer.data.statistics import (
@@ -41,6 +43,8 @@ from mlip_md.trainer.data.structures import LabeledStructure, refusing_unreadabl
 from mlip_md.trainer.recipe.compare import find_differences
 from mlip_md.trainer.recipe.schema import AtomicEnergies, DataConfig
 
+logger = logging.getLogger(__name__)
+
 FORMAT_VERSION = 2
 
 OF_BATCHES = {"path", "max_n_node", "max_n_edge", "batch_size", "on_oversize"}
@@ -58,6 +62,7 @@ class PreparedData:
         curation: what the filters removed, by file.
         config: how it was made.
         isolated: atoms that its files hold; they are in no part.
+        findings: what is probably wrong with labels, see ``judgement``.
     """
 
     parts: Mapping[str, GraphStore]
@@ -65,6 +70,7 @@ class PreparedData:
     curation: Mapping[str, CurationReport]
     config: DataConfig
     isolated: IsolatedAtoms = dataclasses.field(default_factory=IsolatedAtoms)
+    findings: tuple[Finding, ...] = ()
 
 
 def prepare(
@@ -95,20 +101,37 @@ def prepare(
         OutputError: if the folder cannot be written.
     """
     reading = _Reading(config)
+    try:
+        data = _prepare(reading, atomic_energies, folder)
+    except DataError as error:  # labels in other units end in many ways
+        findings = judge(reading.sample.frames())
+        if not findings:
+            raise
+        raise DataError(f"{error}. {describe_findings(findings)}") from error
+    _warn(data)
+    return data
+
+
+def _prepare(
+    reading: _Reading, atomic_energies: AtomicEnergies, folder: str | Path | None
+) -> PreparedData:
+    """``prepare`` of what is being read."""
+    config = reading.config
     if folder is None:
         store = GraphStore.from_structures(reading.structures(), config.cutoff)
-        data = _part(store, reading, atomic_energies)
+        return _part(store, reading, atomic_energies)
     else:
         with new_folder(Path(folder)) as partial:
             graphs = partial / "graphs"
             store = GraphStore.from_structures(reading.structures(), config.cutoff, folder=graphs)
             _write(partial, _part(store, reading, atomic_energies), store)
-        data = open_prepared(folder)
-    _warn_of_energies(data)
-    return data
+        return open_prepared(folder)
 
 
-def _warn_of_energies(data: PreparedData) -> None:
+def _warn(data: PreparedData) -> None:
+    """Log what is probably wrong with labels and E0."""
+    for finding in data.findings:
+        logger.warning("%s", finding.text)
     warn_of_open_energies(data.statistics)
     statistics = data.statistics
     if statistics.atomic_energies_source == FITTED:
@@ -132,6 +155,7 @@ def open_prepared(folder: str | Path) -> PreparedData:
         rows = {name: np.load(folder / f"{name}.npy") for name in index["parts"]}
         reports = {name: CurationReport(**report) for name, report in index["curation"].items()}
         isolated = IsolatedAtoms.from_dict(index.get("isolated", {"found": {}, "ions": []}))
+        findings = tuple(Finding(**found) for found in index.get("findings", []))
         together = np.sort(np.concatenate(list(rows.values())))
     store = open_store(folder / "graphs")
     if not np.array_equal(together, np.arange(len(store))):
@@ -142,7 +166,7 @@ def open_prepared(folder: str | Path) -> PreparedData:
     with refusing_unreadable(folder, "not a folder of prepared data"):
         check_sums(folder, index.get("sha256", {}))  # written since version 0.2.0
     parts = {name: _labeled(store.subset(r), statistics) for name, r in rows.items()}
-    return PreparedData(parts, statistics, reports, config, isolated)
+    return PreparedData(parts, statistics, reports, config, isolated, findings)
 
 
 def open_prepared_for(config: DataConfig, atomic_energies: AtomicEnergies) -> PreparedData:
@@ -167,7 +191,7 @@ def open_prepared_for(config: DataConfig, atomic_energies: AtomicEnergies) -> Pr
         statistics = compute_statistics(data.parts["train"], atomic_energies, data.isolated)
         parts = {name: _labeled(part, statistics) for name, part in data.parts.items()}
         data = dataclasses.replace(data, parts=parts, statistics=statistics)
-    _warn_of_energies(data)
+    _warn(data)
     return data
 
 
@@ -225,7 +249,7 @@ class _Reading:
         self.files = [_list_paths(p) for p in (config.path, config.validation, config.test)]
         self.part: list[int] = []  # of each kept structure; -1: to be split
         self.reports: dict[str, CurationReport] = {}
-        self.isolated = IsolatedAtoms()
+        self.isolated, self.sample = IsolatedAtoms(), Sample()
         self._check_files()
 
     def _check_files(self) -> None:
@@ -258,7 +282,7 @@ class _Reading:
                 for z, energy in (read_stated_energies(path) or {}).items():
                     self.isolated.add(z, energy, f"stated in {path}")
                 frames = self.isolated.part_from(read, config.cutoff)
-                for structure in apply_filters(frames, filters, report):
+                for structure in apply_filters(self.sample.watch(frames), filters, report):
                     self.part.append(self._part_of(structure, part))
                     yield structure
                 self.reports[str(path)] = report
@@ -295,7 +319,9 @@ def _part(store: GraphStore, reading: _Reading, atomic_energies: AtomicEnergies)
     stores = {name: part.with_elements(present) for name, part in stores.items()}
     statistics = compute_statistics(stores["train"], atomic_energies, reading.isolated)
     parts = {name: _labeled(part, statistics) for name, part in stores.items()}
-    return PreparedData(parts, statistics, reading.reports, reading.config, reading.isolated)
+    findings = tuple(judge(reading.sample.frames()))
+    reports, config = reading.reports, reading.config
+    return PreparedData(parts, statistics, reports, config, reading.isolated, findings)
 
 
 def _labeled(store: GraphStore, statistics: Statistics) -> GraphStore:
@@ -316,5 +342,6 @@ def _write(folder: Path, data: PreparedData, store: GraphStore) -> None:
         "statistics": data.statistics.to_dict(),
         "curation": {path: dataclasses.asdict(r) for path, r in data.curation.items()},
         "isolated": data.isolated.to_dict(),
+        "findings": [dataclasses.asdict(finding) for finding in data.findings],
     }
     write_text(folder / "prepared.json", json.dumps(index, indent=1))

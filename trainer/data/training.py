@@ -169,4 +169,17 @@ def describe_reading(data: PreparedData) -> list[str]:
         notes.append(f"isolated atoms, in no part: {sources}")
     if ions:
         notes.append(f"single ions, in no part: {len(ions)}, e.g. {ions[0]}")
+    if "train" in data.parts:
+        notes.append(describe_residuals(data.parts["train"]))
     return notes
+
+
+def describe_residuals(store: GraphStore) -> str:
+    """How far energies are from E0 alone, and which structures are farthest."""
+    gaps = store.interaction_energy.astype(np.float64) / store.num_atoms
+    far = np.argsort(-np.abs(gaps - np.median(gaps)), kind="stable")[:3].tolist()
+    worst = ", ".join(f"{store.names[k]} ({gaps[k]:+.4g})" for k in far)
+    return (
+        f"energies beyond E0, eV/atom: {np.sqrt(np.mean(gaps**2)):.4g} (root mean square), from "
+        f"{gaps.min():.4g} to {gaps.max():.4g}; farthest {worst}"
+    )
