@@ -85,6 +85,11 @@ FAST = {
         "trainer/data/prepared.py", 'index.get("sha256", {})', "{}",
         ("test_data_prepared.py::test_every_file_has_the_name_that_it_was_written_with",),
     ),
+    "filters on by default": Mistake(
+        "trainer/recipe/schema.py", "curate: CurationConfig | None = None",
+        "curate: CurationConfig | None = CurationConfig()",
+        ("test_data_filters.py::test_nothing_is_filtered_by_default",),
+    ),
     "flipped forces pass": Mistake(
         "trainer/data/judgement.py", "spring > FOREIGN or (math", "False or (math",
         ("test_data_judgement.py::test_a_mistake_is_named[flipped sign-one molecule]",),

@@ -129,7 +129,9 @@ def _prepare(
 
 
 def _warn(data: PreparedData) -> None:
-    """Log what is probably wrong with labels and E0."""
+    """Log what is probably wrong with filters, labels and E0."""
+    for path, report in data.curation.items():
+        report.warn_of_much(path)
     for finding in data.findings:
         logger.warning("%s", finding.text)
     warn_of_open_energies(data.statistics)

@@ -131,13 +131,14 @@ class SplitConfig(Section):
 
 
 class CurationConfig(Section):
-    """Filters on the structures; null switches one off.
+    """Filters on the structures; null switches one off. Without this section nothing is filtered.
 
     Attributes:
         elements: symbols; keep only structures of these elements.
         neutral_only: keep only structures of total charge 0.
         one_bond_per_hydrogen: keep only structures whose hydrogens have exactly one bond.
         max_net_force: eV/Å, largest allowed norm of the sum of all forces.
+        max_net_force_per_sqrt_atom: eV/Å, the same divided by √N, as the noise of N forces adds up.
         max_force: eV/Å, largest allowed norm of a force.
     """
 
@@ -145,6 +146,7 @@ class CurationConfig(Section):
     neutral_only: bool = True
     one_bond_per_hydrogen: bool = True
     max_net_force: float | None = Field(default=0.1, gt=0)
+    max_net_force_per_sqrt_atom: float | None = Field(default=None, gt=0)
     max_force: float | None = Field(default=15.0, gt=0)
 
     @field_validator("elements")
@@ -167,7 +169,8 @@ class DataConfig(Section):
         validation: file(s) used for validation instead of a split of ``path``.
         test: file(s) used for the final test instead of a split of ``path``.
         split: into training, validation and test set, where no own files are given.
-        curate: filters; null keeps everything readable.
+        curate: filters; null keeps everything readable. A section, even an empty one, switches on
+            those of the SPICE curation that it does not set otherwise.
         cutoff: Å, radius of the neighborhoods.
         max_n_node: atoms per structure for which batches are sized, on average; null: measured.
         max_n_edge: undirected edges per structure, likewise.
@@ -183,7 +186,7 @@ class DataConfig(Section):
     validation: str | list[str] | None = None
     test: str | list[str] | None = None
     split: SplitConfig = SplitConfig()
-    curate: CurationConfig | None = CurationConfig()
+    curate: CurationConfig | None = None
     cutoff: float = Field(default=5.0, ge=CUTOFF.lowest, le=CUTOFF.highest)
     max_n_node: int | None = Field(default=None, ge=1)
     max_n_edge: int | None = Field(default=None, ge=1)
