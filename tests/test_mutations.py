@@ -90,6 +90,11 @@ FAST = {
         "curate: CurationConfig | None = CurationConfig()",
         ("test_data_filters.py::test_nothing_is_filtered_by_default",),
     ),
+    "a molecule under two names is two": Mistake(
+        "trainer/data/prepared.py", "[merged[store.groups[k]] for k in free.tolist()]",
+        "[store.groups[k] for k in free.tolist()]",
+        ("test_data_identity.py::test_no_molecule_is_in_two_parts[by SMILES]",),
+    ),
     "flipped forces pass": Mistake(
         "trainer/data/judgement.py", "spring > FOREIGN or (math", "False or (math",
         ("test_data_judgement.py::test_a_mistake_is_named[flipped sign-one molecule]",),

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from mlip_md.elements import symbol
 from mlip_md.errors import ConfigError, DataError
 from mlip_md.files import new_folder, write_text
 from mlip_md.trainer.data.filters import CurationReport, apply_filters, make_filters
+from mlip_md.trainer.data.identity import identify_geometry, identify_smiles, merge_groups
 from mlip_md.trainer.data.isolated import IsolatedAtoms
 from mlip_md.trainer.data.judgement import Finding, Sample, describe_findings, judge
-from mlip_md.trainer.data.readers import iterate, read_stated_energies
-from mlip_md.trainer.data.split import split_groups
+from mlip_md.trainer.data.readers import NAMED_BY_GROUPS, iterate, read_stated_energies, recognize
+from mlip_md.trainer.data.split import find_overlap, split_groups
 from mlip_md.trainer.data.statistics import (
     FITTED,
     Statistics,
@@ -63,6 +64,7 @@ class PreparedData:
         config: how it was made.
         isolated: atoms that its files hold; they are in no part.
         findings: what is probably wrong with labels, see ``judgement``.
+        overlap: molecules in several parts, a line for each pair of parts that has some.
     """
 
     parts: Mapping[str, GraphStore]
@@ -71,6 +73,7 @@ class PreparedData:
     config: DataConfig
     isolated: IsolatedAtoms = dataclasses.field(default_factory=IsolatedAtoms)
     findings: tuple[Finding, ...] = ()
+    overlap: Sequence[str] = ()
 
 
 def prepare(
@@ -132,6 +135,9 @@ def _warn(data: PreparedData) -> None:
     """Log what is probably wrong with filters, labels and E0."""
     for path, report in data.curation.items():
         report.warn_of_much(path)
+    if data.config.split.by == "group" and len({*data.parts["train"].groups}) > 1:
+        for line in data.overlap:
+            logger.warning("%s; errors there look better than they are", line)
     for finding in data.findings:
         logger.warning("%s", finding.text)
     warn_of_open_energies(data.statistics)
@@ -168,7 +174,9 @@ def open_prepared(folder: str | Path) -> PreparedData:
     with refusing_unreadable(folder, "not a folder of prepared data"):
         check_sums(folder, index.get("sha256", {}))  # written since version 0.2.0
     parts = {name: _labeled(store.subset(r), statistics) for name, r in rows.items()}
-    return PreparedData(parts, statistics, reports, config, isolated, findings)
+    return PreparedData(
+        parts, statistics, reports, config, isolated, findings, index.get("overlap", [])
+    )
 
 
 def open_prepared_for(config: DataConfig, atomic_energies: AtomicEnergies) -> PreparedData:
@@ -252,6 +260,7 @@ class _Reading:
         self.part: list[int] = []  # of each kept structure; -1: to be split
         self.reports: dict[str, CurationReport] = {}
         self.isolated, self.sample = IsolatedAtoms(), Sample()
+        self.molecules: dict[str, str] = {}  # key of the molecule by name of the group
         self._check_files()
 
     def _check_files(self) -> None:
@@ -286,11 +295,21 @@ class _Reading:
                 frames = self.isolated.part_from(read, config.cutoff)
                 for structure in apply_filters(self.sample.watch(frames), filters, report):
                     self.part.append(self._part_of(structure, part))
+                    if structure.group not in self.molecules:
+                        self.molecules[structure.group] = self._identify(structure, path)
                     yield structure
                 self.reports[str(path)] = report
         if not self.part:
             reports = "; ".join(f"{path}: {report}" for path, report in self.reports.items())
             raise DataError(f"no structure is left to work with ({reports})")
+
+    def _identify(self, structure: LabeledStructure, path: str) -> str:
+        """Key of the molecule of a group; groups that a user named otherwise stay what they are."""
+        if structure.smiles:
+            return identify_smiles(structure.smiles, len(structure))
+        if structure.cell is None and recognize(path) in NAMED_BY_GROUPS:
+            return identify_geometry(structure.atomic_numbers, structure.positions)
+        return ""
 
     def _part_of(self, structure: LabeledStructure, part: int) -> int:
         if part > 0:
@@ -308,10 +327,12 @@ def _part(store: GraphStore, reading: _Reading, atomic_energies: AtomicEnergies)
     """The parts of a store with everything that was read, and their statistics."""
     part = np.array(reading.part)
     free = np.flatnonzero(part < 0)
+    merged = merge_groups(reading.molecules)
     if len(free):
-        groups = [store.groups[k] for k in free.tolist()]
+        groups = [merged[store.groups[k]] for k in free.tolist()]
         own_files = [name for k, name in enumerate(SPLITS) if k and reading.files[k]]
         part[free] = split_groups(groups, reading.config.split, own_files)
+    overlap = find_overlap([merged[group] for group in store.groups], part)
     rows = {name: np.flatnonzero(part == k) for k, name in enumerate(SPLITS)}
     stores = {name: store.subset(r) for name, r in rows.items() if len(r)}
     if "train" not in stores:
@@ -323,7 +344,7 @@ def _part(store: GraphStore, reading: _Reading, atomic_energies: AtomicEnergies)
     parts = {name: _labeled(part, statistics) for name, part in stores.items()}
     findings = tuple(judge(reading.sample.frames()))
     reports, config = reading.reports, reading.config
-    return PreparedData(parts, statistics, reports, config, reading.isolated, findings)
+    return PreparedData(parts, statistics, reports, config, reading.isolated, findings, overlap)
 
 
 def _labeled(store: GraphStore, statistics: Statistics) -> GraphStore:
@@ -344,6 +365,7 @@ def _write(folder: Path, data: PreparedData, store: GraphStore) -> None:
         "statistics": data.statistics.to_dict(),
         "curation": {path: dataclasses.asdict(r) for path, r in data.curation.items()},
         "isolated": data.isolated.to_dict(),
+        "overlap": list(data.overlap),
         "findings": [dataclasses.asdict(finding) for finding in data.findings],
     }
     write_text(folder / "prepared.json", json.dumps(index, indent=1))

@@ -38,7 +38,8 @@ ENERGY_KEYS = ("REF_energy", "energy", "Energy")
 FORCES_KEYS = ("REF_forces", "forces", "Forces")
 STRESS_KEYS = ("REF_stress", "stress")
 VIRIAL_KEYS = ("REF_virial", "REF_virials", "virial", "virials")
-GROUP_KEYS = ("smiles", "SMILES", "group", "molecule")
+SMILES_KEYS = ("smiles", "SMILES")
+GROUP_KEYS = (*SMILES_KEYS, "group", "molecule")
 
 LENGTH_UNITS = {"bohr": BOHR, "angstrom": 1.0, "nanometer": ANGSTROM_PER_NM}
 ENERGY_UNITS = {
@@ -127,6 +128,10 @@ def iterate(
         raise DataError(f"{path}: it holds no usable structure")
 
 
+NAMED_BY_GROUPS = ("spice", "curated")
+"""Formats in which a molecule is known by the name of its group only, if no SMILES is stated."""
+
+
 def recognize(path: str | Path) -> str:
     """Format of a data file by its content: "spice", "curated" or "extxyz" (see ``FORMATS``).
 
@@ -162,7 +167,7 @@ def read_atomic_energies(path: str | Path) -> dict[int, float] | None:
     path = Path(path)
     kind = recognize(path)
     stated = FORMATS[kind].read_atomic_energies(path)
-    if stated is not None or kind in ("spice", "curated"):
+    if stated is not None or kind in NAMED_BY_GROUPS:
         return stated
     atoms = IsolatedAtoms()
     for _ in atoms.part_from((s for s in iterate(path) if s.cell is None), 1.0):
@@ -473,6 +478,7 @@ def _spice_group(group: _Group, key: str) -> Iterator[Fields]:
         "charge": _charge(group, smiles),
         "group": key if smiles is None else _molecule_key(smiles),
         "subset": group.text("subset") or "",
+        "smiles": smiles or "",
     }
     for index, energy in enumerate(energies):
         yield {
@@ -527,6 +533,7 @@ def _curated_group(group: _Group, key: str) -> Iterator[Fields]:
         # conformers of one molecule differ in the last number of the name
         "group": re.sub(r"_\d+$", "", key) if smiles is None else _molecule_key(smiles),
         "subset": key.split("-", 1)[0] if "-" in key else "",
+        "smiles": smiles or "",
         "name": group.name,
     }
 
@@ -597,6 +604,7 @@ def _extxyz_fields(
         "charge": _whole(0 if charge is None else charge, name),
         "group": atoms.get_chemical_formula() if molecule is None else _molecule_key(molecule),
         "subset": str(atoms.info.get("config_type", atoms.info.get("data_id", ""))),
+        "smiles": molecule if molecule is not None and given in SMILES_KEYS else "",
         "name": name,
     }
 

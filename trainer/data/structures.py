@@ -77,6 +77,7 @@ class LabeledStructure:
         group: key of the molecule; structures of one group are never parted by a split.
         subset: name of the part of the data set that it comes from.
         mark: "train", "validation" or "test" if its file says so, else empty.
+        smiles: of the molecule if its file states it, else empty.
         name: where it was read from, ``file:key[index]``, for messages.
 
     Raises:
@@ -95,6 +96,7 @@ class LabeledStructure:
     group: str = ""
     subset: str = ""
     mark: str = ""
+    smiles: str = ""
     name: str = "structure"
 
     def __post_init__(self) -> None:

@@ -169,6 +169,7 @@ def describe_reading(data: PreparedData) -> list[str]:
         notes.append(f"isolated atoms, in no part: {sources}")
     if ions:
         notes.append(f"single ions, in no part: {len(ions)}, e.g. {ions[0]}")
+    notes += data.overlap
     if "train" in data.parts:
         notes.append(describe_residuals(data.parts["train"]))
     return notes
