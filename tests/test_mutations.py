@@ -95,6 +95,15 @@ FAST = {
         "[store.groups[k] for k in free.tolist()]",
         ("test_data_identity.py::test_no_molecule_is_in_two_parts[by SMILES]",),
     ),
+    "forces of zero where there are none": Mistake(
+        "trainer/loss.py", "jnp.where(jnp.asarray(batch.forces_mask), force_loss, 0.0)",
+        "force_loss",
+        ("test_data_labels.py::test_structures_without_forces_add_no_force_loss_and_no_error",),
+    ),
+    "REF_energy with the forces of another method": Mistake(
+        "trainer/data/labels.py", "if free or _of_reference(k) == same", "if True",
+        ("test_data_labels.py::test_families_are_never_mixed[labels0]",),
+    ),
     "flipped forces pass": Mistake(
         "trainer/data/judgement.py", "spring > FOREIGN or (math", "False or (math",
         ("test_data_judgement.py::test_a_mistake_is_named[flipped sign-one molecule]",),

@@ -225,6 +225,12 @@ def evaluate_command(
     forces_key: Annotated[
         str | None, typer.Option(help="Extended XYZ: name of the forces, likewise.")
     ] = None,
+    stress_key: Annotated[
+        str | None, typer.Option(help="Extended XYZ: name of the stress, likewise.")
+    ] = None,
+    virial_key: Annotated[
+        str | None, typer.Option(help="Extended XYZ: name of the virial, likewise.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Structures per batch.")] = 16,
     output: Annotated[
         Path | None, typer.Option(help="Also write the errors as JSON to this file.")
@@ -232,6 +238,7 @@ def evaluate_command(
 ) -> None:
     """Errors of a potential on a data set, whole and by subset."""
     import mlip_md
+    from mlip_md.trainer.data import LabelKeys
     from mlip_md.trainer.evaluate import evaluate, read_graphs, write_errors
 
     if output is not None:
@@ -243,8 +250,7 @@ def evaluate_command(
             potential,
             split=split,
             on_bad=on_bad,
-            energy_key=energy_key,
-            forces_key=forces_key,
+            keys=LabelKeys(energy_key, forces_key, stress_key, virial_key),
         )
     if left_out:
         typer.echo(f"{left_out} structures of other elements were left out", err=True)
@@ -262,7 +268,8 @@ def error_table(result: Evaluation) -> Table:
     subsets = result.by_subset if len(result.by_subset) > 1 else {}
     for name, errors in {**subsets, "all": result.overall}.items():
         count = str(int(errors.get("structures", len(result.energies))))
-        table.add_row(name, count, *(f"{1000 * errors[column]:.3f}" for column in columns))
+        values = (1000 * errors[column] for column in columns)
+        table.add_row(name, count, *("-" if math.isnan(v) else f"{v:.3f}" for v in values))
     return table
 
 

@@ -313,7 +313,9 @@ class Trainer:
             "seconds": round(sums.get("seconds", 0.0), 3),
             "structures_per_second": sums.get("structures", 0.0)
             / (sums.get("seconds") or math.nan),
-            "score": metrics.selection_score(errors, self.recipe.train.select_energy_weight),
+            "score": metrics.selection_score(
+                errors, self.recipe.train.select_energy_weight, self.data.validates_forces
+            ),
             **{f"validation_{name}": value for name, value in errors.items()},
         }
 
@@ -321,6 +323,7 @@ class Trainer:
         progress, epoch = self.progress, self.progress.epoch
         params = averaged_params(self.state, self.recipe.train.ema_decay)
         errors, score = self._validate(epoch, params)
+        errors = {name: value for name, value in errors.items() if math.isfinite(value)}  # labeled
         stage = str(stage_at(self.recipe.loss, epoch))
         best = progress.best.get(stage)
         if best is None or score < best["score"]:

@@ -7,6 +7,7 @@ from mlip_md.trainer.data.batching import make_batch as make_batch
 from mlip_md.trainer.data.batching import plan_epoch as plan_epoch
 from mlip_md.trainer.data.filters import CurationReport as CurationReport
 from mlip_md.trainer.data.isolated import IsolatedAtoms as IsolatedAtoms
+from mlip_md.trainer.data.labels import LabelKeys as LabelKeys
 from mlip_md.trainer.data.prepared import PreparedData as PreparedData
 from mlip_md.trainer.data.prepared import is_prepared as is_prepared
 from mlip_md.trainer.data.prepared import open_prepared as open_prepared

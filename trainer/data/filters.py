@@ -45,16 +45,28 @@ class CurationReport:
         kept: structures left.
         removed: count by filter, in the order of application.
         examples: names of the first structures that each filter removed.
+        unused: names that look like labels and were not used, with how many structures have them.
     """
 
     total: int = 0
     kept: int = 0
     removed: dict[str, int] = dataclasses.field(default_factory=dict)
     examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    unused: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         parts = [self.describe(name) for name in self.removed]
         return f"kept {self.kept} of {self.total} structures (removed {'; '.join(parts) or 'none'})"
+
+    def describe_unused(self) -> str:
+        """What looks like labels and was not used; empty without."""
+        if not self.unused:
+            return ""
+        names = ", ".join(f"{name} ({count})" for name, count in sorted(self.unused.items()))
+        return (
+            f"not used, although they look like labels: {names}; data.energy_key, forces_key, "
+            "stress_key and virial_key name what to read"
+        )
 
     def describe(self, name: str) -> str:
         """What a filter removed: count, share, examples."""
@@ -92,7 +104,7 @@ def make_filters(config: CurationConfig | None) -> Filters:
     if config.neutral_only:
         filters["neutral_only"] = lambda s: s.charge == 0
     if max_force is not None:
-        filters["max_force"] = lambda s: _longest(s.forces) <= max_force
+        filters["max_force"] = lambda s: _longest(s.forces) <= max_force  # 0 without labels
     if max_net_force is not None:
         # The sum of all forces is numerical noise of the reference method.
         filters["max_net_force"] = lambda s: _longest(s.forces.sum(axis=0)) <= max_net_force

@@ -138,7 +138,7 @@ def judge(frames: Sequence[LabeledStructure], seed: int = 0) -> list[Finding]:
     Returns:
         Findings, the most basic first: what a later one would only repeat is left out.
     """
-    frames = [frame for frame in frames if len(frame) > 1]
+    frames = [frame for frame in frames if len(frame) > 1 and frame.has_forces]
     if not frames:
         return []
     groups = group_by_atoms(frames)

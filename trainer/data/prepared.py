@@ -24,6 +24,7 @@ from mlip_md.trainer.data.filters import CurationReport, apply_filters, make_fil
 from mlip_md.trainer.data.identity import identify_geometry, identify_smiles, merge_groups
 from mlip_md.trainer.data.isolated import IsolatedAtoms
 from mlip_md.trainer.data.judgement import Finding, Sample, describe_findings, judge
+from mlip_md.trainer.data.labels import LabelKeys
 from mlip_md.trainer.data.readers import NAMED_BY_GROUPS, iterate, read_stated_energies, recognize
 from mlip_md.trainer.data.split import find_overlap, split_groups
 from mlip_md.trainer.data.statistics import (
@@ -283,13 +284,10 @@ class _Reading:
         for part, paths in enumerate(self.files):
             for path in paths:
                 report = CurationReport()
-                read = iterate(
-                    path,
-                    on_bad=config.on_bad,
-                    energy_key=config.energy_key,
-                    forces_key=config.forces_key,
-                    seen=seen,
+                keys = LabelKeys(
+                    config.energy_key, config.forces_key, config.stress_key, config.virial_key
                 )
+                read = iterate(path, on_bad=config.on_bad, keys=keys, seen=seen)
                 for z, energy in (read_stated_energies(path) or {}).items():
                     self.isolated.add(z, energy, f"stated in {path}")
                 frames = self.isolated.part_from(read, config.cutoff)
@@ -298,6 +296,7 @@ class _Reading:
                     if structure.group not in self.molecules:
                         self.molecules[structure.group] = self._identify(structure, path)
                     yield structure
+                report.unused = keys.unused
                 self.reports[str(path)] = report
         if not self.part:
             reports = "; ".join(f"{path}: {report}" for path, report in self.reports.items())

@@ -29,15 +29,12 @@ from mlip_md.constants import ANGSTROM_PER_NM, BOHR, HARTREE, KJ_PER_KCAL, KJ_PE
 from mlip_md.elements import MAX_ATOMIC_NUMBER
 from mlip_md.errors import ConfigError, DataError
 from mlip_md.trainer.data.isolated import IsolatedAtoms
+from mlip_md.trainer.data.labels import LabelKeys, read_labels
 from mlip_md.trainer.data.structures import LabeledStructure, refusing_unreadable
 from mlip_md.trainer.recipe.schema import to_atomic_number
 
 logger = logging.getLogger(__name__)
 
-ENERGY_KEYS = ("REF_energy", "energy", "Energy")
-FORCES_KEYS = ("REF_forces", "forces", "Forces")
-STRESS_KEYS = ("REF_stress", "stress")
-VIRIAL_KEYS = ("REF_virial", "REF_virials", "virial", "virials")
 SMILES_KEYS = ("smiles", "SMILES")
 GROUP_KEYS = (*SMILES_KEYS, "group", "molecule")
 
@@ -81,6 +78,7 @@ def iterate(
     *,
     split: str | None = None,
     on_bad: str = "error",
+    keys: LabelKeys | None = None,
     energy_key: str | None = None,
     forces_key: str | None = None,
     seen: dict[int, str] | None = None,
@@ -95,7 +93,8 @@ def iterate(
         split: only structures that the file itself marks "train", "validation" or "test"; there
             may be none. None reads all, marked or not.
         on_bad: "error", or "skip" to leave out unusable structures (logged and counted).
-        energy_key: extxyz: name of the energy; None tries ``REF_energy``, ``energy``, ``Energy``.
+        keys: extxyz: names of labels; None tries the usual ones.
+        energy_key: extxyz: name of the energy alone, where no ``keys`` are given.
         forces_key: extxyz: name of the forces, likewise.
         seen: remembers structures: given to several calls, duplicates are found across their files.
 
@@ -107,7 +106,9 @@ def iterate(
     _check_choice("on_bad", on_bad, ("error", "skip"))
     if split is not None:
         _check_choice("split", split, SPLITS)
-    source = FORMATS[recognize(path)].iterate(path, split, energy_key, forces_key)
+    source = FORMATS[recognize(path)].iterate(
+        path, split, keys or LabelKeys(energy_key, forces_key)
+    )
     seen = {} if seen is None else seen
     count = skipped = 0
     with contextlib.closing(source):  # an error would keep the file open until it is forgotten
@@ -314,7 +315,7 @@ def _iterate_hdf5(
     fields_of: Callable[[_Group, str], Iterator[Fields]],
     path: Path,
     split: str | None,
-    *_: str | None,
+    _: LabelKeys,
 ) -> Source:
     with _open_hdf5(path) as file:
         for key, group in _groups(file, path):
@@ -541,9 +542,7 @@ def _curated_group(group: _Group, key: str) -> Iterator[Fields]:
 # Extended XYZ
 
 
-def _iterate_extxyz(
-    path: Path, split: str | None, energy_key: str | None, forces_key: str | None
-) -> Source:
+def _iterate_extxyz(path: Path, split: str | None, keys: LabelKeys) -> Source:
     for index, text in enumerate(_frames(path)):
         name = f"{path}:[{index}]"
         try:
@@ -555,7 +554,7 @@ def _iterate_extxyz(
         if split is not None and mark != split:
             continue
         try:
-            yield {**_extxyz_fields(atoms, name, energy_key, forces_key), "mark": mark}
+            yield {**_fields_of_atoms(atoms, name, keys), "mark": mark}
         except DataError as error:
             yield error
 
@@ -569,26 +568,7 @@ def _frames(path: Path) -> Iterator[str]:
             yield line + "".join(itertools.islice(stream, int(line) + 1))
 
 
-def _label(atoms: ase.Atoms, keys: tuple[str, ...]) -> Any:
-    results = atoms.calc.results if atoms.calc is not None else {}
-    places = (atoms.info, atoms.arrays, results)
-    return next((place[key] for key in keys for place in places if key in place), None)
-
-
-def _extxyz_fields(
-    atoms: ase.Atoms, name: str, energy_key: str | None, forces_key: str | None
-) -> Fields:
-    energy_keys = (energy_key,) if energy_key else ENERGY_KEYS
-    forces_keys = (forces_key,) if forces_key else FORCES_KEYS
-    energy, forces = _label(atoms, energy_keys), _label(atoms, forces_keys)
-    if forces is None and len(atoms) == 1:
-        forces = np.zeros((1, 3))  # exact: nothing acts on a single atom, and images cancel
-    for what, value, keys in (("energy", energy, energy_keys), ("forces", forces, forces_keys)):
-        if value is None:
-            there = sorted({*atoms.info, *atoms.arrays} - {"numbers", "positions"})
-            raise DataError(
-                f"{name}: no {what} under {' or '.join(keys)}; it has {', '.join(there) or 'none'}"
-            )
+def _fields_of_atoms(atoms: ase.Atoms, name: str, keys: LabelKeys) -> Fields:
     periodic = bool(atoms.pbc.any())
     given = next((key for key in GROUP_KEYS if key in atoms.info), None)
     molecule = None if given is None else _text(atoms.info[given], f"{name}: {given}")
@@ -596,9 +576,7 @@ def _extxyz_fields(
     return {
         "atomic_numbers": atoms.numbers,
         "positions": atoms.positions,
-        "energy": energy,
-        "forces": forces,
-        "stress": _stress(atoms, name),
+        **read_labels(atoms, keys, name),
         "cell": atoms.cell.array if periodic else None,
         "pbc": atoms.pbc,
         "charge": _whole(0 if charge is None else charge, name),
@@ -609,32 +587,16 @@ def _extxyz_fields(
     }
 
 
-def _stress(atoms: ase.Atoms, name: str) -> np.ndarray | None:
-    """Stress (3, 3) eV/Å³ from a stress label, or from a virial (minus stress times volume)."""
-    stress, factor = _label(atoms, STRESS_KEYS), 1.0
-    if stress is None and atoms.pbc.all():
-        stress, factor = _label(atoms, VIRIAL_KEYS), -1.0 / atoms.cell.volume
-    if stress is None or not atoms.pbc.all():
-        return None
-    with refusing_unreadable(name, "the stress label is no array of numbers"):
-        stress = np.asarray(stress, np.float64)
-    if stress.shape == (6,):  # Voigt order xx yy zz yz xz xy
-        stress = stress[[0, 5, 4, 5, 1, 3, 4, 3, 2]]
-    if stress.size != 9:
-        raise DataError(f"{name}: stress of shape {stress.shape}; it must be (6,), (9,) or (3, 3)")
-    return factor * stress.reshape(3, 3)
-
-
 class Format(NamedTuple):
     """How files of a format are read.
 
     Attributes:
-        iterate: from a path, the split that is wanted, and the keys of energy and forces (each may
-            be None) to the fields of a ``LabeledStructure``, or a DataError for an unusable one.
+        iterate: from a path, the split that is wanted (or None) and the names of labels to the
+            fields of a ``LabeledStructure``, or a DataError for an unusable one.
         read_atomic_energies: eV by atomic number that a file states beside its structures, or None.
     """
 
-    iterate: Callable[[Path, str | None, str | None, str | None], Source]
+    iterate: Callable[[Path, str | None, LabelKeys], Source]
     read_atomic_energies: Callable[[Path], dict[int, float] | None]
 
 

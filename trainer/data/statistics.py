@@ -147,9 +147,10 @@ def warn_of_open_energies(statistics: Statistics) -> None:
 
 def _forces_rms(store: GraphStore) -> float:
     squares = 0.0
-    for _, atoms, _ in store.chunks():
+    for _, atoms, _ in store.chunks():  # 0 where there is no label
         squares += float(np.sum(np.square(store.forces[atoms], dtype=np.float64)))
-    return float(np.sqrt(squares / (3 * store.num_atoms.sum())))
+    mask = slice(None) if store.forces_mask is None else store.forces_mask
+    return float(np.sqrt(squares / max(3 * store.num_atoms[mask].sum(), 1)))
 
 
 def fit_atomic_energies(

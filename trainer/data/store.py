@@ -31,7 +31,7 @@ from mlip_md.version import __version__
 SHORTEST_DISTANCE = 0.1
 """Å; atoms nearer than this are a mistake (the shortest bond, H-H, is 0.74 Å)."""
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 WRITTEN_BY = f"mlip-md {__version__}"
 CHUNK = 2048
 """Structures handled at a time."""
@@ -39,7 +39,12 @@ CHUNK = 2048
 OF_ATOMS = ("positions", "atomic_numbers", "forces")
 OF_EDGES = ("senders", "receivers", "shifts")
 FLAT = (*OF_ATOMS, *OF_EDGES)
-OPTIONAL = ("shifts", "cell", "stress", "stress_mask")
+OPTIONAL = {
+    "shifts": 0, "cell": 0, "stress": 0, "stress_mask": 0, "forces_mask": 1, "weights": 1,
+}  # fmt: skip
+"""Arrays that a store lacks if all their values are these."""
+NEWER = ("forces_mask", "weights")
+"""Arrays that format version 1 did not have."""
 Arrays = dict[str, np.ndarray]
 
 
@@ -65,6 +70,8 @@ class GraphStore:
         energy: (n,) float64 eV, total energies.
         stress: (n, 3, 3) float32 eV/Å³, or None when no structure has a label.
         stress_mask: (n,) bool, where there is a stress label, or None.
+        forces_mask: (n,) bool, where forces are labels (they are 0 elsewhere); None: everywhere.
+        weights: (n, 3) float32, of energy, forces and stress in the loss; None: all are 1.
         min_distance: (n,) float32 Å, shortest edge; infinity without edges.
         num_connected: (n,) int32, atoms with at least one neighbor.
         names: (n,) where each structure came from.
@@ -95,6 +102,8 @@ class GraphStore:
     names: Sequence[str]
     subsets: Sequence[str]
     groups: Sequence[str]
+    forces_mask: np.ndarray | None = None
+    weights: np.ndarray | None = None
     atomic_energies: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -320,6 +329,8 @@ def _graph(structure: LabeledStructure, cutoff: float, elements: tuple[int, ...]
         "energy": np.array([structure.energy]),
         "stress": stress[None].astype(np.float32),
         "stress_mask": np.array([structure.stress is not None]),
+        "forces_mask": np.array([structure.has_forces]),
+        "weights": np.array([structure.weights], np.float32),
         "min_distance": np.array([shortest], np.float32),
         "num_connected": np.array([np.count_nonzero(np.bincount(edges.receivers))], np.int32),
     }
@@ -355,8 +366,9 @@ class _Spool:
             block["shifts"] = block["shifts"].astype(np.int8)
         for name, array in block.items():
             blocks = self.blocks.setdefault(name, [])
-            if name in OPTIONAL and not array.any():  # a zero that fills the shape without memory
-                blocks.append(np.broadcast_to(np.zeros((), array.dtype), array.shape))
+            if name in OPTIONAL and (array == OPTIONAL[name]).all():  # fills without memory
+                usual = np.full((), OPTIONAL[name], array.dtype)
+                blocks.append(np.broadcast_to(usual, array.shape))
                 continue
             kind = self.kinds.get(name, array.dtype)
             self.kinds[name] = np.promote_types(kind, array.dtype)
@@ -396,7 +408,7 @@ class _Spool:
             stream.writelines(json.dumps(origin) + "\n" for origin in self.origins)
         files = [*(f"{name}.bin" for name in specs), "structures.jsonl"]
         index = {
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if {*NEWER} & {*specs} else 1,
             "written_by": WRITTEN_BY,
             "units": {"length": "Å", "energy": "eV"},
             "elements": self.elements,

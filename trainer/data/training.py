@@ -22,6 +22,8 @@ from mlip_md.trainer.data.statistics import Statistics
 from mlip_md.trainer.data.store import OF_ATOMS, OF_EDGES, GraphStore
 from mlip_md.trainer.recipe.schema import Recipe
 
+IF_THERE = ("forces_mask", "weights")
+"""Arrays that count in a fingerprint only if there are any, as runs without them began without."""
 OF_STRUCTURES = ("num_atoms", "num_edges", "interaction_energy", "cell", "stress", "stress_mask")
 """Arrays of a store that a training depends on, besides the flat ones."""
 
@@ -52,6 +54,12 @@ class TrainingData:
         """Which structures form which batch of a training epoch, see ``plan_epoch``."""
         return plan_epoch(self.train, self.budget, seed, epoch, on_oversize=self.on_oversize)
 
+    @property
+    def validates_forces(self) -> bool:
+        """Whether any validation structure has force labels."""
+        mask = self.validation.forces_mask
+        return mask is None or bool(mask.any())
+
     def example(self) -> Batch:
         """One batch, to build a network with.
 
@@ -77,7 +85,8 @@ class TrainingData:
             digest.update(repr((store.cutoff, store.elements)).encode())
             for part, atoms, edges in store.chunks():
                 rows = {**dict.fromkeys(OF_ATOMS, atoms), **dict.fromkeys(OF_EDGES, edges)}
-                for name in (*OF_ATOMS, *OF_EDGES, *OF_STRUCTURES):
+                there = [name for name in IF_THERE if getattr(store, name) is not None]
+                for name in (*OF_ATOMS, *OF_EDGES, *OF_STRUCTURES, *there):
                     array = getattr(store, name)
                     digest.update(f"\0{name}\0".encode())
                     if array is not None:
@@ -148,6 +157,9 @@ def load_data(recipe: Recipe) -> TrainingData:
     train = data.parts["train"]
     if any(step.value for step in recipe.loss.stress.weight) and train.stress is None:
         raise ConfigError("loss.stress has a weight, but the data set has no stresses")
+    unlabeled = train.forces_mask is not None and not train.forces_mask.any()
+    if any(step.value for step in recipe.loss.forces.weight) and unlabeled:
+        raise ConfigError("loss.forces has a weight, but the data set has no forces")
     return TrainingData(
         train=train,
         validation=data.parts["validation"],
@@ -163,16 +175,31 @@ def load_data(recipe: Recipe) -> TrainingData:
 
 def describe_reading(data: PreparedData) -> list[str]:
     """What reading, filters and isolated atoms came to, a line each."""
-    notes = [f"{path}: {report}" for path, report in data.curation.items()]
+    notes = []
+    for path, report in data.curation.items():
+        lines = filter(None, (str(report), report.describe_unused()))
+        notes += [f"{path}: {line}" for line in lines]
     sources, ions = data.isolated.sources(), data.isolated.ions
     if sources:
         notes.append(f"isolated atoms, in no part: {sources}")
     if ions:
         notes.append(f"single ions, in no part: {len(ions)}, e.g. {ions[0]}")
+    notes += [f"{name}: {text}" for name, part in data.parts.items() if (text := _missing(part))]
     notes += data.overlap
     if "train" in data.parts:
         notes.append(describe_residuals(data.parts["train"]))
     return notes
+
+
+def _missing(store: GraphStore) -> str:
+    """What labels structures lack and how they are weighted, if not alike."""
+    parts = []
+    if store.forces_mask is not None:
+        parts.append(f"{int((~store.forces_mask).sum())} of {len(store)} structures have no forces")
+    if store.weights is not None:
+        low, high = store.weights.min(), store.weights.max()
+        parts.append(f"weights of single structures run from {low:g} to {high:g}")
+    return ", ".join(parts)
 
 
 def describe_residuals(store: GraphStore) -> str:

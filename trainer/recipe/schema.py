@@ -180,6 +180,9 @@ class DataConfig(Section):
         on_bad: what to do with a structure without usable labels: "skip" leaves it out and logs it.
         energy_key: extxyz: name of the energy; null tries REF_energy, energy, Energy.
         forces_key: extxyz: name of the forces, likewise.
+        stress_key: extxyz: name of the stress; null tries REF_stress, stress.
+        virial_key: extxyz: name of the virial (minus stress times volume), read where there is no
+            stress; null tries REF_virial, virial and their plurals.
     """
 
     path: str | list[str] = ""
@@ -195,6 +198,8 @@ class DataConfig(Section):
     on_bad: Literal["error", "skip"] = "error"
     energy_key: str | None = None
     forces_key: str | None = None
+    stress_key: str | None = None
+    virial_key: str | None = None
 
 
 class TrainConfig(Section):
