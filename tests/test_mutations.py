@@ -104,6 +104,11 @@ FAST = {
         "trainer/data/labels.py", "if free or _of_reference(k) == same", "if True",
         ("test_data_labels.py::test_families_are_never_mixed[labels0]",),
     ),
+    "parts of what comes after a bad record": Mistake(
+        "trainer/data/prepared.py", "np.delete(np.array(reading.part), sorted(reading.dropped))",
+        "np.array(reading.part)[: len(store)]",
+        ("test_data_rejected.py::test_marks_belong_to_their_structures_beside_bad_ones",),
+    ),
     "flipped forces pass": Mistake(
         "trainer/data/judgement.py", "spring > FOREIGN or (math", "False or (math",
         ("test_data_judgement.py::test_a_mistake_is_named[flipped sign-one molecule]",),

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mlip_md.errors import ConfigError, DataError
+from mlip_md.errors import ConfigError, DataError, RejectedError
 from mlip_md.files import check_new_file, check_new_folder
 from mlip_md.signals import EXIT_KEYBOARD, EXIT_SAVED
 
@@ -29,9 +29,30 @@ Overrides = Annotated[
 ]
 
 
+REJECTED = "rejected.csv"
+"""Where bad records are listed: in a run's folder, beside a prepared one, or here."""
+
 Strict = Annotated[
     bool, typer.Option("--strict", help="Stop (exit code 3) if the data are warned of.")
 ]
+
+
+@contextlib.contextmanager
+def _listing_rejected(path: Path) -> Iterator[list[tuple[str, str]]]:
+    """Bad records, put into the list or raised as an error, are written to a file."""
+    from mlip_md.trainer.data import write_rejected
+
+    records: list[tuple[str, str]] = []
+    try:
+        yield records
+    except RejectedError as error:
+        records += error.records
+        raise
+    finally:
+        if records:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_rejected(records, path)
+            typer.echo(f"{len(records)} bad records are listed in {path}", err=True)
 
 
 class _PlainWarnings(logging.Handler):
@@ -97,8 +118,9 @@ def train_command(
     folder = run or Path("runs") / checked.name
     check_new_folder(folder, "--run")
     _say_reading(checked.data.path)
-    with _plain_warnings(strict):
+    with _listing_rejected(folder / REJECTED) as bad, _plain_warnings(strict):
         data = load_data(checked)
+        bad += data.rejected
     for line in (*data.notes, *statistics_lines(data.statistics)):
         typer.echo(line)
     typer.echo("compiling the network")
@@ -160,8 +182,9 @@ def check_command(
     from mlip_md.trainer.data import load_data
     from mlip_md.trainer.train import Trainer
 
-    with _plain_warnings(strict):
+    with _listing_rejected(Path(REJECTED)) as bad, _plain_warnings(strict):
         data = load_data(checked)
+        bad += data.rejected
     trainer = Trainer(checked, data, Path("runs") / checked.name, origins=origins)
     for line in (*data.notes, data.summary(), *statistics_lines(data.statistics)):
         typer.echo(line)
@@ -199,8 +222,9 @@ def prepare_command(
     prepared = load_recipe(recipe, overrides or [])[0]
     check_new_folder(folder, "prepare")
     _say_reading(prepared.data.path)
-    with _plain_warnings(strict):
+    with _listing_rejected(folder.parent / REJECTED) as bad, _plain_warnings(strict):
         data = prepare(prepared.data, prepared.network.atomic_energies, folder)
+        bad += data.rejected
     for line in (*describe_reading(data), *statistics_lines(data.statistics)):
         typer.echo(line)
     counts = ", ".join(f"{len(store)} {name}" for name, store in data.parts.items())

@@ -7,10 +7,9 @@ one that was made in another way than a recipe says.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,13 @@ import numpy as np
 
 from mlip_md.constants import SPLITS
 from mlip_md.elements import symbol
-from mlip_md.errors import ConfigError, DataError
+from mlip_md.errors import ConfigError, DataError, RejectedError
 from mlip_md.files import new_folder, write_text
-from mlip_md.trainer.data.filters import CurationReport, apply_filters, make_filters
-from mlip_md.trainer.data.identity import identify_geometry, identify_smiles, merge_groups
+from mlip_md.trainer.data.filters import CurationReport
+from mlip_md.trainer.data.identity import merge_groups
 from mlip_md.trainer.data.isolated import IsolatedAtoms
-from mlip_md.trainer.data.judgement import Finding, Sample, describe_findings, judge
-from mlip_md.trainer.data.labels import LabelKeys
-from mlip_md.trainer.data.readers import NAMED_BY_GROUPS, iterate, read_stated_energies, recognize
+from mlip_md.trainer.data.judgement import Finding, describe_findings, judge
+from mlip_md.trainer.data.sources import Reading, list_paths
 from mlip_md.trainer.data.split import find_overlap, split_groups
 from mlip_md.trainer.data.statistics import (
     FITTED,
@@ -41,7 +39,7 @@ from mlip_md.trainer.data.store import (
     open_store,
     sum_files,
 )
-from mlip_md.trainer.data.structures import LabeledStructure, refusing_unreadable
+from mlip_md.trainer.data.structures import refusing_unreadable
 from mlip_md.trainer.recipe.compare import find_differences
 from mlip_md.trainer.recipe.schema import AtomicEnergies, DataConfig
 
@@ -66,6 +64,7 @@ class PreparedData:
         isolated: atoms that its files hold; they are in no part.
         findings: what is probably wrong with labels, see ``judgement``.
         overlap: molecules in several parts, a line for each pair of parts that has some.
+        rejected: records that were left out as unusable, and why; empty for an opened folder.
     """
 
     parts: Mapping[str, GraphStore]
@@ -75,6 +74,7 @@ class PreparedData:
     isolated: IsolatedAtoms = dataclasses.field(default_factory=IsolatedAtoms)
     findings: tuple[Finding, ...] = ()
     overlap: Sequence[str] = ()
+    rejected: Sequence[tuple[str, str]] = ()
 
 
 def prepare(
@@ -104,32 +104,43 @@ def prepare(
             exists.
         OutputError: if the folder cannot be written.
     """
-    reading = _Reading(config)
+    reading = Reading(config)
     try:
         data = _prepare(reading, atomic_energies, folder)
     except DataError as error:  # labels in other units end in many ways
         findings = judge(reading.sample.frames())
         if not findings:
             raise
-        raise DataError(f"{error}. {describe_findings(findings)}") from error
+        records = error.records if isinstance(error, RejectedError) else []
+        raise RejectedError(f"{error}. {describe_findings(findings)}", records) from error
     _warn(data)
     return data
 
 
 def _prepare(
-    reading: _Reading, atomic_energies: AtomicEnergies, folder: str | Path | None
+    reading: Reading, atomic_energies: AtomicEnergies, folder: str | Path | None
 ) -> PreparedData:
     """``prepare`` of what is being read."""
-    config = reading.config
     if folder is None:
-        store = GraphStore.from_structures(reading.structures(), config.cutoff)
-        return _part(store, reading, atomic_energies)
-    else:
-        with new_folder(Path(folder)) as partial:
-            graphs = partial / "graphs"
-            store = GraphStore.from_structures(reading.structures(), config.cutoff, folder=graphs)
-            _write(partial, _part(store, reading, atomic_energies), store)
-        return open_prepared(folder)
+        return _part(_make_graphs(reading, None), reading, atomic_energies)
+    with new_folder(Path(folder)) as partial:
+        store = _make_graphs(reading, partial / "graphs")
+        data = _part(store, reading, atomic_energies)
+        _write(partial, data, store)
+    return dataclasses.replace(open_prepared(folder), rejected=data.rejected)
+
+
+def _make_graphs(reading: Reading, folder: Path | None) -> GraphStore:
+    config, rejected = reading.config, reading.rejected
+    try:
+        store = GraphStore.from_structures(
+            reading.structures(), config.cutoff, folder=folder, reject=reading.reject
+        )
+    except DataError:
+        rejected.check(config.on_bad)  # says more than that nothing was left
+        raise
+    rejected.check(config.on_bad)
+    return store
 
 
 def _warn(data: PreparedData) -> None:
@@ -206,11 +217,6 @@ def open_prepared_for(config: DataConfig, atomic_energies: AtomicEnergies) -> Pr
     return data
 
 
-def is_prepared(folder: str | Path) -> bool:
-    """Whether a path looks like a folder that ``prepare`` wrote."""
-    return (Path(folder) / "prepared.json").is_file()
-
-
 def _find_changes(prepared: DataConfig, given: DataConfig) -> dict[str, tuple[Any, Any]]:
     """Rows that a folder was prepared with and that a recipe has otherwise."""
     trees: list[dict[str, Any]] = []
@@ -220,7 +226,7 @@ def _find_changes(prepared: DataConfig, given: DataConfig) -> dict[str, tuple[An
             if getattr(given, name) is None:  # leaves it to the folder
                 del rows[name]
             else:
-                rows[name] = _list_paths(rows[name])
+                rows[name] = list_paths(rows[name])
         if config.split.from_file:
             rows["split"] = {"from_file": True}  # the others mean nothing then
         trees.append(rows)
@@ -248,83 +254,9 @@ def _upgrade(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _list_paths(paths: str | list[str] | None) -> list[str]:
-    return [paths] if isinstance(paths, str) else paths or []
-
-
-class _Reading:
-    """Structures of all files, one after the other; notes the part of each that was kept."""
-
-    def __init__(self, config: DataConfig) -> None:
-        self.config = config
-        self.files = [_list_paths(p) for p in (config.path, config.validation, config.test)]
-        self.part: list[int] = []  # of each kept structure; -1: to be split
-        self.reports: dict[str, CurationReport] = {}
-        self.isolated, self.sample = IsolatedAtoms(), Sample()
-        self.molecules: dict[str, str] = {}  # key of the molecule by name of the group
-        self._check_files()
-
-    def _check_files(self) -> None:
-        if not self.config.path:
-            raise ConfigError("no data set is given; name its file: --set data.path=FILE")
-        for path in itertools.chain(*self.files):
-            if is_prepared(path):
-                raise DataError(
-                    f"{path} is a folder of prepared data; it can only stand alone, as data.path"
-                )
-            if Path(path).is_dir():
-                raise DataError(f"{path} is a folder; name the files in it")
-            if not Path(path).is_file():
-                raise DataError(f"there is no data file {path}")
-
-    def structures(self) -> Iterator[LabeledStructure]:
-        """What passes the filters, file by file."""
-        config, seen = self.config, dict[int, str]()
-        filters = make_filters(config.curate)
-        for part, paths in enumerate(self.files):
-            for path in paths:
-                report = CurationReport()
-                keys = LabelKeys(
-                    config.energy_key, config.forces_key, config.stress_key, config.virial_key
-                )
-                read = iterate(path, on_bad=config.on_bad, keys=keys, seen=seen)
-                for z, energy in (read_stated_energies(path) or {}).items():
-                    self.isolated.add(z, energy, f"stated in {path}")
-                frames = self.isolated.part_from(read, config.cutoff)
-                for structure in apply_filters(self.sample.watch(frames), filters, report):
-                    self.part.append(self._part_of(structure, part))
-                    if structure.group not in self.molecules:
-                        self.molecules[structure.group] = self._identify(structure, path)
-                    yield structure
-                report.unused = keys.unused
-                self.reports[str(path)] = report
-        if not self.part:
-            reports = "; ".join(f"{path}: {report}" for path, report in self.reports.items())
-            raise DataError(f"no structure is left to work with ({reports})")
-
-    def _identify(self, structure: LabeledStructure, path: str) -> str:
-        """Key of the molecule of a group; groups that a user named otherwise stay what they are."""
-        if structure.smiles:
-            return identify_smiles(structure.smiles, len(structure))
-        if structure.cell is None and recognize(path) in NAMED_BY_GROUPS:
-            return identify_geometry(structure.atomic_numbers, structure.positions)
-        return ""
-
-    def _part_of(self, structure: LabeledStructure, part: int) -> int:
-        if part > 0:
-            return part
-        if not self.config.split.from_file:
-            return -1
-        if not structure.mark:
-            raise DataError(
-                f"{structure.name}: no split is marked here; split by fractions instead"
-            )
-        return SPLITS.index(structure.mark)
-
-
-def _part(store: GraphStore, reading: _Reading, atomic_energies: AtomicEnergies) -> PreparedData:
+def _part(store: GraphStore, reading: Reading, atomic_energies: AtomicEnergies) -> PreparedData:
     """The parts of a store with everything that was read, and their statistics."""
-    part = np.array(reading.part)
+    part = np.delete(np.array(reading.part), sorted(reading.dropped))
     free = np.flatnonzero(part < 0)
     merged = merge_groups(reading.molecules)
     if len(free):
@@ -343,7 +275,8 @@ def _part(store: GraphStore, reading: _Reading, atomic_energies: AtomicEnergies)
     parts = {name: _labeled(part, statistics) for name, part in stores.items()}
     findings = tuple(judge(reading.sample.frames()))
     reports, config = reading.reports, reading.config
-    return PreparedData(parts, statistics, reports, config, reading.isolated, findings, overlap)
+    return PreparedData(parts, statistics, reports, config, reading.isolated, findings, overlap,
+                        reading.rejected.records)  # fmt: skip
 
 
 def _labeled(store: GraphStore, statistics: Statistics) -> GraphStore:

@@ -30,6 +30,7 @@ from mlip_md.elements import MAX_ATOMIC_NUMBER
 from mlip_md.errors import ConfigError, DataError
 from mlip_md.trainer.data.isolated import IsolatedAtoms
 from mlip_md.trainer.data.labels import LabelKeys, read_labels
+from mlip_md.trainer.data.rejected import Rejected
 from mlip_md.trainer.data.structures import LabeledStructure, refusing_unreadable
 from mlip_md.trainer.recipe.schema import to_atomic_number
 
@@ -82,6 +83,7 @@ def iterate(
     energy_key: str | None = None,
     forces_key: str | None = None,
     seen: dict[int, str] | None = None,
+    rejected: Rejected | None = None,
 ) -> Iterator[LabeledStructure]:
     """Yield the labeled structures of a file one by one, in its order.
 
@@ -97,6 +99,7 @@ def iterate(
         energy_key: extxyz: name of the energy alone, where no ``keys`` are given.
         forces_key: extxyz: name of the forces, likewise.
         seen: remembers structures: given to several calls, duplicates are found across their files.
+        rejected: takes all unusable structures, whatever ``on_bad`` says; None obeys it.
 
     Raises:
         DataError: if the file is not readable, or, naming ``file:key[index]``, on missing labels,
@@ -112,10 +115,13 @@ def iterate(
     seen = {} if seen is None else seen
     count = skipped = 0
     with contextlib.closing(source):  # an error would keep the file open until it is forgotten
-        for fields in source:
+        for fields in source if rejected is None else _to_the_end(source, rejected):
             try:
                 structure = _structure(fields, seen)
             except DataError as error:
+                if rejected is not None:
+                    rejected.add(error)
+                    continue
                 if on_bad == "error":
                     raise
                 skipped += 1
@@ -125,8 +131,19 @@ def iterate(
             yield structure
     if skipped:
         logger.warning("%s: %d unusable structures were skipped", path, skipped)
-    if count == 0 and split is None:
+    if count == 0 and split is None and rejected is None:
         raise DataError(f"{path}: it holds no usable structure")
+
+
+def _to_the_end(source: Source, rejected: Rejected) -> Iterator[Fields | DataError]:
+    """What a source yields, counted; where it breaks off is a bad record, too."""
+    try:
+        for fields in source:
+            rejected.examined += 1
+            yield fields
+    except DataError as error:
+        rejected.examined += 1
+        rejected.add(error)
 
 
 NAMED_BY_GROUPS = ("spice", "curated")

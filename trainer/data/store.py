@@ -15,7 +15,7 @@ import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ OPTIONAL = {
 NEWER = ("forces_mask", "weights")
 """Arrays that format version 1 did not have."""
 Arrays = dict[str, np.ndarray]
+Reject = Callable[[int, DataError], None]
+"""Takes the number of a structure and what is wrong with it."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,6 +120,7 @@ class GraphStore:
         elements: Sequence[int] | None = None,
         atomic_energies: np.ndarray | Mapping[int, float] | None = None,
         folder: str | Path | None = None,
+        reject: Reject | None = None,
     ) -> GraphStore:
         """Make neighbor lists for all structures.
 
@@ -128,6 +131,8 @@ class GraphStore:
             atomic_energies: eV, E0 by species or by atomic number, if known already.
             folder: new folder to keep the arrays in, for ``open_store`` and for data sets larger
                 than the memory; None keeps them in memory.
+            reject: takes the number of an impossible structure, which is left out, and what is
+                wrong with it; None raises that.
 
         Returns:
             The store, in the order of the structures.
@@ -140,10 +145,10 @@ class GraphStore:
         cutoff = check_cutoff(cutoff)
         allowed = None if elements is None else tuple(sorted({int(z) for z in elements}))
         if folder is None:
-            store = _Spool(structures, cutoff, allowed).store()
+            store = _Spool(structures, cutoff, allowed, reject=reject).store()
         else:
             with new_folder(Path(folder)) as partial:
-                _Spool(structures, cutoff, allowed, partial).write(partial)
+                _Spool(structures, cutoff, allowed, partial, reject).write(partial)
             store = open_store(folder)
         return store if atomic_energies is None else store.with_atomic_energies(atomic_energies)
 
@@ -345,15 +350,26 @@ class _Spool:
         cutoff: float,
         elements: tuple[int, ...] | None,
         folder: Path | None = None,
+        reject: Reject | None = None,
     ) -> None:
         self.cutoff, self.folder = cutoff, folder
         self.origins: list[tuple[str, str, str]] = []
         self.blocks: dict[str, list[np.ndarray | Path]] = {}
         self.kinds: dict[str, np.dtype] = {}
         present: set[int] = set()
-        iterator = iter(structures)
-        while chunk := list(itertools.islice(iterator, CHUNK)):
-            graphs = [_graph(structure, cutoff, elements) for structure in chunk]
+        iterator = enumerate(structures)
+        while numbered := list(itertools.islice(iterator, CHUNK)):
+            graphs, chunk = [], []
+            for number, structure in numbered:
+                try:
+                    graphs.append(_graph(structure, cutoff, elements))
+                    chunk.append(structure)
+                except DataError as error:
+                    if reject is None:
+                        raise
+                    reject(number, error)
+            if not chunk:
+                continue
             self._add({name: np.concatenate([g[name] for g in graphs]) for name in graphs[0]})
             self.origins += [(s.name, s.subset, s.group) for s in chunk]
             present.update(*(s.atomic_numbers.tolist() for s in chunk))

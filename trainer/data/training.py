@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,10 @@ from mlip_md.errors import ConfigError, DataError
 from mlip_md.trainer.data.batching import Batch, BatchBudget, make_batch, plan_epoch
 from mlip_md.trainer.data.prepared import (
     PreparedData,
-    is_prepared,
     open_prepared_for,
     prepare,
 )
+from mlip_md.trainer.data.sources import is_prepared
 from mlip_md.trainer.data.statistics import Statistics
 from mlip_md.trainer.data.store import OF_ATOMS, OF_EDGES, GraphStore
 from mlip_md.trainer.recipe.schema import Recipe
@@ -40,6 +41,7 @@ class TrainingData:
         budget: shape of all batches.
         on_oversize: "error" or "drop" for structures larger than a batch.
         notes: what reading and curation counted, as plain text.
+        rejected: records that were left out as unusable, and why.
     """
 
     train: GraphStore
@@ -49,6 +51,7 @@ class TrainingData:
     budget: BatchBudget
     on_oversize: str = "error"
     notes: tuple[str, ...] = ()
+    rejected: Sequence[tuple[str, str]] = ()
 
     def plan(self, seed: int, epoch: int) -> list[np.ndarray]:
         """Which structures form which batch of a training epoch, see ``plan_epoch``."""
@@ -170,6 +173,7 @@ def load_data(recipe: Recipe) -> TrainingData:
         ),
         on_oversize=config.on_oversize,
         notes=tuple(describe_reading(data)),
+        rejected=data.rejected,
     )
 
 
