@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mlip_md.errors import ConfigError, DataError, RejectedError
-from mlip_md.files import check_new_file, check_new_folder
+from mlip_md.files import check_new_file, check_new_folder, write_text
 from mlip_md.signals import EXIT_KEYBOARD, EXIT_SAVED
 
 if TYPE_CHECKING:
@@ -192,6 +192,33 @@ def check_command(
     if deep:
         for name, value in count_costs(trainer).items():
             typer.echo(f"{name}: {value:,.0f}")
+
+
+def init_command(
+    data: Annotated[
+        list[Path], typer.Argument(help="Data files of one set; isolated atoms may be among them.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Recipe to write.")] = Path(
+        "train.yaml"
+    ),
+    name: Annotated[str | None, typer.Option(help="Name of the potential.")] = None,
+) -> None:
+    """Look at a data set and write a recipe for it, every row explained."""
+    from mlip_md.trainer.init import look_at, paths_for, write_recipe
+    from mlip_md.trainer.recipe import load_recipe
+
+    check_new_file(output, "--output")
+    if output.exists():
+        raise ConfigError(f"{output} exists; choose another name with --output")
+    paths = paths_for(data, output)
+    _say_reading(paths)
+    with _plain_warnings():
+        look = look_at(paths)
+    write_text(output, write_recipe(look, name or data[0].name.split(".")[0]))
+    load_recipe(str(output))
+    typer.echo(f"{output} is for {look.count} structures; go on with")
+    typer.echo(f"  mlip-md check {output}")
+    typer.echo(f"  mlip-md train {output}")
 
 
 def statistics_lines(statistics: Statistics) -> list[str]:

@@ -15,6 +15,7 @@ from mlip_md.trainer.data.readers import iterate as iterate
 from mlip_md.trainer.data.readers import read as read
 from mlip_md.trainer.data.readers import read_atomic_energies as read_atomic_energies
 from mlip_md.trainer.data.rejected import write_rejected as write_rejected
+from mlip_md.trainer.data.sources import Reading as Reading
 from mlip_md.trainer.data.sources import is_prepared as is_prepared
 from mlip_md.trainer.data.statistics import Statistics as Statistics
 from mlip_md.trainer.data.statistics import compute_statistics as compute_statistics
