@@ -21,7 +21,13 @@ from mlip_md.formats.names import FORMAT_HELP, MODEL_HELP
 from mlip_md.integrations.md.cli import md_command, minimize_command
 from mlip_md.signals import EXIT_SAVED, Interruptions
 from mlip_md.streams import lasting_streams
-from mlip_md.trainer.cli import check_command, evaluate_command, prepare_command, train_command
+from mlip_md.trainer.cli import (
+    check_command,
+    evaluate_command,
+    init_command,
+    prepare_command,
+    train_command,
+)
 from mlip_md.trainer.generate.command import make_dataset_command
 
 if TYPE_CHECKING:
@@ -64,6 +70,7 @@ _USE, _MAKE, _LOOK = "Use a potential", "Make a potential", "Look at models"
 
 app.command("md", rich_help_panel=_USE)(md_command)
 app.command("minimize", rich_help_panel=_USE)(minimize_command)
+app.command("init", rich_help_panel=_MAKE)(init_command)
 app.command("train", rich_help_panel=_MAKE)(train_command)
 app.command("check", rich_help_panel=_MAKE)(check_command)
 app.command("evaluate", rich_help_panel=_MAKE)(evaluate_command)

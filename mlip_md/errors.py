@@ -80,6 +80,18 @@ class DataError(MLIPError, ValueError):
     """A data set, a label or a statistic of it is unusable."""
 
 
+class RejectedError(DataError):
+    """Records of a data set are unusable.
+
+    Attributes:
+        records: where each of them is, and what is wrong with it.
+    """
+
+    def __init__(self, message: str, records: Sequence[tuple[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.records = list(records)
+
+
 class CheckpointError(MLIPError, RuntimeError):
     """A checkpoint is damaged or belongs to another run."""
 

@@ -85,6 +85,38 @@ FAST = {
         "trainer/data/prepared.py", 'index.get("sha256", {})', "{}",
         ("test_data_prepared.py::test_every_file_has_the_name_that_it_was_written_with",),
     ),
+    "filters on by default": Mistake(
+        "trainer/recipe/schema.py", "curate: CurationConfig | None = None",
+        "curate: CurationConfig | None = CurationConfig()",
+        ("test_data_filters.py::test_nothing_is_filtered_by_default",),
+    ),
+    "a molecule under two names is two": Mistake(
+        "trainer/data/prepared.py", "[merged[store.groups[k]] for k in free.tolist()]",
+        "[store.groups[k] for k in free.tolist()]",
+        ("test_data_identity.py::test_no_molecule_is_in_two_parts[by SMILES]",),
+    ),
+    "forces of zero where there are none": Mistake(
+        "trainer/loss.py", "jnp.where(jnp.asarray(batch.forces_mask), force_loss, 0.0)",
+        "force_loss",
+        ("test_data_labels.py::test_structures_without_forces_add_no_force_loss_and_no_error",),
+    ),
+    "REF_energy with the forces of another method": Mistake(
+        "trainer/data/labels.py", "if free or _of_reference(k) == same", "if True",
+        ("test_data_labels.py::test_families_are_never_mixed[labels0]",),
+    ),
+    "parts of what comes after a bad record": Mistake(
+        "trainer/data/prepared.py", "np.delete(np.array(reading.part), sorted(reading.dropped))",
+        "np.array(reading.part)[: len(store)]",
+        ("test_data_rejected.py::test_marks_belong_to_their_structures_beside_bad_ones",),
+    ),
+    "flipped forces pass": Mistake(
+        "trainer/data/judgement.py", "spring > FOREIGN or (math", "False or (math",
+        ("test_data_judgement.py::test_a_mistake_is_named[flipped sign-one molecule]",),
+    ),
+    "isolated atoms go to training": Mistake(
+        "trainer/data/prepared.py", "self.isolated.part_from(read, config.cutoff)", "read",
+        ("test_data_isolated.py::test_they_are_not_fitted",),
+    ),
     "a charge in info ignored": Mistake(
         "integrations/ase.py", "if not changes and self._watch.problem_of(atoms):", "if False:",
         ("test_ase_calculator.py::test_charge_in_info_is_not_overlooked",),

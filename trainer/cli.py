@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mlip_md.errors import ConfigError
-from mlip_md.files import check_new_file, check_new_folder
+from mlip_md.errors import ConfigError, DataError, RejectedError
+from mlip_md.files import check_new_file, check_new_folder, write_text
 from mlip_md.signals import EXIT_KEYBOARD, EXIT_SAVED
 
 if TYPE_CHECKING:
@@ -33,23 +33,57 @@ Overrides = Annotated[
 ]
 
 
+REJECTED = "rejected.csv"
+"""Where bad records are listed: in a run's folder, beside a prepared one, or here."""
+
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Stop (exit code 3) if the data are warned of.")
+]
+
+
+@contextlib.contextmanager
+def _listing_rejected(path: Path) -> Iterator[list[tuple[str, str]]]:
+    """Bad records, put into the list or raised as an error, are written to a file."""
+    from mlip_md.trainer.data import write_rejected
+
+    records: list[tuple[str, str]] = []
+    try:
+        yield records
+    except RejectedError as error:
+        records += error.records
+        raise
+    finally:
+        if records:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_rejected(records, path)
+            typer.echo(f"{len(records)} bad records are listed in {path}", err=True)
+
+
 class _PlainWarnings(logging.Handler):
+    count = 0
+
     def emit(self, record: logging.LogRecord) -> None:
+        self.count += 1
         typer.echo(f"Warning: {record.getMessage()}", err=True)
 
 
 @contextlib.contextmanager
-def _plain_warnings() -> Iterator[None]:
-    """Warnings of the package become lines on stderr that begin with "Warning:"."""
+def _plain_warnings(strict: bool = False) -> Iterator[None]:
+    """Warnings of the package become lines on stderr that begin with "Warning:".
+
+    Raises:
+        DataError: at the end, if ``strict`` and there was a warning.
+    """
     logger, handler = logging.getLogger("mlip_md"), _PlainWarnings(logging.WARNING)
     logger.addHandler(handler)
     try:
         yield
     finally:
         logger.removeHandler(handler)
+    if strict and handler.count:
+        raise DataError(f"--strict: {handler.count} warnings, see above")
 
 
-@_plain_warnings()
 def train_command(
     recipe: Annotated[
         str,
@@ -74,6 +108,7 @@ def train_command(
     max_time: Annotated[
         str | None, typer.Option(metavar="HH:MM", help="Save and stop (exit code 75) after this.")
     ] = None,
+    strict: Strict = False,
 ) -> None:
     """Train a potential from a recipe.
 
@@ -101,7 +136,9 @@ def train_command(
     folder = run or Path("runs") / checked.name
     check_new_folder(folder, "--run")
     _say_reading(checked.data.path)
-    data = load_data(checked)
+    with _listing_rejected(folder / REJECTED) as bad, _plain_warnings(strict):
+        data = load_data(checked)
+        bad += data.rejected
     for line in (*data.notes, *statistics_lines(data.statistics)):
         typer.echo(line)
     typer.echo("compiling the network")
@@ -112,7 +149,7 @@ def train_command(
         ).items():
             typer.echo(f"{name}: {value:.4g}")
         return
-    with _bar() as (echo, tick):
+    with _plain_warnings(), _bar() as (echo, tick):
         trainer = Trainer(
             checked, data, folder, parent=parent, origins=origins, echo=echo, tick=tick
         )
@@ -154,6 +191,7 @@ def check_command(
     rows: Annotated[
         bool, typer.Option("--rows", help="Print every row that a recipe may have, nothing else.")
     ] = False,
+    strict: Strict = False,
 ) -> None:
     """Check a recipe and its data without training: labels, E0, padding, size of the network.
 
@@ -174,8 +212,9 @@ def check_command(
     from mlip_md.trainer.data import load_data
     from mlip_md.trainer.train import Trainer
 
-    with _plain_warnings():
+    with _listing_rejected(Path(REJECTED)) as bad, _plain_warnings(strict):
         data = load_data(checked)
+        bad += data.rejected
     trainer = Trainer(checked, data, Path("runs") / checked.name, origins=origins)
     for line in (*data.notes, data.summary(), *statistics_lines(data.statistics)):
         typer.echo(line)
@@ -183,6 +222,33 @@ def check_command(
     if deep:
         for name, value in count_costs(trainer).items():
             typer.echo(f"{name}: {value:,.0f}")
+
+
+def init_command(
+    data: Annotated[
+        list[Path], typer.Argument(help="Data files of one set; isolated atoms may be among them.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Recipe to write.")] = Path(
+        "train.yaml"
+    ),
+    name: Annotated[str | None, typer.Option(help="Name of the potential.")] = None,
+) -> None:
+    """Look at a data set and write a recipe for it, every row explained."""
+    from mlip_md.trainer.init import look_at, paths_for, write_recipe
+    from mlip_md.trainer.recipe import load_recipe
+
+    check_new_file(output, "--output")
+    if output.exists():
+        raise ConfigError(f"{output} exists; choose another name with --output")
+    paths = paths_for(data, output)
+    _say_reading(paths)
+    with _plain_warnings():
+        look = look_at(paths)
+    write_text(output, write_recipe(look, name or data[0].name.split(".")[0]))
+    load_recipe(str(output))
+    typer.echo(f"{output} is for {look.count} structures; go on with")
+    typer.echo(f"  mlip-md check {output}")
+    typer.echo(f"  mlip-md train {output}")
 
 
 def statistics_lines(statistics: Statistics) -> list[str]:
@@ -204,19 +270,19 @@ def prepare_command(
     recipe: Annotated[str, typer.Argument(help="Recipe: a YAML file or a shipped name.")],
     folder: Annotated[Path, typer.Argument(help="New folder; name it as data.path afterwards.")],
     overrides: Overrides = None,
+    strict: Strict = False,
 ) -> None:
     """Read, curate and split the data of a recipe once, into a folder that many runs can use."""
-    from mlip_md.trainer.data import prepare
+    from mlip_md.trainer.data import describe_reading, prepare
     from mlip_md.trainer.recipe import load_recipe
 
     prepared = load_recipe(recipe, overrides or [])[0]
     check_new_folder(folder, "prepare")
     _say_reading(prepared.data.path)
-    with _plain_warnings():
+    with _listing_rejected(folder.parent / REJECTED) as bad, _plain_warnings(strict):
         data = prepare(prepared.data, prepared.network.atomic_energies, folder)
-    for path, report in data.curation.items():
-        typer.echo(f"{path}: {report}")
-    for line in statistics_lines(data.statistics):
+        bad += data.rejected
+    for line in (*describe_reading(data), *statistics_lines(data.statistics)):
         typer.echo(line)
     counts = ", ".join(f"{len(store)} {name}" for name, store in data.parts.items())
     typer.echo(f"{folder}: {counts}; train with --set data.path={folder}")
@@ -240,6 +306,12 @@ def evaluate_command(
     forces_key: Annotated[
         str | None, typer.Option(help="Extended XYZ: name of the forces, likewise.")
     ] = None,
+    stress_key: Annotated[
+        str | None, typer.Option(help="Extended XYZ: name of the stress, likewise.")
+    ] = None,
+    virial_key: Annotated[
+        str | None, typer.Option(help="Extended XYZ: name of the virial, likewise.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Structures per batch.")] = 16,
     output: Annotated[
         Path | None, typer.Option(help="Also write the errors as JSON to this file.")
@@ -247,6 +319,7 @@ def evaluate_command(
 ) -> None:
     """Errors of a potential on a data set, whole and by subset."""
     import mlip_md
+    from mlip_md.trainer.data import LabelKeys
     from mlip_md.trainer.evaluate import evaluate, read_graphs, write_errors
 
     if output is not None:
@@ -258,8 +331,7 @@ def evaluate_command(
             potential,
             split=split,
             on_bad=on_bad,
-            energy_key=energy_key,
-            forces_key=forces_key,
+            keys=LabelKeys(energy_key, forces_key, stress_key, virial_key),
         )
     if left_out:
         typer.echo(f"{left_out} structures of other elements were left out", err=True)
@@ -277,7 +349,8 @@ def error_table(result: Evaluation) -> Table:
     subsets = result.by_subset if len(result.by_subset) > 1 else {}
     for name, errors in {**subsets, "all": result.overall}.items():
         count = str(int(errors.get("structures", len(result.energies))))
-        table.add_row(name, count, *(f"{1000 * errors[column]:.3f}" for column in columns))
+        values = (1000 * errors[column] for column in columns)
+        table.add_row(name, count, *("-" if math.isnan(v) else f"{v:.3f}" for v in values))
     return table
 
 

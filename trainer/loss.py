@@ -11,6 +11,9 @@ L = 1/G Σ_g [ w_E ℓ_E(g) + w_F ℓ_F(g) + w_S ℓ_S(g) ] over the G real stru
   |ΔF_i|, the length of the error of each atom's force (the "l2mae" loss of L. Chanussot et al., ACS
   Catal. 11, 6059 (2021), and of B. Wood et al., arXiv:2506.23971).
 
+Labels that a structure lacks add 0; where structures have weights of their own, each multiplies its
+term of that structure (and the mean is still over G).
+
 The mean per structure comes first, so a small molecule weighs as much as a large one; it is the
 definition with which the published MACE and NequIP organics models were trained.
 The weights are traced values: changing them between epochs recompiles nothing.
@@ -97,6 +100,8 @@ def structure_losses(
             penalty(force_error, force_deltas(batch.forces, loss.delta)), axis=-1
         )
     force_loss = sum_per_graph(force_terms, graph) / atoms
+    if batch.forces_mask is not None:
+        force_loss = jnp.where(jnp.asarray(batch.forces_mask), force_loss, 0.0)
     if batch.stress is None:
         return energy_terms, force_loss, jnp.zeros_like(energy_terms)
     stress_terms = penalty(prediction.stress - batch.stress, loss.delta)
@@ -127,6 +132,9 @@ def batch_loss(
         structure_weights: (n_graphs,) factors ω_g on the structures' losses; None is 1.
     """
     terms = structure_losses(loss, prediction, batch)
+    if batch.weights is not None:
+        own = jnp.asarray(batch.weights)
+        terms = terms[0] * own[:, 0], terms[1] * own[:, 1], terms[2] * own[:, 2]
     total = weights.energy * terms[0] + weights.forces * terms[1] + weights.stress * terms[2]
     if structure_weights is not None:
         total = total * structure_weights

@@ -4,7 +4,8 @@ With ΔE_g = E - E_ref of structure g (eV), N_g its atoms, ΔF_ic one force comp
 
 * energy_mae, energy_rmse: mean |ΔE_g|, √mean ΔE_g² over structures, eV.
 * energy_mae_per_atom, energy_rmse_per_atom: the same of ΔE_g / N_g, eV/atom.
-* forces_mae, forces_rmse: over all components of all atoms of the data set, eV/Å.
+* forces_mae, forces_rmse: over all components of all atoms of the data set, eV/Å; structures
+  without force labels do not count.
 
 Roots are taken last, of sums over the whole data set; how it was batched cannot matter. (The logs
 behind the published cards average such force errors per batch, weighted by its structures, so they
@@ -31,7 +32,10 @@ def error_sums(prediction: Prediction, batch: Batch) -> Sums:
     """Sums of absolute and squared errors over the real structures and atoms of a batch."""
     graph = batch.graph
     graph_mask = jnp.asarray(graph.graph_mask)
-    node_mask = jnp.asarray(graph.node_mask)[:, None]
+    node_mask = jnp.asarray(graph.node_mask)
+    if batch.forces_mask is not None:
+        node_mask = node_mask & jnp.asarray(batch.forces_mask)[graph.node_graph]
+    node_mask = node_mask[:, None]
     atoms = jnp.maximum(sum_per_graph(jnp.ones(graph.n_nodes), graph), 1.0)
     energy = jnp.where(graph_mask, prediction.energy - batch.energy, 0.0)
     forces = jnp.where(node_mask, prediction.forces - batch.forces, 0.0)
@@ -48,12 +52,16 @@ def error_sums(prediction: Prediction, batch: Batch) -> Sums:
     }
 
 
-def structure_sums(energy_error: float, force_errors: np.ndarray) -> dict[str, float]:
-    """The same sums for one structure: its ΔE (eV) and ΔF (n, 3) eV/Å."""
+def structure_sums(
+    energy_error: float, force_errors: np.ndarray, with_forces: bool = True
+) -> dict[str, float]:
+    """The same sums for one structure: its ΔE (eV) and ΔF (n, 3) eV/Å, if forces are labels."""
     n_atoms = len(force_errors)
+    if not with_forces:
+        force_errors = np.zeros((0, 3))
     return {
         "structures": 1,
-        "components": 3 * n_atoms,
+        "components": 3 * len(force_errors),
         "energy_abs": abs(energy_error),
         "energy_sq": energy_error**2,
         "energy_per_atom_abs": abs(energy_error) / n_atoms,
@@ -83,10 +91,13 @@ def mean_errors(total: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def selection_score(values: Mapping[str, float], energy_weight: float) -> float:
+def selection_score(
+    values: Mapping[str, float], energy_weight: float, with_forces: bool = True
+) -> float:
     """The number by which the best model is chosen, eV/Å; it knows no loss weights.
 
     score = forces_rmse + energy_weight · energy_rmse_per_atom, energy_weight in 1/Å. The default
     of 10/Å makes 1 meV/atom as important as 10 meV/Å, about the ratio that good potentials reach.
     """
-    return values["forces_rmse"] + energy_weight * values["energy_rmse_per_atom"]
+    forces = values["forces_rmse"] if with_forces else 0.0
+    return forces + energy_weight * values["energy_rmse_per_atom"]

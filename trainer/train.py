@@ -429,7 +429,9 @@ class Trainer:
             "seconds": round(sums.get("seconds", 0.0), 3),
             "structures_per_second": sums.get("structures", 0.0)
             / (sums.get("seconds") or math.nan),
-            "score": metrics.selection_score(errors, self.recipe.train.select_energy_weight),
+            "score": metrics.selection_score(
+                errors, self.recipe.train.select_energy_weight, self.data.validates_forces
+            ),
             **{f"validation_{name}": value for name, value in errors.items()},
         }
 
@@ -437,6 +439,7 @@ class Trainer:
         progress, epoch = self.progress, self.progress.epoch
         params = averaged_params(self.state, self.recipe.train.ema_decay, self.optimizer)
         errors, score = self._validate(epoch, params)
+        errors = {name: value for name, value in errors.items() if math.isfinite(value)}  # labeled
         stage = str(stage_at(self.recipe.loss, epoch))
         best = progress.best.get(stage)
         if best is None or score < best["score"]:
@@ -529,7 +532,7 @@ class Trainer:
             from mlip_md.trainer.report import write_report
 
             write_report(self.folder, self.eval_step, self.data)
-        if not reached < (nothing := self.data.validation.forces_rms()):
+        if reached >= (nothing := self.data.validation.forces_rms()) > 0:
             raise NotLearnedError(
                 f"the best model's forces are {1e3 * reached:.0f} meV/Å wrong (rmse, validation); "
                 f"forces of zero would be {1e3 * nothing:.0f}. The network learned nothing: look "

@@ -27,16 +27,17 @@ import numpy as np
 
 from mlip_md.constants import ANGSTROM_PER_NM, BOHR, HARTREE, KJ_PER_KCAL, KJ_PER_MOL_PER_EV, SPLITS
 from mlip_md.elements import MAX_ATOMIC_NUMBER
-from mlip_md.errors import DataError
+from mlip_md.errors import ConfigError, DataError
+from mlip_md.trainer.data.isolated import IsolatedAtoms
+from mlip_md.trainer.data.labels import LabelKeys, read_labels
+from mlip_md.trainer.data.rejected import Rejected
 from mlip_md.trainer.data.structures import LabeledStructure, refusing_unreadable
+from mlip_md.trainer.recipe.schema import to_atomic_number
 
 logger = logging.getLogger(__name__)
 
-ENERGY_KEYS = ("REF_energy", "energy", "Energy")
-FORCES_KEYS = ("REF_forces", "forces", "Forces")
-STRESS_KEYS = ("REF_stress", "stress")
-VIRIAL_KEYS = ("REF_virial", "REF_virials", "virial", "virials")
-GROUP_KEYS = ("smiles", "SMILES", "group", "molecule")
+SMILES_KEYS = ("smiles", "SMILES")
+GROUP_KEYS = (*SMILES_KEYS, "group", "molecule")
 
 LENGTH_UNITS = {"bohr": BOHR, "angstrom": 1.0, "nanometer": ANGSTROM_PER_NM}
 ENERGY_UNITS = {
@@ -78,9 +79,11 @@ def iterate(
     *,
     split: str | None = None,
     on_bad: str = "error",
+    keys: LabelKeys | None = None,
     energy_key: str | None = None,
     forces_key: str | None = None,
     seen: dict[int, str] | None = None,
+    rejected: Rejected | None = None,
 ) -> Iterator[LabeledStructure]:
     """Yield the labeled structures of a file one by one, in its order.
 
@@ -92,9 +95,11 @@ def iterate(
         split: only structures that the file itself marks "train", "validation" or "test"; there
             may be none. None reads all, marked or not.
         on_bad: "error", or "skip" to leave out unusable structures (logged and counted).
-        energy_key: extxyz: name of the energy; None tries ``REF_energy``, ``energy``, ``Energy``.
+        keys: extxyz: names of labels; None tries the usual ones.
+        energy_key: extxyz: name of the energy alone, where no ``keys`` are given.
         forces_key: extxyz: name of the forces, likewise.
         seen: remembers structures: given to several calls, duplicates are found across their files.
+        rejected: takes all unusable structures, whatever ``on_bad`` says; None obeys it.
 
     Raises:
         DataError: if the file is not readable, or, naming ``file:key[index]``, on missing labels,
@@ -104,14 +109,19 @@ def iterate(
     _check_choice("on_bad", on_bad, ("error", "skip"))
     if split is not None:
         _check_choice("split", split, SPLITS)
-    source = FORMATS[recognize(path)].iterate(path, split, energy_key, forces_key)
+    source = FORMATS[recognize(path)].iterate(
+        path, split, keys or LabelKeys(energy_key, forces_key)
+    )
     seen = {} if seen is None else seen
     count = skipped = 0
     with contextlib.closing(source):  # an error would keep the file open until it is forgotten
-        for fields in source:
+        for fields in source if rejected is None else _to_the_end(source, rejected):
             try:
                 structure = _structure(fields, seen)
             except DataError as error:
+                if rejected is not None:
+                    rejected.add(error)
+                    continue
                 if on_bad == "error":
                     raise
                 skipped += 1
@@ -121,8 +131,23 @@ def iterate(
             yield structure
     if skipped:
         logger.warning("%s: %d unusable structures were skipped", path, skipped)
-    if count == 0 and split is None:
+    if count == 0 and split is None and rejected is None:
         raise DataError(f"{path}: it holds no usable structure")
+
+
+def _to_the_end(source: Source, rejected: Rejected) -> Iterator[Fields | DataError]:
+    """What a source yields, counted; where it breaks off is a bad record, too."""
+    try:
+        for fields in source:
+            rejected.examined += 1
+            yield fields
+    except DataError as error:
+        rejected.examined += 1
+        rejected.add(error)
+
+
+NAMED_BY_GROUPS = ("spice", "curated")
+"""Formats in which a molecule is known by the name of its group only, if no SMILES is stated."""
 
 
 def recognize(path: str | Path) -> str:
@@ -152,13 +177,47 @@ def read_atomic_energies(path: str | Path) -> dict[int, float] | None:
 
     They are looked for in the attributes ``atomic_energies`` (eV), ``atomic_energies_hartree`` and
     ``atom_reference_energies_hartree`` of an HDF5 file (JSON maps of atomic number to energy), and
-    in the one-atom structures without periodicity of an extended XYZ file.
+    in the neutral structures of one atom without periodicity of other files.
 
     Raises:
         DataError: if the file or the attribute is not readable.
     """
     path = Path(path)
+    kind = recognize(path)
+    stated = FORMATS[kind].read_atomic_energies(path)
+    if stated is not None or kind in NAMED_BY_GROUPS:
+        return stated
+    atoms = IsolatedAtoms()
+    for _ in atoms.part_from((s for s in iterate(path) if s.cell is None), 1.0):
+        pass
+    return {z: energy for z, ((energy, _), *_) in atoms.found.items()} or None
+
+
+def read_stated_energies(path: str | Path) -> dict[int, float] | None:
+    """Energies that a file states beside its structures, as ``read_atomic_energies`` has them."""
+    path = Path(path)
     return FORMATS[recognize(path)].read_atomic_energies(path)
+
+
+def read_energy_file(path: str | Path) -> dict[int, float]:
+    """E0 (eV) by atomic number from a file of their own.
+
+    Args:
+        path: a JSON map, ``{"H": -13.6}``, by symbol or atomic number; or a data file with isolated
+            atoms, see ``read_atomic_energies``.
+
+    Raises:
+        DataError: if it is not readable or has no energies of atoms.
+    """
+    path = Path(path)
+    with refusing_unreadable(path, "no file of atomic energies"):
+        content = path.read_bytes()
+        if content.lstrip().startswith(b"{"):
+            return _parse_energies(content.decode(), 1.0, str(path))
+    energies = read_atomic_energies(path)
+    if energies is None:
+        raise DataError(f'{path}: it holds no isolated atoms; write a JSON map: {{"H": -13.6}}')
+    return energies
 
 
 def formal_charge(smiles: str) -> int:
@@ -186,6 +245,8 @@ def _structure(fields: Fields | DataError, seen: dict[int, str]) -> LabeledStruc
     if isinstance(fields, DataError):
         raise fields
     structure = LabeledStructure(**fields)
+    if len(structure) == 1 and structure.cell is None:
+        return structure  # its place says nothing; ``IsolatedAtoms`` looks at its energy
     content = structure.atomic_numbers.tobytes() + structure.positions.tobytes()
     key = hash(content + (b"" if structure.cell is None else structure.cell.tobytes()))
     if key in seen:
@@ -211,10 +272,10 @@ def _parse_energies(text: str, unit: float, name: str) -> dict[int, float]:
     plain = re.sub(r"array\(([^()]*)\)", r"\1", text)  # files written with repr() of NumPy numbers
     try:
         values = json.loads(plain) if plain.lstrip().startswith('{"') else ast.literal_eval(plain)
-        energies = {int(z): float(energy) * unit for z, energy in values.items()}
+        energies = {to_atomic_number(z): float(energy) * unit for z, energy in values.items()}
     except (
-        ValueError, SyntaxError, AttributeError, TypeError, ArithmeticError, RecursionError,
-        MemoryError,
+        ConfigError, ValueError, SyntaxError, AttributeError, TypeError, ArithmeticError,
+        RecursionError, MemoryError,
     ) as error:  # fmt: skip
         raise DataError(
             f"{name}: not a map of atomic number to energy: {text[:60]!r} ({error})"
@@ -271,7 +332,7 @@ def _iterate_hdf5(
     fields_of: Callable[[_Group, str], Iterator[Fields]],
     path: Path,
     split: str | None,
-    *_: str | None,
+    _: LabelKeys,
 ) -> Source:
     with _open_hdf5(path) as file:
         for key, group in _groups(file, path):
@@ -435,6 +496,7 @@ def _spice_group(group: _Group, key: str) -> Iterator[Fields]:
         "charge": _charge(group, smiles),
         "group": key if smiles is None else _molecule_key(smiles),
         "subset": group.text("subset") or "",
+        "smiles": smiles or "",
     }
     for index, energy in enumerate(energies):
         yield {
@@ -489,6 +551,7 @@ def _curated_group(group: _Group, key: str) -> Iterator[Fields]:
         # conformers of one molecule differ in the last number of the name
         "group": re.sub(r"_\d+$", "", key) if smiles is None else _molecule_key(smiles),
         "subset": key.split("-", 1)[0] if "-" in key else "",
+        "smiles": smiles or "",
         "name": group.name,
     }
 
@@ -496,14 +559,7 @@ def _curated_group(group: _Group, key: str) -> Iterator[Fields]:
 # Extended XYZ
 
 
-def _atomic_energies_extxyz(path: Path) -> dict[int, float] | None:
-    atoms = [s for s in iterate(path) if len(s) == 1 and s.cell is None and s.charge == 0]
-    return {int(s.atomic_numbers[0]): s.energy for s in atoms} or None
-
-
-def _iterate_extxyz(
-    path: Path, split: str | None, energy_key: str | None, forces_key: str | None
-) -> Source:
+def _iterate_extxyz(path: Path, split: str | None, keys: LabelKeys) -> Source:
     for index, text in enumerate(_frames(path)):
         name = f"{path}:[{index}]"
         try:
@@ -515,7 +571,7 @@ def _iterate_extxyz(
         if split is not None and mark != split:
             continue
         try:
-            yield {**_extxyz_fields(atoms, name, energy_key, forces_key), "mark": mark}
+            yield {**_fields_of_atoms(atoms, name, keys), "mark": mark}
         except DataError as error:
             yield error
 
@@ -529,26 +585,7 @@ def _frames(path: Path) -> Iterator[str]:
             yield line + "".join(itertools.islice(stream, int(line) + 1))
 
 
-def _label(atoms: ase.Atoms, keys: tuple[str, ...]) -> Any:
-    results = atoms.calc.results if atoms.calc is not None else {}
-    places = (atoms.info, atoms.arrays, results)
-    return next((place[key] for key in keys for place in places if key in place), None)
-
-
-def _extxyz_fields(
-    atoms: ase.Atoms, name: str, energy_key: str | None, forces_key: str | None
-) -> Fields:
-    energy_keys = (energy_key,) if energy_key else ENERGY_KEYS
-    forces_keys = (forces_key,) if forces_key else FORCES_KEYS
-    energy, forces = _label(atoms, energy_keys), _label(atoms, forces_keys)
-    if forces is None and len(atoms) == 1 and not atoms.pbc.any():
-        forces = np.zeros((1, 3))  # exact: nothing acts on a single atom
-    for what, value, keys in (("energy", energy, energy_keys), ("forces", forces, forces_keys)):
-        if value is None:
-            there = sorted({*atoms.info, *atoms.arrays} - {"numbers", "positions"})
-            raise DataError(
-                f"{name}: no {what} under {' or '.join(keys)}; it has {', '.join(there) or 'none'}"
-            )
+def _fields_of_atoms(atoms: ase.Atoms, name: str, keys: LabelKeys) -> Fields:
     periodic = bool(atoms.pbc.any())
     given = next((key for key in GROUP_KEYS if key in atoms.info), None)
     molecule = None if given is None else _text(atoms.info[given], f"{name}: {given}")
@@ -556,50 +593,33 @@ def _extxyz_fields(
     return {
         "atomic_numbers": atoms.numbers,
         "positions": atoms.positions,
-        "energy": energy,
-        "forces": forces,
-        "stress": _stress(atoms, name),
+        **read_labels(atoms, keys, name),
         "cell": atoms.cell.array if periodic else None,
         "pbc": atoms.pbc,
         "charge": _whole(0 if charge is None else charge, name),
         "group": atoms.get_chemical_formula() if molecule is None else _molecule_key(molecule),
         "subset": str(atoms.info.get("config_type", atoms.info.get("data_id", ""))),
+        "smiles": molecule if molecule is not None and given in SMILES_KEYS else "",
         "name": name,
     }
-
-
-def _stress(atoms: ase.Atoms, name: str) -> np.ndarray | None:
-    """Stress (3, 3) eV/Å³ from a stress label, or from a virial (minus stress times volume)."""
-    stress, factor = _label(atoms, STRESS_KEYS), 1.0
-    if stress is None and atoms.pbc.all():
-        stress, factor = _label(atoms, VIRIAL_KEYS), -1.0 / atoms.cell.volume
-    if stress is None or not atoms.pbc.all():
-        return None
-    with refusing_unreadable(name, "the stress label is no array of numbers"):
-        stress = np.asarray(stress, np.float64)
-    if stress.shape == (6,):  # Voigt order xx yy zz yz xz xy
-        stress = stress[[0, 5, 4, 5, 1, 3, 4, 3, 2]]
-    if stress.size != 9:
-        raise DataError(f"{name}: stress of shape {stress.shape}; it must be (6,), (9,) or (3, 3)")
-    return factor * stress.reshape(3, 3)
 
 
 class Format(NamedTuple):
     """How files of a format are read.
 
     Attributes:
-        iterate: from a path, the split that is wanted, and the keys of energy and forces (each may
-            be None) to the fields of a ``LabeledStructure``, or a DataError for an unusable one.
-        read_atomic_energies: eV by atomic number that a file carries, or None.
+        iterate: from a path, the split that is wanted (or None) and the names of labels to the
+            fields of a ``LabeledStructure``, or a DataError for an unusable one.
+        read_atomic_energies: eV by atomic number that a file states beside its structures, or None.
     """
 
-    iterate: Callable[[Path, str | None, str | None, str | None], Source]
+    iterate: Callable[[Path, str | None, LabelKeys], Source]
     read_atomic_energies: Callable[[Path], dict[int, float] | None]
 
 
 FORMATS = {
     "spice": Format(functools.partial(_iterate_hdf5, _spice_group), _atomic_energies_hdf5),
     "curated": Format(functools.partial(_iterate_hdf5, _curated_group), _atomic_energies_hdf5),
-    "extxyz": Format(_iterate_extxyz, _atomic_energies_extxyz),
+    "extxyz": Format(_iterate_extxyz, lambda _: None),
 }
 """By the word that ``recognize`` gives."""

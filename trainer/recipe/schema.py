@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from mlip_md.elements import ATOMIC_NUMBERS, MAX_ATOMIC_NUMBER, symbol
 from mlip_md.errors import ConfigError
 from mlip_md.networks.config import CUTOFF, NetworkConfig, config_from_dict, config_to_dict
-from mlip_md.networks.config import AtomicEnergies as AtomicEnergies  # data sees recipes only
+from mlip_md.networks.config import ENERGY_WORDS as ENERGY_WORDS  # data sees recipes only
+from mlip_md.networks.config import AtomicEnergies as AtomicEnergies
 
 MAX_SEED = 2**63 - 1
 """Largest seed that JAX takes."""
@@ -156,13 +157,14 @@ class SplitConfig(Section):
 
 
 class CurationConfig(Section):
-    """Filters on the structures; null switches one off.
+    """Filters on the structures; null switches one off. Without this section nothing is filtered.
 
     Attributes:
         elements: symbols; keep only structures of these elements.
         neutral_only: keep only structures of total charge 0.
         one_bond_per_hydrogen: keep only structures whose hydrogens have exactly one bond.
         max_net_force: eV/Å, largest allowed norm of the sum of all forces.
+        max_net_force_per_sqrt_atom: eV/Å, the same divided by √N, as the noise of N forces adds up.
         max_force: eV/Å, largest allowed norm of a force.
     """
 
@@ -170,6 +172,7 @@ class CurationConfig(Section):
     neutral_only: bool = True
     one_bond_per_hydrogen: bool = True
     max_net_force: float | None = Field(default=0.1, gt=0)
+    max_net_force_per_sqrt_atom: float | None = Field(default=None, gt=0)
     max_force: float | None = Field(default=15.0, gt=0)
 
     @field_validator("elements")
@@ -192,7 +195,8 @@ class DataConfig(Section):
         validation: file(s) used for validation instead of a split of ``path``.
         test: file(s) used for the final test instead of a split of ``path``.
         split: into training, validation and test set, where no own files are given.
-        curate: filters; null keeps everything readable.
+        curate: filters; null keeps everything readable. A section, even an empty one, switches on
+            those of the SPICE curation that it does not set otherwise.
         cutoff: Å, radius of the neighborhoods.
         max_n_node: atoms per structure for which batches are sized, on average; null: measured.
         max_n_edge: undirected edges per structure, likewise.
@@ -202,13 +206,16 @@ class DataConfig(Section):
         on_bad: what to do with a structure without usable labels: "skip" leaves it out and logs it.
         energy_key: extxyz: name of the energy; null tries REF_energy, energy, Energy.
         forces_key: extxyz: name of the forces, likewise.
+        stress_key: extxyz: name of the stress; null tries REF_stress, stress.
+        virial_key: extxyz: name of the virial (minus stress times volume), read where there is no
+            stress; null tries REF_virial, virial and their plurals.
     """
 
     path: str | list[str] = ""
     validation: str | list[str] | None = None
     test: str | list[str] | None = None
     split: SplitConfig = SplitConfig()
-    curate: CurationConfig | None = CurationConfig()
+    curate: CurationConfig | None = None
     cutoff: float = Field(default=5.0, ge=CUTOFF.lowest, le=CUTOFF.highest)
     max_n_node: int | None = Field(default=None, ge=1)
     max_n_edge: int | None = Field(default=None, ge=1)
@@ -217,6 +224,8 @@ class DataConfig(Section):
     on_bad: Literal["error", "skip"] = "error"
     energy_key: str | None = None
     forces_key: str | None = None
+    stress_key: str | None = None
+    virial_key: str | None = None
 
 
 class TrainConfig(Section):
@@ -307,8 +316,10 @@ class Recipe(Section):
         description: free text; goes into the model file.
         seed: of the initial weights and of the order of the structures.
         start: potential that the weights are taken from; null draws them at random.
-        model: ``kind`` (mace or nequip) and the hyperparameters of the network; E0 are given by
-            symbol or atomic number, ``atomic_energies: {H: -13.6, 6: -1030.5}`` (eV).
+        model: ``kind`` (mace or nequip) and the hyperparameters of the network. E0 are fitted to
+            the data (``atomic_energies: average``), those of its isolated atoms (``isolated``), 0
+            (``zero``), of a file, or given by symbol or atomic number, ``{H: -13.6, 6: -1030.5}``
+            (eV).
         data: data set, cutoff, batches.
         loss: terms and weights.
         optimizer: learning rates, clipping, accumulation.
