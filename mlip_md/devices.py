@@ -110,13 +110,6 @@ def message_memory(device: jax.Device) -> int | None:
     return int(share * limit) if limit else None
 
 
-def runs_kernels(device: jax.Device) -> bool:
-    """Whether the convolution has kernels for a device: NVIDIA's, from compute capability 8 on."""
-    if device.platform != "gpu" or "rocm" in device.client.platform_version.lower():
-        return False
-    return float(device.compute_capability) >= 8
-
-
 @contextlib.contextmanager
 def precision(dtype: str, platform: str) -> Iterator[None]:
     """Compute in a dtype and with all its bits, whatever the process's setting.

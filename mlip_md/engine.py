@@ -33,7 +33,6 @@ from mlip_md.devices import (
     message_memory,
     naming_out_of_memory,
     precision,
-    runs_kernels,
 )
 from mlip_md.elements import symbol
 from mlip_md.errors import ConfigError, MLIPError, NonFiniteError
@@ -48,6 +47,7 @@ from mlip_md.neighbors import (
     find_edges,
     has_volume,
 )
+from mlip_md.networks.gpu_convolution import runs_kernels
 from mlip_md.networks.layers import bounding_turns
 from mlip_md.networks.native_convolution import find_native
 from mlip_md.networks.tabulate import tabulate_radial

@@ -22,6 +22,9 @@ from mlip_md.networks.convolution import Names, Pairs, Plan
 from mlip_md.networks.gpu_kernels import derivatives, sum_rows
 from mlip_md.networks.gpu_programs import Task
 
+CAPABILITY = 8
+"""Compute capability from which on Triton makes programs for a card (Ampere)."""
+
 
 def gradient(*operands: Any, interpret: bool = False, **params: Any) -> list[jax.Array]:
     """``convolution.gradient_p`` by kernels; ``interpret`` runs them on any device, slowly."""
@@ -67,6 +70,23 @@ def _by_table(
     return convolution.in_order(found, wrt)
 
 
+def runs_kernels(device: jax.Device) -> bool:
+    """Whether there are kernels for a device: NVIDIA's, from ``CAPABILITY`` on."""
+    if device.platform != "gpu" or "rocm" in device.client.platform_version.lower():
+        return False
+    return float(device.compute_capability) >= CAPABILITY
+
+
+def _refusing_card() -> str:
+    """Why the cards of this process have no kernels; nothing if they have, or if there are none."""
+    try:
+        cards = jax.local_devices(backend="cuda")
+    except RuntimeError:
+        return ""
+    old = [card for card in cards if not runs_kernels(card)]
+    return f"{old[0].device_kind} is older than compute capability {CAPABILITY}" if old else ""
+
+
 @functools.cache
 def _say_refused(reason: str) -> None:
     warnings.warn(
@@ -86,10 +106,13 @@ def _lowering(
     def lower(context: Any, *operands: Any, **params: Any) -> Any:
         sizes = [math.prod(aval.shape) for aval in context.avals_in]
         if context.avals_out[0].dtype == jnp.float32 and min(sizes) > 0:
+            reason = _refusing_card()
             try:
-                return by_kernels(context, *operands, **params)
-            except Exception as error:  # whatever this version's Pallas or this card's age raises
-                _say_refused(f"Pallas cannot make them ({type(error).__name__}: {error})"[:300])
+                if not reason:
+                    return by_kernels(context, *operands, **params)
+            except Exception as error:  # whatever this version's Pallas raises
+                reason = f"Pallas cannot make them ({type(error).__name__}: {error})"[:300]
+            _say_refused(reason)
         return by_definition(context, *operands, **params)
 
     return lower

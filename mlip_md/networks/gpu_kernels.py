@@ -132,13 +132,8 @@ def _find_starts(ordered: jax.Array, number: int, interpret: bool) -> jax.Array:
         low, _ = jax.lax.fori_loop(0, size.bit_length(), halve, ends)
         triton.store(starts.at[pl.ds(place, lanes)], low, mask=bounds < number)
 
-    found: jax.Array = pl.pallas_call(
-        mlip_md_find_starts,
-        out_shape=jax.ShapeDtypeStruct((number,), jnp.int32),
-        grid=(-(-number // lanes),),
-        interpret=interpret,
-        compiler_params=None if interpret else triton.CompilerParams(num_warps=4, num_stages=1),
-    )(ordered)
+    grid, result = (-(-number // lanes),), jax.ShapeDtypeStruct((number,), jnp.int32)
+    found: jax.Array = _pallas_call(mlip_md_find_starts, grid, result, lanes, interpret)(ordered)
     return found
 
 
@@ -306,7 +301,6 @@ def _launch(
 ) -> list[jax.Array]:
     """Run a body for every node, unit and block of channels, and ``clear`` by others behind."""
     from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton
 
     channels, blocks = _channel_blocks(units)
     n_nodes = len(edges.starts) - 1
@@ -319,18 +313,26 @@ def _launch(
             if clear is not None:
                 pl.when(here & ~of_node)(functools.partial(clear, program, unit, outputs))
 
-    kernel.__name__ = (
-        f"mlip_md_{body.__qualname__.partition('.')[0].strip('_')}"  # seen in profiles
-    )
-    params = triton.CompilerParams(num_warps=channels // 32, num_stages=1)
-    call = pl.pallas_call(
-        kernel,
-        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
-        grid=(n_nodes + (CLEARING if clear is not None else 0), len(units), blocks),
-        interpret=task.interpret,
-        compiler_params=None if task.interpret else params,
-    )
+    name = body.__qualname__.partition(".")[0].strip("_")
+    kernel.__name__ = f"mlip_md_{name}"  # by which profiles and plans know it
+    grid = n_nodes + (CLEARING if clear is not None else 0), len(units), blocks
+    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    call = _pallas_call(kernel, grid, results, channels, task.interpret)
     return list(call(_inputs(task, edges, factors, needed)))
+
+
+def _pallas_call(
+    kernel: Callable[..., None], grid: tuple[int, ...], results: Any, threads: int, interpret: bool
+) -> Callable[..., Any]:
+    """A kernel as a function of arrays."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    params = None if interpret else triton.CompilerParams(num_warps=threads // 32, num_stages=1)
+    call: Callable[..., Any] = pl.pallas_call(
+        kernel, out_shape=results, grid=grid, interpret=interpret, compiler_params=params
+    )
+    return call
 
 
 def _inputs(
@@ -375,11 +377,8 @@ def sum_rows(
         total = jax.lax.fori_loop(0, turns, add, jnp.zeros(lanes, jnp.float32))
         triton.store(sums.at[row, pl.ds(first, lanes)], total, mask=lane < width)
 
-    found = pl.pallas_call(
-        mlip_md_sum_rows,
-        out_shape=jax.ShapeDtypeStruct((number, width), jnp.float32),
-        grid=(number, -(-width // lanes)),
-        interpret=interpret,
-        compiler_params=None if interpret else triton.CompilerParams(num_warps=4, num_stages=1),
-    )(values.reshape(-1, width), *_sort(index, number, interpret))
+    grid = number, -(-width // lanes)
+    result = jax.ShapeDtypeStruct((number, width), jnp.float32)
+    call = _pallas_call(mlip_md_sum_rows, grid, result, CHANNELS[1], interpret)
+    found: jax.Array = call(values.reshape(-1, width), *_sort(index, number, interpret))
     return found.reshape(number, *shape)

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -195,16 +196,32 @@ def test_kernels_are_chosen_by_platform_and_precision():
         assert KERNEL not in exported(jnp.float64)
 
 
-def test_where_pallas_refuses_the_definition_is_compiled_and_it_is_said_once(monkeypatch):
-    def refuse(*_args, **_params):
-        raise NotImplementedError("no such card")
+def refuse(*_args, **_params):
+    raise NotImplementedError("nothing for you")
 
-    monkeypatch.setattr(gpu_convolution, "derivatives", refuse)
+
+OLD = SimpleNamespace(
+    platform="gpu",
+    client=SimpleNamespace(platform_version="cuda"),
+    compute_capability="7.5",
+    device_kind="An old card",
+)
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "instead", "reason"),
+    [
+        (gpu_convolution, "derivatives", refuse, "nothing for you"),
+        (jax, "local_devices", lambda *_args, **_params: [OLD], "An old card is older"),
+    ],
+)
+def test_where_there_are_no_kernels_it_is_said_once(monkeypatch, where, name, instead, reason):
+    monkeypatch.setattr(where, name, instead)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         assert KERNEL not in exported(jnp.float32)
         exported(jnp.float32)
-    assert [str(w.message) for w in said if "no such card" in str(w.message)].__len__() == 1
+    assert len([w for w in said if reason in str(w.message)]) == 1
 
 
 def test_importing_networks_does_not_import_pallas():

@@ -12,11 +12,12 @@ from jax import export
 from small_models import random_mace
 from training_cases import small_recipe
 
-from mlip_md.devices import SHARE_VARIABLE, message_memory, runs_kernels
+from mlip_md.devices import SHARE_VARIABLE, message_memory
 from mlip_md.engine import Engine
 from mlip_md.errors import ConfigError
 from mlip_md.graph import Graph
 from mlip_md.networks import messages
+from mlip_md.networks.gpu_convolution import runs_kernels
 from mlip_md.networks.layers import bounding_turns
 from mlip_md.networks.tabulate import tabulate_radial
 from mlip_md.trainer.data.batching import Batch
