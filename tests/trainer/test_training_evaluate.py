@@ -293,7 +293,7 @@ def test_folders_where_files_belong_are_named(prepared):
     cases = (
         ({"path": [str(file), str(folder)]}, f"{folder} is a folder of prepared data; it can only"),
         ({"path": str(file), "test": str(folder)}, f"{folder} is a folder of prepared data"),
-        ({"path": str(file.parent)}, f"{file.parent} is a folder; name the files in it"),
+        ({"path": str(folder / "graphs" / "none")}, "there is no data file .*none"),
     )
     for changes, message in cases:
         with pytest.raises(DataError, match=message):
