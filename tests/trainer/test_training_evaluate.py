@@ -347,7 +347,8 @@ def test_exit_codes_of_the_train_command(status, code, tmp_path, monkeypatch):
             assert (resume, seconds) == ("allow-changes", 3600 * 23 + 60 * 30)
             return Outcome(status, self.folder, 3, {})
 
-    def load(recipe):
+    def load(recipe, keep):
+        assert keep == tmp_path / "prepared"
         logging.getLogger("mlip_md.trainer.data.readers").warning("skipped: %s", "x.xyz:[3]")
         energies = np.array([-13.6, -2043.9])
         statistics = Statistics(
