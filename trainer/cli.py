@@ -36,6 +36,9 @@ Overrides = Annotated[
 REJECTED = "rejected.csv"
 """Where bad records are listed: in a run's folder, beside a prepared one, or here."""
 
+PREPARED = "prepared"
+"""Folder in a run's folder for the data of files, so that they are read once; may be deleted."""
+
 Strict = Annotated[
     bool, typer.Option("--strict", help="Stop (exit code 3) if the data are warned of.")
 ]
@@ -137,8 +140,10 @@ def train_command(
     check_new_folder(folder, "--run")
     _say_reading(checked.data.path)
     with _listing_rejected(folder / REJECTED) as bad, _plain_warnings(strict):
-        data = load_data(checked)
+        # in memory, where nothing is to be written
+        data = load_data(checked) if dry_run else load_data(checked, folder / PREPARED)
         bad += data.rejected
+    _say_kept(folder / PREPARED)
     for line in (*data.notes, *statistics_lines(data.statistics)):
         typer.echo(line)
     typer.echo("compiling the network")
@@ -155,6 +160,13 @@ def train_command(
         )
         status = trainer.run(resume, seconds - (time.monotonic() - STARTED)).status
     raise typer.Exit({"done": 0, "keyboard": EXIT_KEYBOARD}.get(status, EXIT_SAVED))
+
+
+def _say_kept(folder: Path) -> None:
+    """How large the data are that a run keeps prepared, if any."""
+    if folder.is_dir():
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        typer.echo(f"prepared data: {size / 1e6:.3g} MB in {folder}, for the next start")
 
 
 def _say_reading(paths: str | list[str]) -> None:

@@ -293,7 +293,7 @@ def test_folders_where_files_belong_are_named(prepared):
     cases = (
         ({"path": [str(file), str(folder)]}, f"{folder} is a folder of prepared data; it can only"),
         ({"path": str(file), "test": str(folder)}, f"{folder} is a folder of prepared data"),
-        ({"path": str(file.parent)}, f"{file.parent} is a folder; name the files in it"),
+        ({"path": str(folder / "graphs" / "none")}, "there is no data file .*none"),
     )
     for changes, message in cases:
         with pytest.raises(DataError, match=message):
@@ -344,17 +344,20 @@ def test_exit_codes_of_the_train_command(status, code, tmp_path, monkeypatch):
             self.folder = folder
 
         def run(self, resume, seconds):
-            assert (resume, seconds) == ("allow-changes", 3600 * 23 + 60 * 30)
+            assert resume == "allow-changes"
+            assert 0 < 3600 * 23 + 60 * 30 - seconds < 7200  # since the process began
             return Outcome(status, self.folder, 3, {})
 
-    def load(recipe):
+    def load(recipe, keep):
+        assert keep == tmp_path / "prepared"
         logging.getLogger("mlip_md.trainer.data.readers").warning("skipped: %s", "x.xyz:[3]")
         energies = np.array([-13.6, -2043.9])
         statistics = Statistics(
             (1, 8), energies, "given", ("1 E0(H) - 2 E0(O)",), 9.5, 1.0, 0.5, 7, 20, 190
         )
         warn_of_open_energies(statistics)
-        return SimpleNamespace(notes=("a.h5: kept 7 of 9 structures",), statistics=statistics)
+        notes = ("a.h5: kept 7 of 9 structures",)
+        return SimpleNamespace(notes=notes, statistics=statistics, rejected=())
 
     monkeypatch.setattr("mlip_md.trainer.train.Trainer", Instant)
     monkeypatch.setattr("mlip_md.trainer.data.load_data", load)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from mlip_md.trainer.data.filters import CurationReport
 from mlip_md.trainer.data.identity import merge_groups
 from mlip_md.trainer.data.isolated import IsolatedAtoms
 from mlip_md.trainer.data.judgement import Finding, describe_findings, judge
-from mlip_md.trainer.data.sources import Reading, list_paths
+from mlip_md.trainer.data.sources import Reading, is_prepared, list_paths
 from mlip_md.trainer.data.split import find_overlap, split_groups
 from mlip_md.trainer.data.statistics import (
     FITTED,
@@ -46,6 +47,8 @@ from mlip_md.trainer.recipe.schema import AtomicEnergies, DataConfig
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
+
+OF_FILES = ("path", "validation", "test")
 
 OF_BATCHES = {"path", "max_n_node", "max_n_edge", "batch_size", "on_oversize"}
 """Rows of ``DataConfig`` that every run chooses for itself, also with prepared data."""
@@ -217,6 +220,60 @@ def open_prepared_for(config: DataConfig, atomic_energies: AtomicEnergies) -> Pr
     return data
 
 
+def prepare_once(config: DataConfig, atomic_energies: AtomicEnergies, folder: Path) -> PreparedData:
+    """Prepared data that are kept in a folder and, the next time, taken from it.
+
+    Where the folder was made with other rows, of other files or of other content, or is damaged,
+    the files are read again and it is replaced.
+
+    Args:
+        config: files, filters, split, cutoff (Å).
+        atomic_energies: as ``compute_statistics`` takes them.
+        folder: made if needed.
+
+    Raises:
+        ConfigError: as ``prepare``.
+        DataError: as ``prepare``.
+        OutputError: as ``prepare``.
+    """
+    if is_prepared(folder):
+        reason = _find_reason(folder, config)
+        if not reason:
+            kept = config.model_copy(update={"path": str(folder)})
+            return open_prepared_for(kept, atomic_energies)
+        logger.info("%s is made anew: %s", folder, reason)
+    fresh = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    data = prepare(config, atomic_energies, fresh)
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
+    return data
+
+
+def _find_reason(folder: Path, config: DataConfig) -> str:
+    """Why a folder is not what a recipe asks for; empty if it is."""
+    try:
+        before = open_prepared(folder).config
+        index = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
+    except DataError as error:
+        return str(error)
+    for name in OF_FILES:
+        if list_paths(getattr(config, name)) != list_paths(getattr(before, name)):
+            return f"data.{name} is another"
+    for path, state in index["files"].items():
+        if Path(path).exists() and list(_state(path)) != state:
+            return f"{path} has changed"
+    return ", ".join(_find_changes(before, config))
+
+
+def _state(path: str) -> tuple[int, int]:
+    """Size and time of change of a file, or of the files in a folder."""
+    place = Path(path)
+    files = sorted(place.rglob("*")) if place.is_dir() else [place]
+    states = [file.stat() for file in files if file.is_file()]
+    return sum(s.st_size for s in states), max((s.st_mtime_ns for s in states), default=0)
+
+
 def _find_changes(prepared: DataConfig, given: DataConfig) -> dict[str, tuple[Any, Any]]:
     """Rows that a folder was prepared with and that a recipe has otherwise."""
     trees: list[dict[str, Any]] = []
@@ -298,6 +355,7 @@ def _write(folder: Path, data: PreparedData, store: GraphStore) -> None:
         "curation": {path: dataclasses.asdict(r) for path, r in data.curation.items()},
         "isolated": data.isolated.to_dict(),
         "overlap": list(data.overlap),
+        "files": {path: _state(path) for path in data.curation},
         "findings": [dataclasses.asdict(finding) for finding in data.findings],
     }
     write_text(folder / "prepared.json", json.dumps(index, indent=1))

@@ -7,6 +7,7 @@ an error that names file, key and index; nothing is ever filled in.
 from __future__ import annotations
 
 import ast
+import bz2
 import contextlib
 import functools
 import gzip
@@ -14,12 +15,14 @@ import io
 import itertools
 import json
 import logging
+import lzma
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO, cast
 
 import ase
+import ase.db
 import ase.io
 import ase.units
 import h5py
@@ -28,10 +31,16 @@ import numpy as np
 from mlip_md.constants import ANGSTROM_PER_NM, BOHR, HARTREE, KJ_PER_KCAL, KJ_PER_MOL_PER_EV, SPLITS
 from mlip_md.elements import MAX_ATOMIC_NUMBER
 from mlip_md.errors import ConfigError, DataError
+from mlip_md.trainer.data.arrays import is_deepmd, iterate_deepmd, iterate_npz
 from mlip_md.trainer.data.isolated import IsolatedAtoms
 from mlip_md.trainer.data.labels import LabelKeys, read_labels
 from mlip_md.trainer.data.rejected import Rejected
-from mlip_md.trainer.data.structures import LabeledStructure, refusing_unreadable
+from mlip_md.trainer.data.structures import (
+    Fields,
+    LabeledStructure,
+    Source,
+    refusing_unreadable,
+)
 from mlip_md.trainer.recipe.schema import to_atomic_number
 
 logger = logging.getLogger(__name__)
@@ -65,9 +74,6 @@ ATOMIC_ENERGY_ATTRIBUTES = {
 }
 """Root attributes of an HDF5 file with energies of isolated atoms, and their units in eV."""
 
-Fields = dict[str, Any]
-Source = Generator[Fields | DataError, None, None]
-
 
 def read(path: str | Path, **options: Any) -> list[LabeledStructure]:
     """All structures of a file at once; options and errors as for ``iterate``."""
@@ -89,9 +95,9 @@ def iterate(
 
     Args:
         path: SPICE HDF5 (one group per molecule, bohr and hartree), curated HDF5 (one group per
-            structure, Å and eV) or extended XYZ (Å and eV), the latter also gzipped. The
-            ``units`` attributes of HDF5 data sets are followed where there are any; the unit of
-            an attribute such as ``energy`` may stand beside it, as ``energy_units``.
+            structure, Å and eV), extended XYZ (Å and eV), also packed, or another of ``FORMATS``.
+            The ``units`` attributes of HDF5 data sets are followed where there are any; the unit
+            of an attribute such as ``energy`` may stand beside it, as ``energy_units``.
         split: only structures that the file itself marks "train", "validation" or "test"; there
             may be none. None reads all, marked or not.
         on_bad: "error", or "skip" to leave out unusable structures (logged and counted).
@@ -146,29 +152,67 @@ def _to_the_end(source: Source, rejected: Rejected) -> Iterator[Fields | DataErr
         rejected.add(error)
 
 
+MAGIC = ((0, b"SQLite format 3", "db"), (0, b"- of Ulm", "traj"), (0, b"PK\x03\x04", "npz"))
+"""Place and bytes by which binary files are known."""
+FOREIGN = (
+    (16, b"\xde\xc0\xef\xbe", "an LMDB database, as fairchem writes them; read it there with ASE "
+     "(fairchem's or ase-db-backends' reader) and write an ASE database or extended XYZ"),
+    (0, b"\x93NUMPY", "a single array of NumPy; a data set is an npz file or a DeePMD folder"),
+    *((0, bytes((0x80, protocol)), "a pickle of Python; reading one runs what is in it, so write "
+       "extended XYZ with the program that made it") for protocol in range(2, 6)),
+)  # fmt: skip
+"""Place and bytes of files that are not read, and what to do."""
+KNOWN = (
+    "extended XYZ, SPICE and curated HDF5, ASE databases and trajectories, npz (rMD17, 3BPA), "
+    "folders of DeePMD-kit, OUTCAR and vasprun.xml of VASP"
+)
+
 NAMED_BY_GROUPS = ("spice", "curated")
 """Formats in which a molecule is known by the name of its group only, if no SMILES is stated."""
 
 
 def recognize(path: str | Path) -> str:
-    """Format of a data file by its content: "spice", "curated" or "extxyz" (see ``FORMATS``).
+    """Format of a data file, or of a folder of DeePMD-kit, by its content (see ``FORMATS``).
 
     Raises:
-        DataError: if there is no such file, or its content is none of the three.
+        DataError: if there is no such file, or its content is of no known format; it says what it
+            is, where that can be told.
     """
     path = Path(path)
+    if path.is_dir() and is_deepmd(path):
+        return "deepmd"
     if not path.is_file():
         raise DataError(f"{path}: there is no such file")
     if h5py.is_hdf5(path):
         with _open_hdf5(path) as file:
             return _recognize_hdf5(file, path)
+    with refusing_unreadable(path), open(path, "rb") as binary:
+        start = binary.read(64)
+    for place, magic, kind in MAGIC:
+        if start[place:].startswith(magic):
+            return kind
+    for place, magic, words in FOREIGN:
+        if start[place:].startswith(magic):
+            raise DataError(f"{path}: {words}")
+    if not start.strip():
+        raise DataError(f"{path}: the file is empty")
     with refusing_unreadable(path, "neither HDF5 nor text"), _open_text(path) as stream:
-        first = stream.readline().strip()
-    if first.isdecimal():
-        return "extxyz"
+        first = next(filter(None, map(str.strip, stream)), "")
+        return "extxyz" if first.isdecimal() else _recognize_text(first, stream, path)
+
+
+def _recognize_text(first: str, stream: TextIO, path: Path) -> str:
+    """Format by the first line that is not empty, and some that follow."""
+    lines = [first, *itertools.islice(stream, 60)]
+    if first.startswith("<?xml") and any("<modeling" in line for line in lines):
+        return "vasprun"
+    if first.startswith("vasp."):
+        return "outcar"
+    if first.startswith("{") and any('"ids"' in line or '"1": {' in line for line in lines):
+        return "db"
     raise DataError(
         f"{path}: not a known format; its first line {first[:40]!r} is no number of atoms "
-        "(extended XYZ), and it is not an HDF5 file"
+        f"(extended XYZ). Known are {KNOWN}; ase.io.write(..., format='extxyz') writes the first"
     )
 
 
@@ -232,8 +276,16 @@ def formal_charge(smiles: str) -> int:
 
 
 def _open_text(path: Path) -> TextIO:
-    opener = gzip.open if path.suffix == ".gz" else open
-    return cast(TextIO, opener(path, "rt", encoding="utf-8"))
+    """A text file, also packed (whatever its name) and with a byte order mark."""
+    with open(path, "rb") as file:
+        start = file.read(6)
+    openers: dict[bytes, Callable[..., Any]] = {
+        b"\x1f\x8b": gzip.open,
+        b"BZh": bz2.open,
+        b"\xfd7zXZ\x00": lzma.open,
+    }
+    opener = next((opener for magic, opener in openers.items() if start.startswith(magic)), open)
+    return cast(TextIO, opener(path, "rt", encoding="utf-8-sig"))
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -556,6 +608,60 @@ def _curated_group(group: _Group, key: str) -> Iterator[Fields]:
     }
 
 
+# Files of ASE and VASP
+
+
+def _iterate_atoms(kind: str, path: Path, split: str | None, keys: LabelKeys) -> Source:
+    """Frames that ASE reads; what is wrong with a file has no error class of its own there."""
+    frames = enumerate(READ_BY_ASE[kind](path))
+    while True:
+        try:
+            index, atoms = next(frames)
+        except StopIteration:
+            return
+        except Exception as error:
+            yield DataError(f"{path}: not readable as {kind} by ASE ({error})")
+            return
+        yield from _of_atoms(atoms, f"{path}:[{index}]", split, keys)
+
+
+def _of_atoms(atoms: ase.Atoms, name: str, split: str | None, keys: LabelKeys) -> Source:
+    """The frame, if it is of the wanted part."""
+    mark = _mark(atoms.info.get("split"), split, name)
+    if split is not None and mark != split:
+        return
+    try:
+        yield {**_fields_of_atoms(atoms, name, keys), "mark": mark}
+    except DataError as error:
+        yield error
+
+
+def _read_database(path: Path) -> Iterator[ase.Atoms]:
+    with open(path, "rb") as file:
+        kind = "db" if file.read(6) == b"SQLite" else "json"
+    with ase.db.connect(path, type=kind) as database:
+        for row in database.select():
+            atoms = row.toatoms()
+            atoms.info.update(row.key_value_pairs)
+            yield atoms
+
+
+def _read_vasp(path: Path, kind: str) -> Iterator[ase.Atoms]:
+    """Ionic steps of a run of VASP, each with the free energy, whose slope its forces are."""
+    for atoms in ase.io.iread(path, index=":", format=kind):
+        results = atoms.calc.results
+        results["energy"] = results.get("free_energy", results.get("energy"))
+        yield atoms
+
+
+READ_BY_ASE: Mapping[str, Callable[[Path], Iterator[ase.Atoms]]] = {
+    "traj": lambda path: ase.io.iread(path, index=":", format="traj"),
+    "db": _read_database,
+    "outcar": lambda path: _read_vasp(path, "vasp-out"),
+    "vasprun": lambda path: _read_vasp(path, "vasp-xml"),
+}
+
+
 # Extended XYZ
 
 
@@ -567,13 +673,7 @@ def _iterate_extxyz(path: Path, split: str | None, keys: LabelKeys) -> Source:
         except Exception as error:  # the parser has no error class of its own
             yield DataError(f"{name}: not readable as extended XYZ ({error})")
             continue
-        mark = _mark(atoms.info.get("split"), split, name)
-        if split is not None and mark != split:
-            continue
-        try:
-            yield {**_fields_of_atoms(atoms, name, keys), "mark": mark}
-        except DataError as error:
-            yield error
+        yield from _of_atoms(atoms, name, split, keys)
 
 
 def _frames(path: Path) -> Iterator[str]:
@@ -621,5 +721,8 @@ FORMATS = {
     "spice": Format(functools.partial(_iterate_hdf5, _spice_group), _atomic_energies_hdf5),
     "curated": Format(functools.partial(_iterate_hdf5, _curated_group), _atomic_energies_hdf5),
     "extxyz": Format(_iterate_extxyz, lambda _: None),
+    "npz": Format(iterate_npz, lambda _: None),
+    "deepmd": Format(iterate_deepmd, lambda _: None),
+    **{k: Format(functools.partial(_iterate_atoms, k), lambda _: None) for k in READ_BY_ASE},
 }
 """By the word that ``recognize`` gives."""

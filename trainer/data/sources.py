@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 from mlip_md.constants import SPLITS
 from mlip_md.errors import ConfigError, DataError
+from mlip_md.trainer.data.arrays import find_deepmd
 from mlip_md.trainer.data.filters import CurationReport, apply_filters, make_filters
 from mlip_md.trainer.data.identity import identify_geometry, identify_smiles
 from mlip_md.trainer.data.isolated import IsolatedAtoms
@@ -29,12 +31,41 @@ def is_prepared(folder: str | Path) -> bool:
     return (Path(folder) / "prepared.json").is_file()
 
 
+def find_files(path: str) -> list[str]:
+    """The data files that a path stands for.
+
+    Args:
+        path: of a file, of a folder of DeePMD-kit or one that holds several, of a folder of files,
+            or a pattern such as ``runs/*/OUTCAR``.
+
+    Returns:
+        Paths in alphabetical order.
+
+    Raises:
+        DataError: if there is none.
+    """
+    place = Path(path)
+    if place.is_file():
+        return [path]
+    if place.is_dir():
+        systems = find_deepmd(place)
+        files = systems or sorted(f for f in place.iterdir() if f.is_file() and f.name[0] != ".")
+        if not files:
+            raise DataError(f"{path} is a folder without data files")
+        return [str(file) for file in files]
+    matches = sorted(glob.glob(path, recursive=True))
+    if not matches:
+        raise DataError(f"there is no data file {path}")
+    return [file for match in matches for file in find_files(match)]
+
+
 class Reading:
     """Structures of all files, one after the other; notes the part of each that was kept."""
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
-        self.files = [list_paths(p) for p in (config.path, config.validation, config.test)]
+        given = (config.path, config.validation, config.test)
+        self.given = [list_paths(paths) for paths in given]
         self.part: list[int] = []  # of each kept structure; -1: to be split
         self.reports: dict[str, CurationReport] = {}
         self.isolated, self.sample = IsolatedAtoms(), Sample()
@@ -42,19 +73,16 @@ class Reading:
         self.dropped: set[int] = set()  # of ``part``, what turned out to be impossible
         self.molecules: dict[str, str] = {}  # key of the molecule by name of the group
         self._check_files()
+        self.files = [[f for path in paths for f in find_files(path)] for paths in self.given]
 
     def _check_files(self) -> None:
         if not self.config.path:
             raise ConfigError("no data set is given; name its file: --set data.path=FILE")
-        for path in itertools.chain(*self.files):
+        for path in itertools.chain(*self.given):
             if is_prepared(path):
                 raise DataError(
                     f"{path} is a folder of prepared data; it can only stand alone, as data.path"
                 )
-            if Path(path).is_dir():
-                raise DataError(f"{path} is a folder; name the files in it")
-            if not Path(path).is_file():
-                raise DataError(f"there is no data file {path}")
 
     def structures(self) -> Iterator[LabeledStructure]:
         """What passes the filters, file by file."""

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import lzma
+import zipfile
 import zlib
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Generator, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mlip_md.elements import MAX_ATOMIC_NUMBER
 from mlip_md.errors import CapacityError, DataError, StructureError
 from mlip_md.neighbors import check_cell, check_positions, neighbor_list
+
+Fields = dict[str, Any]
+"""What a ``LabeledStructure`` is made of."""
 
 
 @contextlib.contextmanager
@@ -26,7 +31,8 @@ def refusing_unreadable(name: object, what: str = "damaged or not readable") -> 
     except DataError:
         raise
     except (
-        OSError, EOFError, zlib.error, MemoryError, RuntimeError, LookupError, TypeError, ValueError
+        OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, MemoryError,
+        RuntimeError, LookupError, TypeError, ValueError,
     ) as error:  # fmt: skip
         raise DataError(f"{name}: {what} ({error})") from error
 
@@ -59,6 +65,10 @@ class Edges(NamedTuple):
     receivers: np.ndarray
     shifts: np.ndarray
     lengths: np.ndarray
+
+
+Source = Generator[Fields | DataError, None, None]
+"""The structures of a file, or what is wrong with them."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from mlip_md.trainer.data.prepared import (
     PreparedData,
     open_prepared_for,
     prepare,
+    prepare_once,
 )
 from mlip_md.trainer.data.sources import is_prepared
 from mlip_md.trainer.data.statistics import Statistics
@@ -133,11 +135,13 @@ class TrainingData:
         )
 
 
-def load_data(recipe: Recipe) -> TrainingData:
+def load_data(recipe: Recipe, keep: Path | None = None) -> TrainingData:
     """Read, curate and split the data set of a recipe, or open the folder that holds it prepared.
 
     Args:
         recipe: its ``data`` and ``model.atomic_energies`` count.
+        keep: folder in which files are kept prepared, and from which they are taken the next time;
+            None keeps them in memory.
 
     Returns:
         The data of the run.
@@ -150,6 +154,8 @@ def load_data(recipe: Recipe) -> TrainingData:
     config, energies = recipe.data, recipe.network.atomic_energies
     if isinstance(config.path, str) and is_prepared(config.path):
         data = open_prepared_for(config, energies)
+    elif keep is not None:
+        data = prepare_once(config, energies, keep)
     else:
         data = prepare(config, energies)
     if "validation" not in data.parts:
