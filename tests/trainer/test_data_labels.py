@@ -84,6 +84,16 @@ def test_families_are_never_mixed(labels, tmp_path):
     assert frame.forces[0, 0] == labels[names[1]][0, 0]
 
 
+def test_forces_of_another_family_are_no_labels(tmp_path):
+    path = write(tmp_path / "a.xyz", REF_energy=-2.0, forces=forces(9.9))
+    said = ""
+    try:
+        read(path)
+    except DataError as error:
+        said = str(error)
+    assert "forces only under forces" in said
+
+
 def test_what_looks_like_a_label_and_is_not_used_is_told(tmp_path):
     path = write(tmp_path / "a.xyz", energy=-1.0, forces=forces(1.0), dft_energy=-3.0,
                  total_virial="1 2", config_weight=1.0)  # fmt: skip

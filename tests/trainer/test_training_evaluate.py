@@ -355,7 +355,8 @@ def test_exit_codes_of_the_train_command(status, code, tmp_path, monkeypatch):
             (1, 8), energies, "given", ("1 E0(H) - 2 E0(O)",), 9.5, 1.0, 0.5, 7, 20, 190
         )
         warn_of_open_energies(statistics)
-        return SimpleNamespace(notes=("a.h5: kept 7 of 9 structures",), statistics=statistics)
+        notes = ("a.h5: kept 7 of 9 structures",)
+        return SimpleNamespace(notes=notes, statistics=statistics, rejected=())
 
     monkeypatch.setattr("mlip_md.trainer.train.Trainer", Instant)
     monkeypatch.setattr("mlip_md.trainer.data.load_data", load)
