@@ -102,19 +102,27 @@ FAST = {
     ),
     "REF_energy with the forces of another method": Mistake(
         "trainer/data/labels.py", "if free or _of_reference(k) == same", "if True",
-        ("test_data_labels.py::test_families_are_never_mixed[labels0]",),
+        ("test_data_labels.py::test_forces_of_another_family_are_no_labels",),
     ),
     "parts of what comes after a bad record": Mistake(
         "trainer/data/prepared.py", "np.delete(np.array(reading.part), sorted(reading.dropped))",
         "np.array(reading.part)[: len(store)]",
         ("test_data_rejected.py::test_marks_belong_to_their_structures_beside_bad_ones",),
     ),
+    "old content of a file that has changed": Mistake(
+        "trainer/data/prepared.py", "list(_state(path)) != state", "False",
+        ("test_data_prepared.py::test_what_is_kept_of_other_data_is_made_anew[content]",),
+    ),
+    "kcal/mol of npz files taken for eV": Mistake(
+        "trainer/data/arrays.py", "KCAL = KJ_PER_KCAL / KJ_PER_MOL_PER_EV", "KCAL = 1.0",
+        ("test_data_formats.py::test_npz[rMD17]",),
+    ),
     "flipped forces pass": Mistake(
         "trainer/data/judgement.py", "spring > FOREIGN or (math", "False or (math",
         ("test_data_judgement.py::test_a_mistake_is_named[flipped sign-one molecule]",),
     ),
     "isolated atoms go to training": Mistake(
-        "trainer/data/prepared.py", "self.isolated.part_from(read, config.cutoff)", "read",
+        "trainer/data/sources.py", "self.isolated.part_from(read, config.cutoff)", "read",
         ("test_data_isolated.py::test_they_are_not_fitted",),
     ),
     "a charge in info ignored": Mistake(

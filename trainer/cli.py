@@ -357,11 +357,16 @@ def error_table(result: Evaluation) -> Table:
     """Errors as a table, one row per subset if there are several, in meV/atom and meV/Å."""
     table = Table("subset", "structures", "E MAE", "E RMSE", "F MAE", "F RMSE")
     table.caption = "energies in meV/atom, forces in meV/Å (per component)"
-    columns = ("energy_mae_per_atom", "energy_rmse_per_atom", "forces_mae", "forces_rmse")
+    columns = ["energy_mae_per_atom", "energy_rmse_per_atom", "forces_mae", "forces_rmse"]
+    if "stress_rmse" in result.overall:
+        table.add_column("S MAE")
+        table.add_column("S RMSE")
+        table.caption += ", stress in meV/Å³ (per component)"
+        columns += ["stress_mae", "stress_rmse"]
     subsets = result.by_subset if len(result.by_subset) > 1 else {}
     for name, errors in {**subsets, "all": result.overall}.items():
         count = str(int(errors.get("structures", len(result.energies))))
-        values = (1000 * errors[column] for column in columns)
+        values = (1000 * errors.get(column, math.nan) for column in columns)
         table.add_row(name, count, *("-" if math.isnan(v) else f"{v:.3f}" for v in values))
     return table
 

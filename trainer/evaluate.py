@@ -12,6 +12,7 @@ import numpy as np
 from mlip_md.elements import symbol
 from mlip_md.errors import DataError
 from mlip_md.files import write_text
+from mlip_md.graph import Array
 from mlip_md.potential import Params, Potential
 from mlip_md.trainer import metrics
 from mlip_md.trainer.data import (
@@ -100,7 +101,8 @@ def evaluate_in_detail(
             part = force[starts[k] : starts[k + 1]]
             labeled = store.forces_mask is None or bool(store.forces_mask[index])
             error = float(np.diff(energy[k])[0])
-            sums = metrics.structure_sums(error, np.diff(part)[..., 0], labeled)
+            stress = _stress_error(store, int(index), prediction.stress[k])
+            sums = metrics.structure_sums(error, np.diff(part)[..., 0], labeled, stress)
             metrics.add_sums(total, sums)
             metrics.add_sums(by_subset.setdefault(store.subsets[int(index)] or "unnamed", {}), sums)
             energies.append(energy[k : k + 1] / len(part))
@@ -111,6 +113,13 @@ def evaluate_in_detail(
         np.concatenate(energies),
         np.concatenate(forces),
     )
+
+
+def _stress_error(store: GraphStore, index: int, predicted: Array) -> np.ndarray | None:
+    """Error of a stress (3, 3) eV/Å³, where there is a label."""
+    if store.stress is None or store.stress_mask is None or not store.stress_mask[index]:
+        return None
+    return np.asarray(predicted, np.float64) - store.stress[index]
 
 
 def _with_count(sums: dict[str, float]) -> dict[str, float]:

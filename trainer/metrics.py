@@ -6,6 +6,8 @@ With ΔE_g = E - E_ref of structure g (eV), N_g its atoms, ΔF_ic one force comp
 * energy_mae_per_atom, energy_rmse_per_atom: the same of ΔE_g / N_g, eV/atom.
 * forces_mae, forces_rmse: over all components of all atoms of the data set, eV/Å; structures
   without force labels do not count.
+* stress_mae, stress_rmse: over the nine components of the structures with a stress label, eV/Å³;
+  only where there are such labels.
 
 Roots are taken last, of sums over the whole data set; how it was batched cannot matter. (The logs
 behind the published cards average such force errors per batch, weighted by its structures, so they
@@ -40,7 +42,8 @@ def error_sums(prediction: Prediction, batch: Batch) -> Sums:
     energy = jnp.where(graph_mask, prediction.energy - batch.energy, 0.0)
     forces = jnp.where(node_mask, prediction.forces - batch.forces, 0.0)
 
-    return {
+    stress = {} if batch.stress is None else _stress_sums(prediction, batch)
+    return stress | {
         "structures": jnp.sum(graph_mask),
         "components": 3 * jnp.sum(node_mask),
         "energy_abs": jnp.sum(jnp.abs(energy)),
@@ -52,14 +55,41 @@ def error_sums(prediction: Prediction, batch: Batch) -> Sums:
     }
 
 
+def _stress_sums(prediction: Prediction, batch: Batch) -> Sums:
+    mask = jnp.asarray(batch.graph.graph_mask) & jnp.asarray(batch.stress_mask)
+    stress = jnp.where(mask[:, None, None], prediction.stress - jnp.asarray(batch.stress), 0.0)
+    return {
+        "stress_components": 9 * jnp.sum(mask),
+        "stress_abs": jnp.sum(jnp.abs(stress)),
+        "stress_sq": jnp.sum(stress**2),
+    }
+
+
 def structure_sums(
-    energy_error: float, force_errors: np.ndarray, with_forces: bool = True
+    energy_error: float,
+    force_errors: np.ndarray,
+    with_forces: bool = True,
+    stress_error: np.ndarray | None = None,
 ) -> dict[str, float]:
-    """The same sums for one structure: its ΔE (eV) and ΔF (n, 3) eV/Å, if forces are labels."""
+    """The same sums for one structure.
+
+    Args:
+        energy_error: ΔE, eV.
+        force_errors: ΔF (n, 3), eV/Å.
+        with_forces: whether forces are labels.
+        stress_error: ΔS (3, 3), eV/Å³, or None without a label.
+    """
     n_atoms = len(force_errors)
     if not with_forces:
         force_errors = np.zeros((0, 3))
-    return {
+    stress: dict[str, float] = {}
+    if stress_error is not None:
+        stress = {
+            "stress_components": 9,
+            "stress_abs": float(np.abs(stress_error).sum()),
+            "stress_sq": float(np.square(stress_error).sum()),
+        }
+    return stress | {
         "structures": 1,
         "components": 3 * len(force_errors),
         "energy_abs": abs(energy_error),
@@ -81,6 +111,13 @@ def mean_errors(total: Mapping[str, float]) -> dict[str, float]:
     """The errors defined above from sums over a data set; NaN for an empty one."""
     structures = total.get("structures", 0.0) or math.nan
     components = total.get("components", 0.0) or math.nan
+    labels = total.get("stress_components", 0.0)
+    stress = {}
+    if labels:
+        stress = {
+            "stress_mae": total["stress_abs"] / labels,
+            "stress_rmse": math.sqrt(total["stress_sq"] / labels),
+        }
     return {
         "energy_mae": total.get("energy_abs", 0.0) / structures,
         "energy_rmse": math.sqrt(total.get("energy_sq", 0.0) / structures),
@@ -88,7 +125,7 @@ def mean_errors(total: Mapping[str, float]) -> dict[str, float]:
         "energy_rmse_per_atom": math.sqrt(total.get("energy_per_atom_sq", 0.0) / structures),
         "forces_mae": total.get("forces_abs", 0.0) / components,
         "forces_rmse": math.sqrt(total.get("forces_sq", 0.0) / components),
-    }
+    } | stress
 
 
 def selection_score(

@@ -94,7 +94,7 @@ def write_twins(path, smiles):
     with h5py.File(path, "w") as file:
         for name in PAIRS:
             atoms = molecule(name)
-            text = smiles_of(atoms)
+            texts = {1: smiles_of(atoms), -1: smiles_of(atoms[::-1])}
             for group, order in (("pubchem", 1), ("des", -1)):
                 size = (5, len(atoms), 3)
                 positions = atoms.positions + random.normal(scale=0.03, size=size)
@@ -104,7 +104,7 @@ def write_twins(path, smiles):
                 target["dft_total_energy"] = random.normal(size=5) - len(atoms)
                 target["dft_total_gradient"] = random.normal(scale=0.01, size=size)
                 if smiles:
-                    target["smiles"] = [(text if order > 0 else turned(text, len(atoms))).encode()]
+                    target["smiles"] = [texts[order].encode()]
 
 
 def smiles_of(atoms):
@@ -122,10 +122,6 @@ def smiles_of(atoms):
         return text
 
     return walk(0)
-
-
-def turned(text, n):
-    return re.sub(r":(\d+)\]", lambda m: f":{n + 1 - int(m.group(1))}]", text)
 
 
 def config(path, **rows):

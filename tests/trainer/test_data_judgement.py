@@ -245,4 +245,4 @@ def test_commands_warn_and_stop_if_told_to(tmp_path):
             error = CliRunner().invoke(app, [*given, *command[1:]]).exception
             assert isinstance(error, DataError), error
             assert "--strict: " in str(error)
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "log.txt").exists()

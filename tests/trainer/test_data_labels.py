@@ -8,13 +8,16 @@ import ase.io
 import jax
 import numpy as np
 import pytest
-from ase.build import molecule
+from ase.build import bulk, molecule
+from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
 from pair_potential import pair_potential
 from training_cases import E0, golden_batch, molecules, small_recipe
 from typer.testing import CliRunner
 
 from mlip_md.cli import app
 from mlip_md.errors import ConfigError, DataError
+from mlip_md.integrations.ase import MLIPCalculator
 from mlip_md.trainer.data import (
     BatchBudget,
     GraphStore,
@@ -30,6 +33,7 @@ from mlip_md.trainer.evaluate import evaluate
 from mlip_md.trainer.loss import LossWeights, batch_loss, structure_losses
 from mlip_md.trainer.metrics import error_sums, mean_errors
 from mlip_md.trainer.recipe import LossConfig
+from mlip_md.trainer.runlog import RunLog
 from mlip_md.trainer.train import Trainer
 
 
@@ -82,6 +86,16 @@ def test_families_are_never_mixed(labels, tmp_path):
     names = [next(k for k, v in labels.items() if (np.shape(v) == (3, 3)) == f) for f in (0, 1)]
     frame = read(tmp_path / "a.xyz", keys=LabelKeys(*names))[0]
     assert frame.forces[0, 0] == labels[names[1]][0, 0]
+
+
+def test_forces_of_another_family_are_no_labels(tmp_path):
+    path = write(tmp_path / "a.xyz", REF_energy=-2.0, forces=forces(9.9))
+    said = ""
+    try:
+        read(path)
+    except DataError as error:
+        said = str(error)
+    assert "forces only under forces" in said
 
 
 def test_what_looks_like_a_label_and_is_not_used_is_told(tmp_path):
@@ -239,3 +253,48 @@ def test_a_prepared_folder_keeps_them(tmp_path):
     assert mapped.fingerprint == load_data(recipe).fingerprint
     light = dataclasses.replace(mapped.train, weights=2 * np.asarray(mapped.train.weights))
     assert dataclasses.replace(mapped, train=light).fingerprint != mapped.fingerprint
+
+
+def test_errors_of_stress_count_where_there_are_labels(tmp_path):
+    """In validation, in the log and in the table of evaluate, over bulk and clusters."""
+    frames, random = [], np.random.default_rng(0)
+    for k in range(24):
+        atoms = bulk("Cu", "fcc", a=3.6 + 0.02 * (k % 3), cubic=True)
+        atoms.positions += random.normal(0, 0.05, (4, 3))
+        if k % 3 == 0:
+            atoms = ase.Atoms("Cu4", atoms.positions)
+        atoms.calc = EMT()
+        results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
+        results |= {"stress": atoms.get_stress()} if atoms.pbc.all() else {}
+        atoms.calc = SinglePointCalculator(atoms, **results)
+        atoms.info["config_type"] = "bulk" if atoms.pbc.all() else "cluster"
+        frames.append(atoms)
+    ase.io.write(tmp_path / "a.xyz", frames, format="extxyz")
+    recipe = small(tmp_path / "a.xyz", curate=None)
+    outcome = Trainer(recipe, load_data(recipe), tmp_path / "run").run()
+    row = RunLog(tmp_path / "run").rows()[-1]
+    assert row["validation_stress_rmse"] == pytest.approx(outcome.errors["stress_rmse"])
+    assert "meV/Å³" in (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
+    file = str(tmp_path / "errors.json")
+    command = ["evaluate", str(tmp_path / "run"), str(tmp_path / "a.xyz"), "--output", file]
+    result = CliRunner().invoke(app, command, env={"COLUMNS": "120"})
+    assert result.exit_code == 0, result.output
+    assert "S RMSE" in result.stdout
+    errors = json.loads((tmp_path / "errors.json").read_text())
+    calculator = MLIPCalculator(str(tmp_path / "run"))
+    differences = []
+    for atoms in frames:
+        if atoms.pbc.all():
+            reference, copy = atoms.get_stress(voigt=False), atoms.copy()
+            copy.calc = calculator
+            differences.append(copy.get_stress(voigt=False) - reference)
+    expected = np.sqrt(np.mean(np.square(differences)))
+    assert errors["overall"]["stress_rmse"] == pytest.approx(expected, rel=1e-3)
+    assert "stress_rmse" not in errors["by_subset"]["cluster"]
+
+
+def test_a_table_of_an_older_version_keeps_its_columns(tmp_path):
+    log = RunLog(tmp_path)
+    log.epoch({"epoch": 1, "a": 2.0})
+    log.epoch({"epoch": 2, "a": 3.0, "new": 4.0})
+    assert log.rows() == [{"epoch": 1.0, "a": 2.0}, {"epoch": 2.0, "a": 3.0}]

@@ -82,7 +82,10 @@ def read_labels(atoms: ase.Atoms, keys: LabelKeys, name: str) -> dict[str, Any]:
     energy = _find(atoms, (keys.energy,) if keys.energy else ENERGY_KEYS)
     if energy is None:
         wanted = keys.energy or " or ".join(ENERGY_KEYS)
-        raise DataError(f"{name}: no energy under {wanted}; it has {_names(atoms)}")
+        raise DataError(
+            f"{name}: no energy under {wanted}; it has {_names(atoms)} (data.energy_key and "
+            "data.forces_key name what to read)"
+        )
 
     def family(tried: tuple[str, ...], chosen: str | None) -> _Found | None:
         if chosen:
@@ -108,7 +111,8 @@ def read_labels(atoms: ase.Atoms, keys: LabelKeys, name: str) -> dict[str, Any]:
 
 
 def _names(atoms: ase.Atoms) -> str:
-    there = sorted({*atoms.info, *atoms.arrays} - {"numbers", "positions"})
+    results = atoms.calc.results if atoms.calc is not None else {}
+    there = sorted({*atoms.info, *atoms.arrays, *results} - {"numbers", "positions"})
     return ", ".join(there) or "none"
 
 

@@ -304,7 +304,7 @@ def _structure(fields: Fields | DataError, seen: dict[int, str]) -> LabeledStruc
     if key in seen:
         raise DataError(
             f"{structure.name}: a duplicate, with the same atoms at the same positions as "
-            f"{seen[key]}; remove one of them, or read with on_bad='skip'"
+            f"{seen[key]}; remove one of them"
         )
     seen[key] = structure.name
     return structure

@@ -107,7 +107,10 @@ class Reading:
                 self.reports[str(path)] = report
         if not self.part:
             reports = "; ".join(f"{path}: {report}" for path, report in self.reports.items())
-            raise DataError(f"no structure is left to work with ({reports})")
+            only = (
+                "" if not self.isolated.found else ", but isolated atoms are no frames to train on"
+            )
+            raise DataError(f"no structure is left to work with ({reports}){only}")
 
     def reject(self, number: int, error: DataError) -> None:
         """Note a structure, by its number among those kept, that no graph can be made of."""
