@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mlip_md.errors import ConfigError, DataError, RejectedError
+from mlip_md.errors import ConfigError, DataError, NotLearnedError, RejectedError
 from mlip_md.files import check_new_file, check_new_folder, write_text
 from mlip_md.signals import EXIT_KEYBOARD, EXIT_SAVED
 
@@ -158,7 +158,10 @@ def train_command(
         trainer = Trainer(
             checked, data, folder, parent=parent, origins=origins, echo=echo, tick=tick
         )
-        status = trainer.run(resume, seconds - (time.monotonic() - STARTED)).status
+        outcome = trainer.run(resume, seconds - (time.monotonic() - STARTED))
+        status = outcome.status
+    if outcome.problem:
+        raise NotLearnedError(outcome.problem)
     raise typer.Exit({"done": 0, "keyboard": EXIT_KEYBOARD}.get(status, EXIT_SAVED))
 
 

@@ -29,7 +29,7 @@ import numpy as np
 import mlip_md
 from mlip_md.compiler import jit
 from mlip_md.devices import naming_out_of_memory
-from mlip_md.errors import CheckpointError, NonFiniteError, NotLearnedError
+from mlip_md.errors import CheckpointError, NonFiniteError
 from mlip_md.files import write_text
 from mlip_md.formats import own
 from mlip_md.networks import build_network, draw_weights
@@ -95,12 +95,14 @@ class Outcome:
         folder: of the run.
         epoch: last epoch that was validated.
         errors: validation errors of the model in ``model.safetensors``.
+        problem: why the model of a training that is done is of no use; empty if it is.
     """
 
     status: Literal["done", "terminated", "hangup", "keyboard", "time"]
     folder: Path
     epoch: int
     errors: Mapping[str, float]
+    problem: str = ""
 
 
 def _start(recipe: Recipe) -> StartConfig:
@@ -523,7 +525,7 @@ class Trainer:
 
     def _finish(self) -> Outcome:
         best = self.progress.last_best()
-        reached = best["errors"]["forces_rmse"]
+        reached = best["errors"].get("forces_rmse", math.nan)  # without labels of forces
         self.log.line(
             f"done; the best model of the last stage is of epoch {best['epoch']}, "
             f"in {self.folder / 'model.safetensors'}"
@@ -532,10 +534,12 @@ class Trainer:
             from mlip_md.trainer.report import write_report
 
             write_report(self.folder, self.eval_step, self.data)
+        problem = ""
         if reached >= (nothing := self.data.validation.forces_rms()) > 0:
-            raise NotLearnedError(
+            problem = (
                 f"the best model's forces are {1e3 * reached:.0f} meV/Å wrong (rmse, validation); "
                 f"forces of zero would be {1e3 * nothing:.0f}. The network learned nothing: look "
                 "at the learning rates, the weights of the loss and the labels' units"
             )
-        return Outcome("done", self.folder, self.progress.validated, best["errors"])
+            self.log.line(f"Warning: {problem}")
+        return Outcome("done", self.folder, self.progress.validated, best["errors"], problem)

@@ -17,6 +17,7 @@ from pair_potential import PairPotential, pair_potential
 from training_cases import E0, molecules, small_recipe, write_data_set
 from typer.testing import CliRunner
 
+from mlip_md.cli import EXIT_CODES
 from mlip_md.errors import ConfigError, DataError, OutputError
 from mlip_md.trainer import cli
 from mlip_md.trainer.data import LabeledStructure, Statistics, load_data, prepare, read
@@ -336,9 +337,11 @@ def test_labels_of_other_names_and_unusable_structures(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("status", "code"), [("done", 0), ("keyboard", 130), ("time", 75), ("terminated", 75)]
-)
-def test_exit_codes_of_the_train_command(status, code, tmp_path, monkeypatch):
+    ("status", "code", "problem"),
+    [("done", 0, ""), ("done", 8, "nothing"), ("keyboard", 130, ""), ("time", 75, ""),
+     ("terminated", 75, "")],
+)  # fmt: skip
+def test_exit_codes_of_the_train_command(status, code, problem, tmp_path, monkeypatch):
     class Instant:
         def __init__(self, recipe, data, folder, **_):
             self.folder = folder
@@ -346,7 +349,7 @@ def test_exit_codes_of_the_train_command(status, code, tmp_path, monkeypatch):
         def run(self, resume, seconds):
             assert resume == "allow-changes"
             assert 0 < 3600 * 23 + 60 * 30 - seconds < 7200  # since the process began
-            return Outcome(status, self.folder, 3, {})
+            return Outcome(status, self.folder, 3, {}, problem)
 
     def load(recipe, keep):
         assert keep == tmp_path / "prepared"
@@ -365,6 +368,9 @@ def test_exit_codes_of_the_train_command(status, code, tmp_path, monkeypatch):
     app.command()(cli.train_command)
     options = ["--run", str(tmp_path), "--resume", "allow-changes", "--max-time", "23:30"]
     result = CliRunner().invoke(app, ["organics-gfn2", *options])
+    if problem:
+        assert EXIT_CODES[type(result.exception)] == code
+        return
     assert result.exit_code == code
     lines = result.stdout.splitlines()
     assert lines[:2] == ["reading organics-gfn2.hdf5", "a.h5: kept 7 of 9 structures"]
