@@ -210,7 +210,7 @@ def test_the_main_job(run, tmp_path, monkeypatch, compiled, engine):
     assert "step 24/24 100%" in out
     folder = tmp_path / "md-paracetamol-1"
     assert {file.name for file in folder.iterdir()} == {n for n, _ in report.list_contents(folder)}
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     assert (summary["status"], summary["step"]) == ("finished", 24)
     assert summary["model_sha256"] == compiled.potential.sha256
     log = files.read_log(folder / "log.csv")

@@ -67,7 +67,7 @@ def test_the_plan_of_the_bundled_potential(tmp_path):
     file = tmp_path / "plan.json"
     command = [sys.executable, str(SCRIPT), "--model", "organics-gfn2", "--atoms", "300"]
     subprocess.run([*command, "--json", str(file)], check=True, capture_output=True)
-    found = json.loads(file.read_text())
+    found = json.loads(file.read_text(encoding="utf-8"))
     assert found["kernels"] <= 300
     assert found["loop_turns"] <= 32
     assert found["gigabytes"] <= 0.2

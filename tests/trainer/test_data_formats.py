@@ -46,7 +46,7 @@ def same(structures, atoms_list, tolerance=1e-6):
 
 def write_extxyz(path, atoms_list):
     ase.io.write(path, atoms_list, format="extxyz")
-    return path.read_text()
+    return path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -170,12 +170,17 @@ def test_a_store_keeps_masks_and_weights_in_memory_and_on_disk(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, *batches)
     assert batches[0].forces_mask.tolist() == [False, True, True, False, False, False]
     assert batches[0].weights[:3].tolist() == [[1, 3, 2], [1, 4, 2], [1, 5, 2]]
-    index = json.loads((tmp_path / "graphs" / "index.json").read_text())
+    index = json.loads((tmp_path / "graphs" / "index.json").read_text(encoding="utf-8"))
     assert index["format_version"] == 2
     plain = GraphStore.from_structures(labeled(5, unlabeled=lambda k: False), 4.0,
                                        folder=tmp_path / "plain")  # fmt: skip
     assert (plain.forces_mask, plain.weights) == (None, None)
-    assert json.loads((tmp_path / "plain" / "index.json").read_text())["format_version"] == 1
+    assert (
+        json.loads((tmp_path / "plain" / "index.json").read_text(encoding="utf-8"))[
+            "format_version"
+        ]
+        == 1
+    )
 
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan")])
@@ -280,7 +285,7 @@ def test_errors_of_stress_count_where_there_are_labels(tmp_path):
     result = CliRunner().invoke(app, command, env={"COLUMNS": "120"})
     assert result.exit_code == 0, result.output
     assert "S RMSE" in result.stdout
-    errors = json.loads((tmp_path / "errors.json").read_text())
+    errors = json.loads((tmp_path / "errors.json").read_text(encoding="utf-8"))
     calculator = MLIPCalculator(str(tmp_path / "run"))
     differences = []
     for atoms in frames:

@@ -112,7 +112,7 @@ def test_a_bad_record_late_in_a_large_file_does_not_hide_the_first(tmp_path):
 
 def test_a_file_that_breaks_off_is_read_up_to_there(tmp_path):
     ase.io.write(tmp_path / "a.xyz", frames(), format="extxyz")
-    text = (tmp_path / "a.xyz").read_text()
+    text = (tmp_path / "a.xyz").read_text(encoding="utf-8")
     (tmp_path / "a.xyz").write_text(text[: len(text) // 2] + "\nno number\n" + text)
     with pytest.raises(RejectedError) as caught:
         prepare(config(tmp_path / "a.xyz"))
@@ -136,10 +136,10 @@ def test_commands_write_the_list(path, tmp_path, monkeypatch):
         result = CliRunner().invoke(app, command)
         assert isinstance(result.exception, RejectedError)
         assert f"5 bad records are listed in {file}" in result.stderr
-        header, *rows = csv.reader((tmp_path / file).open())
+        header, *rows = csv.reader((tmp_path / file).open(encoding="utf-8"))
         assert header == ["record", "reason"]
         assert {name for name, _ in rows} == {f"{path}:[{k}]" for k in BAD}
     command = [*commands["sub/rejected.csv"], "--set", "data.on_bad=skip"]
     (tmp_path / "sub/rejected.csv").unlink()
     assert CliRunner().invoke(app, command).exit_code == 0
-    assert len((tmp_path / "sub/rejected.csv").read_text().splitlines()) == 6
+    assert len((tmp_path / "sub/rejected.csv").read_text(encoding="utf-8").splitlines()) == 6

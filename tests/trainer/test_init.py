@@ -42,7 +42,7 @@ def test_one_molecule_with_its_atoms(tmp_path):
     assert recipe.data.split.by == "structure"
     assert recipe.network.atomic_energies == "isolated"
     assert (recipe.loss.stress.weight[0].value, recipe.data.curate.neutral_only) == (0, False)
-    text = (tmp_path / "train.yaml").read_text()
+    text = (tmp_path / "train.yaml").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("  ") and ": " in line]
     bare = [row for row in rows if "#" not in row]
     assert len(rows) > 30
