@@ -20,8 +20,10 @@ from mlip_md.files import check_new_file, check_new_folder, write_text
 from mlip_md.signals import EXIT_KEYBOARD, EXIT_SAVED
 
 if TYPE_CHECKING:
+    from mlip_md.potential import Potential
     from mlip_md.trainer.data import Statistics
     from mlip_md.trainer.evaluate import Evaluation
+    from mlip_md.trainer.recipe import Recipe
 
 
 STARTED = time.monotonic()
@@ -123,15 +125,7 @@ def train_command(
     seconds = parse_duration(max_time)
     chosen = [] if start is None else [f"start.potential={start}"]
     checked, origins = load_recipe(recipe, [*(overrides or []), *chosen])
-    parent = None
-    if checked.start is not None:
-        import mlip_md
-        from mlip_md.trainer.finetune import adopt_network
-
-        parent = mlip_md.load(checked.start.potential)
-        checked, changes = adopt_network(checked, parent)
-        for line in changes:
-            typer.echo(line)
+    checked, parent = _with_parent(checked)
     from mlip_md.trainer.costs import time_steps
     from mlip_md.trainer.data import load_data
     from mlip_md.trainer.train import Trainer
@@ -163,6 +157,23 @@ def train_command(
     if outcome.problem:
         raise NotLearnedError(outcome.problem)
     raise typer.Exit({"done": 0, "keyboard": EXIT_KEYBOARD}.get(status, EXIT_SAVED))
+
+
+def _with_parent(recipe: Recipe) -> tuple[Recipe, Potential | None]:
+    """The recipe with the network of the potential that it starts from, and this, if there is one.
+
+    What the potential decides otherwise than the recipe is told.
+    """
+    if recipe.start is None:
+        return recipe, None
+    import mlip_md
+    from mlip_md.trainer.finetune import adopt_network
+
+    parent = mlip_md.load(recipe.start.potential)
+    adopted, changes = adopt_network(recipe, parent)
+    for line in changes:
+        typer.echo(line)
+    return adopted, parent
 
 
 def _say_kept(folder: Path) -> None:
@@ -223,6 +234,7 @@ def check_command(
         typer.echo(print_recipe(recipe), nl=False)
         return
     checked, origins = load_recipe(recipe, overrides or [])
+    checked, parent = _with_parent(checked)
     from mlip_md.trainer.costs import count_costs
     from mlip_md.trainer.data import load_data
     from mlip_md.trainer.train import Trainer
@@ -230,7 +242,8 @@ def check_command(
     with _listing_rejected(Path(REJECTED)) as bad, _plain_warnings(strict):
         data = load_data(checked)
         bad += data.rejected
-    trainer = Trainer(checked, data, Path("runs") / checked.name, origins=origins)
+    trainer = Trainer(checked, data, Path("runs") / checked.name, parent=parent, origins=origins)
+    data = trainer.data  # with the elements and E0 of what it starts from
     for line in (*data.notes, data.summary(), *statistics_lines(data.statistics)):
         typer.echo(line)
     typer.echo(f"{checked.model['kind']} with {trainer.num_parameters:,} weights")

@@ -82,8 +82,11 @@ Waiting = tuple[int, np.ndarray, StepLog]
 """Number of a step, its structures and what it will tell."""
 
 
-class BadSteps(Exception):  # noqa: N818  (no error yet: a training goes back and on)
-    """Too many steps in a row gave NaN or infinity: their number, the last one, its structures."""
+class BadStepsError(Exception):
+    """Too many steps in a row gave NaN or infinity: their number, the last one, its structures.
+
+    It never leaves a training, which goes back to a checkpoint.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +217,7 @@ class Trainer:
             while self.progress.epoch <= self.recipe.train.epochs and not self.progress.stopped:
                 try:
                     finished = self._train_epoch()
-                except BadSteps as fault:
+                except BadStepsError as fault:
                     self._roll_back(fault)
                     continue
                 if not finished:
@@ -335,7 +338,7 @@ class Trainer:
             self.log.event("bad_step", step=step, structures=names)
             self.log.line(f"a step gave NaN or infinity and was not applied (batch: {names[0]}, …)")
         if bad >= self.recipe.faults.max_bad_steps_in_row:
-            raise BadSteps(bad, step, indices)
+            raise BadStepsError(bad, step, indices)
         if step % self.recipe.log.every_steps == 0:
             self.log.event("step", step=step, epoch=self.progress.epoch, loss=loss, norm=norm)
 
@@ -359,7 +362,7 @@ class Trainer:
             "much), data.max_n_node or data.max_n_edge",
         )
 
-    def _roll_back(self, fault: BadSteps) -> None:
+    def _roll_back(self, fault: BadStepsError) -> None:
         """Write the batch out, go back to the last checkpoint and go on with a lower rate."""
         bad, step, indices = fault.args
         path = self.folder / f"bad-step-{step}.extxyz"

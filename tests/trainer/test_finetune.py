@@ -220,6 +220,10 @@ def test_the_command_line_starts_from_a_model(trained, tmp_path):
     assert result.exit_code == 0, result.output
     assert "starts from small" in result.output
     assert "model.num_channels is the parent's, 4, not the recipe's" in result.output
+    checked = CliRunner().invoke(app, ["check", str(recipe), "--set", f"start.potential={trained}"])
+    weights = mlip_md.load(trained).num_parameters
+    assert f"mace with {weights:,} weights" in checked.output
+    assert "E0 (the parent's)" in checked.output
     again = CliRunner().invoke(app, ["train", str(recipe), "--run", str(tmp_path / "run")])
     assert again.exit_code != 0
     assert "start" in again.output
