@@ -175,12 +175,8 @@ def test_a_store_keeps_masks_and_weights_in_memory_and_on_disk(tmp_path):
     plain = GraphStore.from_structures(labeled(5, unlabeled=lambda k: False), 4.0,
                                        folder=tmp_path / "plain")  # fmt: skip
     assert (plain.forces_mask, plain.weights) == (None, None)
-    assert (
-        json.loads((tmp_path / "plain" / "index.json").read_text(encoding="utf-8"))[
-            "format_version"
-        ]
-        == 1
-    )
+    index = json.loads((tmp_path / "plain" / "index.json").read_text(encoding="utf-8"))
+    assert index["format_version"] == 1
 
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan")])
