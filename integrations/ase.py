@@ -22,7 +22,7 @@ from mlip_md.devices import device_name
 from mlip_md.engine import Engine, Result
 from mlip_md.errors import ConfigError, StructureError
 from mlip_md.integrations.models import DEFAULT_MODEL
-from mlip_md.integrations.statements import problem_of
+from mlip_md.integrations.statements import Watch
 from mlip_md.potential import Potential
 
 
@@ -91,6 +91,7 @@ class MLIPCalculator(Calculator):
         self.potential = given if isinstance(given, Potential) else mlip_md.load(given)
         self.allowed_atomic_numbers = set(self.potential.elements)
         self._lock = threading.RLock()
+        self._watch = Watch()
         self._options = {"dtype": dtype, "device": device, "skin": skin, "backend": backend}
         if capacity_margin is not None:
             self._options["capacity_margin"] = capacity_margin
@@ -162,7 +163,7 @@ class MLIPCalculator(Calculator):
             raise StructureError("no atoms to calculate; attach the calculator: atoms.calc = ...")
         with self._lock:
             self.results = {}
-            if problem := problem_of(atoms):
+            if problem := self._watch.problem_of(atoms):
                 raise StructureError(problem)
             result = self.engine.evaluate(*_inputs(atoms))
             self.atoms = atoms.copy()
@@ -172,7 +173,7 @@ class MLIPCalculator(Calculator):
         """What changed since the last calculation; what ``calculate`` refuses counts too."""
         changes = super().check_state(atoms, tol=tol)
         # There are results of neutral singlets only.
-        if not changes and problem_of(atoms):
+        if not changes and self._watch.problem_of(atoms):
             changes.append("info")
         return changes
 
@@ -191,11 +192,11 @@ class MLIPCalculator(Calculator):
         """
         if isinstance(structures, Atoms):
             raise StructureError("evaluate takes many structures; give a list: evaluate([atoms])")
-        inputs = []
+        inputs, watch = [], Watch()
         for index, atoms in enumerate(structures):
             if not isinstance(atoms, Atoms):
                 raise StructureError(f"structure {index}: a {type(atoms).__name__} is no Atoms")
-            if problem := problem_of(atoms):
+            if problem := watch.problem_of(atoms):
                 raise StructureError(f"structure {index}: {problem}")
             inputs.append(_inputs(atoms))
         return [_properties(result) for result in self.engine.evaluate_batch(inputs)]
@@ -211,11 +212,11 @@ class MLIPCalculator(Calculator):
 
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:  # atoms and results of one calculation
-            return {k: v for k, v in self.__dict__.items() if k not in ("_engine", "_lock")}
+            return {k: v for k, v in self.__dict__.items() if k not in _OWN}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._engine, self._lock = None, threading.RLock()
+        self._engine, self._lock, self._watch = None, threading.RLock(), Watch()
         self.results = _read_only(dict(self.results))  # arrays lose it in copies
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MLIPCalculator:
@@ -223,6 +224,10 @@ class MLIPCalculator(Calculator):
         memo[id(self.potential)] = self.potential  # copies share it: it never changes
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
+
+
+_OWN = ("_engine", "_lock", "_watch")
+"""Attributes that a copy of a calculator makes anew."""
 
 
 def _inputs(atoms: Atoms) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

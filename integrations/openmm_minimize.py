@@ -25,7 +25,7 @@ from mlip_md.constants import ANGSTROM_PER_NM, KJ_PER_MOL_PER_EV
 from mlip_md.errors import ConfigError
 from mlip_md.integrations.openmm_calls import read_told
 
-LARGEST_STEP = 0.02
+MAX_STEP = 0.02
 """nm that an atom may move in one step."""
 TOLERANCE = 10.0
 """kJ/mol/nm, OpenMM's own default."""
@@ -33,7 +33,7 @@ MEMORY = 10
 """Steps whose curvature is remembered."""
 STIFFNESS = 70.0 * KJ_PER_MOL_PER_EV * ANGSTROM_PER_NM**2
 """kJ/mol/nm², curvature assumed before any is known: 70 eV/Å², that of a bond, as ASE does."""
-SMALLEST_SCALE = 2.0**-12
+MIN_SCALE = 2.0**-12
 """Part of a step below which none is tried."""
 _ARMIJO = 1e-4
 _ENERGY_NOISE = 1e-6
@@ -148,7 +148,7 @@ def minimize(
     simulation: app.Simulation | openmm.Context,
     tolerance: float | unit.Quantity = TOLERANCE,
     maxIterations: int = 0,
-    maxStep: float | unit.Quantity = LARGEST_STEP,
+    maxStep: float | unit.Quantity = MAX_STEP,
 ) -> Minimized:
     """Relax the positions of a Simulation in bounded steps; use it instead of ``minimizeEnergy``.
 
@@ -215,7 +215,7 @@ def _step(surface: _Surface, point: _Point, curvature: _Curvature, longest: floa
     slope = float(np.vdot(moves * surface.scale, point.gradient))
     noise = _ENERGY_NOISE * abs(point.energy)
     scale = 1.0
-    while scale >= SMALLEST_SCALE:
+    while scale >= MIN_SCALE:
         trial = surface.at(point.positions + scale * moves)
         rise = trial.energy - point.energy
         flatter = np.linalg.norm(trial.gradient) < np.linalg.norm(point.gradient)

@@ -7,12 +7,12 @@ guessed, residues without their hydrogens.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from ase import Atoms
+from ase.data import chemical_symbols
 
 from mlip_md.integrations.charges import charge_or_spin
 from mlip_md.integrations.residue_names import (
@@ -36,15 +36,62 @@ def problem_of(atoms: Atoms) -> str | None:
     A charge or spin, disorder (CIF files), alternate locations (PDB), residues without any
     hydrogen, and names that contradict the elements (GRO), as ASE's readers hand them on.
     """
-    names = atoms.arrays.get("residuenames")
-    residues = () if names is None or (atoms.numbers == 1).any() else names.tolist()
-    return (
-        charge_or_spin(atoms.info)
-        or _disorder(atoms.info.get("occupancy"))
-        or _alternatives(atoms)
-        or lacks_hydrogens(atoms.numbers, residues)
-        or _misnamed(atoms)
-    )
+    return Watch().problem_of(atoms)
+
+
+class Watch:
+    """``problem_of`` for who asks at every step: reads only what is not as it was before.
+
+    What was read is kept as a copy and compared, so that a change made in place is seen.
+    """
+
+    def __init__(self) -> None:
+        self._names = _Last(_problem_of_names)
+        self._places = _Last(_problem_of_places)
+
+    def problem_of(self, atoms: Atoms) -> str | None:
+        """``problem_of`` these atoms, which may be the same as before or others."""
+        return (
+            charge_or_spin(atoms.info)
+            or _disorder(atoms.info.get("occupancy"))
+            or self._places.of(_partly_occupied(atoms))
+            or self._names.of({key: atoms.arrays[key] for key in _NAMES if key in atoms.arrays})
+        )
+
+
+_NAMES = ("numbers", "residuenames", "atomtypes", "residuenumbers", "bfactor")
+"""Arrays that tell what the atoms are; of the last it counts whether it is there."""
+
+_Arrays = Mapping[str, np.ndarray]
+
+
+class _Last:
+    """What a function says of arrays, kept for the next time that they are the same."""
+
+    def __init__(self, say: Callable[[_Arrays], str | None]) -> None:
+        self._say = say
+        self._seen: tuple[_Arrays, str | None] | None = None
+
+    def of(self, arrays: _Arrays) -> str | None:
+        """What the function says of these arrays."""
+        if self._seen is None or not _same_arrays(self._seen[0], arrays):
+            copies = {key: array.copy() for key, array in arrays.items()}
+            self._seen = copies, self._say(copies)
+        return self._seen[1]
+
+
+def _same_arrays(first: _Arrays, second: _Arrays) -> bool:
+    return first.keys() == second.keys() and all(_same(first[key], second[key]) for key in first)
+
+
+def _same(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether two arrays hold the same; texts are compared as bytes, which is much faster."""
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    if first.dtype.hasobject:
+        return np.array_equal(first, second)
+    one, two = (np.ascontiguousarray(array).view(np.uint8) for array in (first, second))
+    return np.array_equal(one, two)
 
 
 def find_alternatives(positions: np.ndarray, occupancies: np.ndarray) -> tuple[int, int] | None:
@@ -101,11 +148,16 @@ def _disorder(sites: Any) -> str | None:
     return None
 
 
-def _alternatives(atoms: Atoms) -> str | None:
+def _partly_occupied(atoms: Atoms) -> _Arrays:
+    """Shares and positions of atoms of which some are partly occupied; else nothing."""
     shares = atoms.arrays.get("occupancy")
-    if shares is None or shares.dtype.kind not in "if":
-        return None
-    pair = find_alternatives(atoms.positions, shares)
+    if shares is None or shares.dtype.kind not in "if" or not ((shares > 0) & (shares < 1)).any():
+        return {}
+    return {"positions": atoms.positions, "occupancies": shares}
+
+
+def _problem_of_places(arrays: _Arrays) -> str | None:
+    pair = find_alternatives(**arrays) if arrays else None
     if pair is None:
         return None
     return (
@@ -114,22 +166,22 @@ def _alternatives(atoms: Atoms) -> str | None:
     )
 
 
-def _misnamed(atoms: Atoms) -> str | None:
+def _problem_of_names(arrays: _Arrays) -> str | None:
+    residues = arrays["residuenames"].tolist() if "residuenames" in arrays else ()
+    return lacks_hydrogens(arrays["numbers"], residues) or _misnamed(arrays)
+
+
+def _misnamed(arrays: _Arrays) -> str | None:
     """Elements that ASE guesses from the first letters of names, as it does for GRO files."""
-    keys = ("atomtypes", "residuenames", "residuenumbers")
     # A PDB file, which has B factors, has a column of elements too.
-    if "bfactor" in atoms.arrays or not all(key in atoms.arrays for key in keys):
+    if tuple(arrays) != _NAMES[:-1]:
         return None
-    columns = (tuple(atoms.arrays[key].tolist()) for key in keys)
-    return _contradiction(tuple(atoms.symbols), *columns)
+    elements, residues, names, numbers = (array.tolist() for array in arrays.values())
+    return _contradiction([chemical_symbols[z] for z in elements], names, residues, numbers)
 
 
-@functools.lru_cache(maxsize=4)  # the same at every step of a run
 def _contradiction(
-    symbols: tuple[str, ...],
-    names: tuple[str, ...],
-    residues: tuple[str, ...],
-    numbers: tuple[int, ...],
+    symbols: Sequence[str], names: Sequence[str], residues: Sequence[str], numbers: Sequence[int]
 ) -> str | None:
     places = list(zip(residues, numbers, strict=True))
     for index, (symbol, name, place) in enumerate(zip(symbols, names, places, strict=True)):

@@ -7,6 +7,7 @@ Exit codes are those of ``EXIT_CODES`` and the ones of ``docs/exit-codes.md`` th
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ import mlip_md
 from mlip_md import errors, files
 from mlip_md.formats.names import FORMAT_HELP, MODEL_HELP
 from mlip_md.integrations.md.cli import md_command, minimize_command
-from mlip_md.signals import EXIT_SAVED
+from mlip_md.signals import EXIT_SAVED, Interruptions
 from mlip_md.streams import lasting_streams
 from mlip_md.trainer.cli import check_command, evaluate_command, prepare_command, train_command
 from mlip_md.trainer.generate.command import make_dataset_command
@@ -75,7 +76,9 @@ def main() -> None:
 def _main() -> None:
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     try:
-        app(args=arguments, prog_name="mlip-md")
+        # A Ctrl-C that a library swallows while it is imported is known to the work that follows.
+        with Interruptions(signal.SIGINT, patient=False):
+            app(args=arguments, prog_name="mlip-md")
     except (errors.MLIPError, OSError) as error:
         if len(arguments) < len(sys.argv[1:]):
             raise

@@ -12,7 +12,7 @@ _SYMBOLS = (
     "Es Fm Md No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og"
 ).split()
 
-LARGEST_ATOMIC_NUMBER = len(_SYMBOLS)
+MAX_ATOMIC_NUMBER = len(_SYMBOLS)
 
 ATOMIC_NUMBERS: Mapping[str, int] = types.MappingProxyType(
     {name: z for z, name in enumerate(_SYMBOLS, start=1)}
@@ -22,6 +22,6 @@ ATOMIC_NUMBERS: Mapping[str, int] = types.MappingProxyType(
 
 def symbol(atomic_number: int) -> str:
     """Chemical symbol of an atomic number; a number without one is written as ``Z=…``."""
-    if 0 < atomic_number <= LARGEST_ATOMIC_NUMBER:
+    if 0 < atomic_number <= MAX_ATOMIC_NUMBER:
         return _SYMBOLS[atomic_number - 1]
     return f"Z={atomic_number}"

@@ -46,7 +46,7 @@ from mlip_md.structure import COINCIDENT, CheckedStructure, check_structure, lis
 Float64 = NDArray[np.float64]
 
 DTYPES = ("float32", "float64")
-MOST_SYSTEMS = 8
+MAX_SYSTEMS = 8
 """Systems whose neighbor lists an engine keeps on the device."""
 CPU_BATCH = (4096, 32768)
 ACCELERATOR_BATCH = (32768, 524288)
@@ -235,15 +235,13 @@ class Runtime:
         return Output(values, needs), kept
 
 
-_runtimes: weakref.WeakValueDictionary[tuple[str, str, jax.Device], Runtime] = (
-    weakref.WeakValueDictionary()
-)
+_runtimes: weakref.WeakValueDictionary[tuple[object, ...], Runtime] = weakref.WeakValueDictionary()
 _runtimes_lock = threading.Lock()
 
 
 def _shared_runtime(potential: Potential, dtype: str, device: jax.Device) -> Runtime:
     """The process's one runtime of a potential, dtype and device."""
-    key = (potential.sha256, dtype, device)
+    key = (potential.sha256, potential.used_radial_scale, dtype, device)
     with _runtimes_lock:
         runtime = _runtimes.get(key)
         if runtime is None:
@@ -406,7 +404,7 @@ class Engine:
                 device_list = self._new_list(structure, backend)
             values, shape = device_list.find(step)
         with self._lock:
-            if len(self._lists) >= MOST_SYSTEMS:
+            if len(self._lists) >= MAX_SYSTEMS:
                 del self._lists[next(iter(self._lists))]
             self._lists[key] = device_list
         return _results(self.potential, [structure], values, shape)[0]

@@ -22,8 +22,9 @@ from flax import linen as nn
 from mlip_md.elements import symbol
 from mlip_md.errors import UnsupportedElementError
 from mlip_md.graph import Graph, sum_per_graph
-from mlip_md.networks import NetworkConfig, build_network
+from mlip_md.networks import MACEConfig, NetworkConfig, build_network, scale_basis
 from mlip_md.networks.config import CUTOFF, ENERGY, NEIGHBORS, R_MIN, SCALING, config_to_dict
+from mlip_md.networks.radial_scale import RadialScale
 
 Params = Mapping[str, Any]
 Apply = Callable[[Params, Graph], jax.Array]
@@ -109,6 +110,9 @@ class Potential:
         avg_r_min: Å, mean shortest distance in the training set, or None.
         scaling_mean: eV, added to every node energy.
         scaling_stdev: factor on every node energy.
+        radial_scale: factor on MACE's radial basis as the potential's file states it; None for what
+            ``avg_r_min`` gives by rule. It may differ from that in rounding only, and is no part
+            of the identity.
         info: provenance as plain JSON values (name, description, data set, training).
 
     What its numbers may be stands at their fields; ``mlip_md.formats.soundness`` checks it, because
@@ -127,6 +131,7 @@ class Potential:
     scaling_mean: float = dataclasses.field(default=0.0, metadata={"allowed": ENERGY})
     scaling_stdev: float = dataclasses.field(default=1.0, metadata={"allowed": SCALING})
     info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    radial_scale: RadialScale | None = None
 
     def __repr__(self) -> str:
         name = f" {self.info['name']!s:.60}" if self.info.get("name") else ""
@@ -145,7 +150,15 @@ class Potential:
             cutoff=self.cutoff,
             avg_num_neighbors=self.avg_num_neighbors,
             avg_r_min=self.avg_r_min,
+            radial_scale=self.radial_scale,
         )
+
+    @functools.cached_property
+    def used_radial_scale(self) -> RadialScale | None:
+        """The factor on the radial basis that its network takes; None if it takes none."""
+        if not isinstance(self.config, MACEConfig):
+            return None
+        return self.radial_scale or scale_basis(self.config, self.cutoff, self.avg_r_min)
 
     @property
     def num_parameters(self) -> int:

@@ -34,9 +34,10 @@ class Interruptions:
     Python raises KeyboardInterrupt wherever it happens to be; in a destructor or in a callback of C
     code it is printed and lost, and the work goes on. A second Ctrl-C acts as usual; other signals
     come several times by themselves (shell and system both tell that a terminal closes), and one
-    says it all. After one of these a KeyboardInterrupt leaves as StoppedError. Signal handlers
-    belong to the main thread; elsewhere, and where a signal is ignored or somebody else's, nothing
-    changes and only the time limit is kept.
+    says it all. After one of these a KeyboardInterrupt leaves as StoppedError. Inside another one
+    it takes that one's place, with what that one has noted. Signal handlers belong to the main
+    thread; elsewhere, and where a signal is ignored or somebody else's, nothing changes and only
+    the time limit is kept.
 
     Attributes:
         patient: signals are only noted; otherwise they also raise KeyboardInterrupt at once.
@@ -77,12 +78,11 @@ class Interruptions:
             raise KeyboardInterrupt
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT:
-            signal.signal(number, self._before[number])
-        elif self._noted is not None:
+        pressed_again = number == signal.SIGINT and self._noted == "keyboard"
+        if self._noted is not None and number != signal.SIGINT:
             return
         self._noted = _REASONS[signal.Signals(number).name]
-        if not self.patient:
+        if pressed_again or not self.patient:
             raise KeyboardInterrupt
         if self._tell is not None:
             self._tell()
@@ -90,8 +90,13 @@ class Interruptions:
     def __enter__(self) -> Interruptions:
         if threading.current_thread() is threading.main_thread():
             for number in self._signals:
-                if signal.getsignal(number) in _DEFAULTS:
-                    self._before[number] = signal.signal(number, self._note)
+                handler = signal.getsignal(number)
+                outer = getattr(handler, "__self__", None)
+                if isinstance(outer, Interruptions):
+                    self._noted = self._noted or outer._noted
+                elif handler not in _DEFAULTS:
+                    continue
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(

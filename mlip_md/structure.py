@@ -20,7 +20,7 @@ from mlip_md.potential import Potential
 
 COINCIDENT = 0.05
 """Å; atoms closer than this are one atom written twice, or a structure in the wrong units."""
-SMALLEST_ATOM = 1.0
+MIN_ATOM_VOLUME = 1.0
 """Å³ of a periodic cell per atom; diamond has 5.7, hydrogen at 500 GPa more than 1."""
 
 
@@ -96,7 +96,7 @@ def check_structure(
 def _check_volume(n_atoms: int, cell: NDArray[np.float64]) -> None:
     """Refuse cells that atoms do not fit into: placeholders (CRYST1 1 1 1) and wrong units."""
     volume = abs(float(np.linalg.det(cell)))
-    if volume < SMALLEST_ATOM * n_atoms:
+    if volume < MIN_ATOM_VOLUME * n_atoms:
         raise StructureError(
             f"{n_atoms} atoms do not fit into a cell of {volume:.3g} Å³; if it is a placeholder, "
             "remove it and the periodicity, else check that it is in Å"

@@ -38,6 +38,7 @@ ONE_COEFFICIENT = """table = np.sqrt(2 * l3 + 1) * np.array(e3nn.clebsch_gordan(
 LIVE = "test_network_parity.py::test_live_features"
 ENGINE = "test_engine.py::test_energies_forces_and_stress_are_right[float64"
 STRUCTURES = "integrations/test_structures_reading.py"
+NAMES = "test_structures_names.py"
 RUN_OF_ATOMS = "integrations/md/test_md_atoms.py"
 PHYSICS = "test_physics.py::test_double_precision"
 
@@ -76,8 +77,16 @@ FAST = {
         "(100.0, 200.0, 0.4), (200.0, 300.0, 0.1)",
         ("test_training_loss.py::test_classes_of_the_adaptive_huber_loss",),
     ),
+    "names that change in place overlooked": Mistake(
+        "integrations/statements.py", "{key: array.copy() for", "{key: array for",
+        (f"{NAMES}::test_who_asks_at_every_step_reads_again_only_what_changed",),
+    ),
+    "rows of a prepared folder under any name": Mistake(
+        "trainer/data/prepared.py", 'index.get("sha256", {})', "{}",
+        ("test_data_prepared.py::test_every_file_has_the_name_that_it_was_written_with",),
+    ),
     "a charge in info ignored": Mistake(
-        "integrations/ase.py", "if not changes and problem_of(atoms):", "if False:",
+        "integrations/ase.py", "if not changes and self._watch.problem_of(atoms):", "if False:",
         ("test_ase_calculator.py::test_charge_in_info_is_not_overlooked",),
     ),
     "shear stresses in another order": Mistake(

@@ -30,7 +30,7 @@ from mlip_md.trainer.recipe import LossConfig, WeightStep
 
 FORCE_CLASSES = ((0.0, 100.0, 1.0), (100.0, 200.0, 0.7), (200.0, 300.0, 0.4))
 """Reference force norms (eV/Å) above and below which a Huber δ is multiplied by the last number."""
-LARGEST_FORCE_FACTOR = 0.1
+MAX_FORCE_FACTOR = 0.1
 
 
 class LossWeights(NamedTuple):
@@ -65,7 +65,7 @@ def stage_at(loss: LossConfig, epoch: int) -> int:
 def force_deltas(reference: Array, delta: float) -> jax.Array:
     """Huber δ per atom (n_nodes, 1) from reference forces (n_nodes, 3) eV/Å."""
     norms = jnp.linalg.norm(reference, axis=-1, keepdims=True)
-    factors = jnp.full_like(norms, LARGEST_FORCE_FACTOR)
+    factors = jnp.full_like(norms, MAX_FORCE_FACTOR)
     for low, high, factor in FORCE_CLASSES:
         inside = (norms < high) if low == 0.0 else (norms > low) & (norms < high)
         factors = jnp.where(inside, factor, factors)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from mlip_md.trainer.data.training import TrainingData
 
-MOST_POINTS = 50_000
+MAX_POINTS = 50_000
 """Points of a parity plot; of more, evenly spaced ones are drawn."""
 
 
@@ -107,7 +107,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _parity(panel: Axes, pairs: np.ndarray, what: str) -> None:
-    pairs = pairs[:: 1 + len(pairs) // MOST_POINTS]
+    pairs = pairs[:: 1 + len(pairs) // MAX_POINTS]
     limits = (float(pairs[:, 0].min()), float(pairs[:, 0].max()))
     panel.plot(limits, limits, color="gray", linewidth=1)
     panel.plot(pairs[:, 0], pairs[:, 1], ",", rasterized=True)

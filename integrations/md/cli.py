@@ -21,7 +21,7 @@ from mlip_md.hints import hint
 from mlip_md.integrations.md.observers import TerminalObserver
 from mlip_md.integrations.md.settings import (
     DEFAULT_STEPS,
-    LARGEST_SEED,
+    MAX_SEED,
     MDSettings,
     choices_of,
     read_settings,
@@ -101,7 +101,7 @@ def md_command(
         bool, typer.Option(help="Relax the positions first.")
     ] = MDSettings.minimize,
     seed: Annotated[
-        int, typer.Option(min=0, max=LARGEST_SEED, help="Of velocities and thermostat.")
+        int, typer.Option(min=0, max=MAX_SEED, help="Of velocities and thermostat.")
     ] = MDSettings.seed,
     precision: PrecisionOption = MDSettings.precision,
     device: DeviceOption = None,

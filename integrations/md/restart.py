@@ -55,7 +55,10 @@ def read_restart(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         CheckpointError: if there is none, or it is damaged or of a newer version.
     """
     if not path.exists():
-        raise CheckpointError(f"there is no {path}: this folder holds no run that can go on")
+        raise CheckpointError(
+            f"there is no {path}: this folder holds no run that can go on, only one that ended "
+            "before its first step; start it again in another folder"
+        )
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}

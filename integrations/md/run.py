@@ -210,7 +210,7 @@ def _continue(
         platform=settings.platform if platform is None else platform,
         device=settings.device if device is None else device,
     )
-    if done >= settings.steps:
+    if done >= settings.steps and _is_finished(folder, done):
         raise CheckpointError(
             f"the run in {folder} has all its {done} steps; say how much further to go: --steps or "
             "--length (in Python steps=...)"
@@ -233,6 +233,15 @@ def _continue(
         interruptions.patient = True
         write_settings(folder, settings)
         _Run(settings, backend, folder, observer, compile_seconds, values).go(interruptions)
+
+
+def _is_finished(folder: Path, step: int) -> bool:
+    """Whether a run that had all its steps lived on until the last of its files was written."""
+    try:
+        summary = report.read_summary(folder)
+    except (OSError, ValueError):
+        return False
+    return (summary.get("status"), summary.get("step")) == ("finished", step)
 
 
 def _warm_up(backend: Backend, observer: RunObserver, interruptions: Interruptions) -> float:
@@ -440,17 +449,22 @@ class _Run:
         return time.perf_counter() - self._saved > RESTART_SECONDS
 
     def _conclude(self, status: str) -> None:
-        """Plot and summary, of the whole run so far."""
-        settings, atoms = self.settings, self.backend.structure.atoms
+        """Plot and summary, of the whole run so far; the summary tells that all else is there."""
         log = read_log(self.folder / LOG)
-        report.write_summary(self.folder, self._summary(status, log))
-        if len(log["step"]):
-            title = (
-                f"{self.backend.structure.name} ({len(atoms)} atoms), {settings.ensemble.upper()}, "
-                f"{self.backend.title}"
-            )
-            target = None if settings.ensemble == "nve" else settings.temperature
-            report.draw_plot(log, self.folder / report.PLOT, title=title, target=target)
+        try:
+            if len(log["step"]):
+                self._draw(log)
+        finally:
+            report.write_summary(self.folder, self._summary(status, log))
+
+    def _draw(self, log: dict[str, np.ndarray]) -> None:
+        settings, structure = self.settings, self.backend.structure
+        title = (
+            f"{structure.name} ({len(structure.atoms)} atoms), {settings.ensemble.upper()}, "
+            f"{self.backend.title}"
+        )
+        target = None if settings.ensemble == "nve" else settings.temperature
+        report.draw_plot(log, self.folder / report.PLOT, title=title, target=target)
 
     def _summary(self, status: str, log: dict[str, np.ndarray]) -> dict[str, Any]:
         settings, backend, rate = self.settings, self.backend, self.speed.rate

@@ -27,7 +27,7 @@ VERSION = 2
 """Of that file; 1 stated none and knew fewer settings."""
 
 DEFAULT_STEPS = 2000
-LARGEST_SEED = 2**31 - 2
+MAX_SEED = 2**31 - 2
 
 _NUMBERS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ("temperature", "", lambda t: 0 <= t < math.inf, "at least 0 and finite"),
@@ -42,7 +42,7 @@ _NUMBERS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
         lambda mass: mass is None or 1 <= mass < math.inf,
         "at least 1 and finite, 3 for example",
     ),
-    ("seed", "", lambda seed: 0 <= seed <= LARGEST_SEED, "in 0 … 2^31 - 2"),
+    ("seed", "", lambda seed: 0 <= seed <= MAX_SEED, "in 0 … 2^31 - 2"),
 )
 """Settings that are numbers: name, unit, what is allowed, and that in words."""
 

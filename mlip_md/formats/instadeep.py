@@ -97,7 +97,8 @@ def save_zip(potential: Potential, path: str | os.PathLike[str]) -> None:
     """Write a potential as a zip that mlip 0.1.x and 0.2.x read (``models_v1`` of the latter).
 
     Args:
-        potential: what to write; its provenance (``info``) has no place in that format.
+        potential: what to write; its provenance (``info``) has no place in that format, nor has
+            a stored factor on the radial basis: readers compute it from ``avg_r_min``.
         path: file name ending in ``.zip``.
 
     Raises:

@@ -41,6 +41,7 @@ from mlip_md.formats.soundness import (
     typed,
     unflatten,
 )
+from mlip_md.networks.radial_scale import RadialScale
 from mlip_md.potential import Potential
 from mlip_md.version import __version__
 
@@ -139,12 +140,14 @@ def _describe(potential: Potential) -> dict[str, Any]:
     description = potential.description()
     energies = (float(e) for e in potential.atomic_energies)
     e0 = dict(zip(map(symbol, potential.elements), energies, strict=True))
+    scale = potential.used_radial_scale
     return {
         "format_version": FORMAT_VERSION,
         "written_by": f"mlip-md {__version__}",
         "units": _UNITS,
         **description,
         "atomic_energies": e0,
+        **({} if scale is None else {"radial_scale": scale._asdict()}),
     }
 
 
@@ -258,4 +261,13 @@ def _potential(description: Mapping[str, Any], tensors: Mapping[str, Any]) -> Po
         scaling_mean=number(description, "scaling_mean", 0.0),
         scaling_stdev=number(description, "scaling_stdev", 1.0),
         info=typed(description, "info", dict, {}),
+        radial_scale=_radial_scale(description),
     )
+
+
+def _radial_scale(description: Mapping[str, Any]) -> RadialScale | None:
+    """The stored factor on the radial basis; descriptions of NequIP and older ones have none."""
+    if "radial_scale" not in description:
+        return None
+    stored = typed(description, "radial_scale", dict)
+    return RadialScale(*(number(stored, precision) for precision in RadialScale._fields))

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from mlip_md.devices import check_process
-from mlip_md.elements import LARGEST_ATOMIC_NUMBER, symbol
+from mlip_md.elements import MAX_ATOMIC_NUMBER, symbol
 from mlip_md.errors import ConfigError, ModelFileError
 from mlip_md.graph import Graph
 from mlip_md.networks.config import ENERGY, NetworkConfig, check_fields, config_from_dict
@@ -68,7 +68,7 @@ def check_statistics(potential: Potential) -> None:
     """
     elements = potential.elements
     require(len(elements) > 0, "it has no elements")
-    bounded = (0, *elements, LARGEST_ATOMIC_NUMBER + 1)
+    bounded = (0, *elements, MAX_ATOMIC_NUMBER + 1)
     ascending = all(a < b for a, b in itertools.pairwise(bounded))
     require(ascending, f"elements = {elements}; they must be atomic numbers, ascending")
     energies = np.asarray(potential.atomic_energies)

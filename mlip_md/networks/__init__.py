@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,9 +17,13 @@ from mlip_md.networks.config import Hyperparameters as Hyperparameters
 from mlip_md.networks.config import MACEConfig as MACEConfig
 from mlip_md.networks.config import NequIPConfig as NequIPConfig
 from mlip_md.networks.config import NetworkConfig as NetworkConfig
+from mlip_md.networks.radial_scale import RadialScale, radial_scales
 
 MAX_R_MIN = 0.98
 """Part of the cutoff; beyond it the envelope leaves float32 no digits of the radial basis."""
+
+SCALE_TOLERANCE = 1e-5
+"""Relative; as far as rounding may take a stored factor on the radial basis from the rule's."""
 
 
 def build_network(
@@ -28,6 +33,7 @@ def build_network(
     cutoff: float,
     avg_num_neighbors: float,
     avg_r_min: float | None,
+    radial_scale: RadialScale | None = None,
 ) -> nn.Module:
     """The flax module of a configuration.
 
@@ -38,26 +44,22 @@ def build_network(
         avg_num_neighbors: mean number of neighbors in the training set.
         avg_r_min: Å, mean shortest distance in the training set; None leaves the radial basis
             unscaled. Read by MACE only.
+        radial_scale: factor on the radial basis that a file states; None for ``scale_basis``.
 
     Returns:
         A module with ``init(key, graph)`` and ``apply(params, graph) -> (n_nodes,)``: node
         energies before scaling and without E0.
 
     Raises:
-        ConfigError: if avg_r_min is too near to the cutoff or beyond it, or there is no network
-            for such a configuration.
+        ConfigError: if avg_r_min is too near to the cutoff or beyond it, radial_scale contradicts
+            them, or there is no network for such a configuration.
     """
     neighbors = config.avg_num_neighbors or avg_num_neighbors
     if isinstance(config, MACEConfig):
         from mlip_md.networks.mace import MACE
 
-        r_min = config.avg_r_min if config.avg_r_min is not None else avg_r_min
-        if r_min is not None and r_min > MAX_R_MIN * cutoff:
-            raise ConfigError(
-                f"avg_r_min = {r_min} Å is beyond {MAX_R_MIN:.0%} of the cutoff of {cutoff} Å: "
-                "the radial basis cannot be normalised between them; take a larger cutoff"
-            )
-        return MACE(config, num_species, cutoff, neighbors, r_min)
+        scale = _checked_scale(radial_scale, scale_basis(config, cutoff, avg_r_min))
+        return MACE(config, num_species, cutoff, neighbors, scale)
     if isinstance(config, NequIPConfig):
         from mlip_md.networks.nequip import NequIP
 
@@ -65,6 +67,38 @@ def build_network(
     raise ConfigError(
         f"there is no network for {type(config).__name__}; there are: {', '.join(CONFIGS)}"
     )
+
+
+def scale_basis(config: MACEConfig, cutoff: float, avg_r_min: float | None) -> RadialScale:
+    """The factor on the radial basis by our rule, see ``networks.radial_scale``.
+
+    Args:
+        config: hyperparameters; its avg_r_min wins over the argument.
+        cutoff: Å.
+        avg_r_min: Å, mean shortest distance in the training set, or None.
+
+    Raises:
+        ConfigError: if avg_r_min is too near to the cutoff or beyond it.
+    """
+    r_min = config.avg_r_min if config.avg_r_min is not None else avg_r_min
+    if r_min is not None and r_min > MAX_R_MIN * cutoff:
+        raise ConfigError(
+            f"avg_r_min = {r_min} Å is beyond {MAX_R_MIN:.0%} of the cutoff of {cutoff} Å: "
+            "the radial basis cannot be normalised between them; take a larger cutoff"
+        )
+    return radial_scales(r_min, cutoff, config.num_bessel, config.radial_envelope)
+
+
+def _checked_scale(given: RadialScale | None, rule: RadialScale) -> RadialScale:
+    """The factor that a file states, or else the rule's."""
+    for stated, expected in zip(given or rule, rule, strict=True):
+        if not math.isclose(stated, expected, rel_tol=SCALE_TOLERANCE):
+            raise ConfigError(
+                f"radial_scale = {stated} is not the factor that avg_r_min and the cutoff give, "
+                f"{expected}: what states it is damaged, or was changed after it was computed; "
+                "take the original, or leave radial_scale out"
+            )
+    return given or rule
 
 
 class _Published(nn.Module):

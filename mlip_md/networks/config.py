@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from e3nn_jax import Irreps
 
-from mlip_md.elements import LARGEST_ATOMIC_NUMBER
+from mlip_md.elements import MAX_ATOMIC_NUMBER
 from mlip_md.errors import ConfigError
 from mlip_md.hints import hint
 
@@ -31,7 +31,7 @@ MAX_DEGREE = 11
 MAX_WIDTH = 100_000
 """Components of a feature or of a hidden layer; no sensible network comes near."""
 
-_NUMBER_OF_KEY = {str(z): z for z in range(1, LARGEST_ATOMIC_NUMBER + 1)}  # JSON has text for keys
+_NUMBER_OF_KEY = {str(z): z for z in range(1, MAX_ATOMIC_NUMBER + 1)}  # JSON has text for keys
 
 AtomicEnergies = str | Mapping[int, float] | None
 
@@ -187,8 +187,8 @@ def _check_energies(name: str, value: Any) -> None:
         _require(valid, name, value, "null, average, zero or a map of Z to eV")
         return
     for z, energy in value.items():
-        valid = type(z) is int and 0 < z <= LARGEST_ATOMIC_NUMBER  # True and 1.0 are no keys
-        allowed = f"an atomic number, 1 to {LARGEST_ATOMIC_NUMBER}"
+        valid = type(z) is int and 0 < z <= MAX_ATOMIC_NUMBER  # True and 1.0 are no keys
+        allowed = f"an atomic number, 1 to {MAX_ATOMIC_NUMBER}"
         _require(valid, f"a key of {name}", z, allowed, name)
         ENERGY.check(f"{name}[{z}]", energy, field=name)
 

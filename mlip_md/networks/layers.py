@@ -176,7 +176,7 @@ def radial_weights(
         kernels: (n_in, n_out) of every layer.
         act: nonlinearity between them; not every one is 0 at 0, as the basis is at the cutoff.
         basis: (n_edges, num_bessel) radial basis.
-        inside: (n_edges, 1) bool, shorter than the cutoff; neighbour lists may reach farther.
+        inside: (n_edges, 1) bool, shorter than the cutoff; neighbor lists may reach farther.
 
     Returns:
         (n_edges, n_out of the last kernel).

@@ -20,7 +20,7 @@ from mlip_md.networks import layers
 from mlip_md.networks.config import MACEConfig
 from mlip_md.networks.layers import SCALAR, Features
 from mlip_md.networks.product_basis import SymmetricContraction
-from mlip_md.networks.radial_scale import radial_scale
+from mlip_md.networks.radial_scale import RadialScale
 
 RADIAL_WIDTHS = (64, 64, 64)
 """Hidden widths of the radial network; no card or file has others."""
@@ -142,7 +142,7 @@ class SpeciesPerceptron(nn.Module):
 
 
 class MessagePassingConvolution(nn.Module):
-    """Sum over neighbours of sender features coupled to edge directions (Eq. 8).
+    """Sum over neighbors of sender features coupled to edge directions (Eq. 8).
 
     Attributes:
         config: hyperparameters.
@@ -406,14 +406,14 @@ class MACE(nn.Module):
         num_species: number of elements.
         cutoff: Å.
         avg_num_neighbors: divisor of the summed messages.
-        avg_r_min: Å, or None; start of the interval on which the radial basis is normalised.
+        radial_scale: factor on the radial basis.
     """
 
     config: MACEConfig
     num_species: int
     cutoff: float
     avg_num_neighbors: float
-    avg_r_min: float | None
+    radial_scale: RadialScale
 
     @nn.compact
     def __call__(self, graph: Graph) -> jax.Array:
@@ -443,7 +443,8 @@ class MACE(nn.Module):
         config, vectors = self.config, edge_vectors(graph)
         lengths = jnp.sqrt(jnp.sum(vectors**2, axis=-1))
         basis = self.cutoff, config.num_bessel, config.radial_envelope
-        scale = radial_scale(self.avg_r_min, *basis, vectors.dtype == jnp.float64)
+        single, double = self.radial_scale
+        scale = double if vectors.dtype == jnp.float64 else single
         senders, species = jnp.asarray(graph.senders), jnp.asarray(graph.species)
         return Edges(
             senders,

@@ -187,7 +187,7 @@ def convolve(
     edges: Edges,
     receivers: jax.Array,
 ) -> Features:
-    """Sum over neighbours b of R(r_ab) · √(2l3+1) Σ C(l1 m1, l2 m2; l3 m3) x_b,{l1 m1} Y_{l2 m2}.
+    """Sum over neighbors b of R(r_ab) · √(2l3+1) Σ C(l1 m1, l2 m2; l3 m3) x_b,{l1 m1} Y_{l2 m2}.
 
     Paths from one block to messages of one degree are computed side by side.
 
@@ -368,7 +368,7 @@ class NequIPLayer(nn.Module):
 class NequIP(nn.Module):
     """NequIP as in the published models: ``init(key, graph)``, ``apply(params, graph)``.
 
-    An atom without neighbours has an energy of its own, which the residual path makes of its
+    An atom without neighbors has an energy of its own, which the residual path makes of its
     species. Messages vanish smoothly at the cutoff (with sigmoid as the radial network's
     nonlinearity, which is not 0 at 0, they end there abruptly).
 

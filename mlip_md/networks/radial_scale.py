@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+
+class RadialScale(NamedTuple):
+    """The factor by working precision."""
+
+    float32: float
+    float64: float
 
 
 @functools.lru_cache
@@ -48,6 +56,14 @@ def radial_scale(
         step = _exp(-1 / (2 * np.where(x < 1, 1 - x, 1)))
         u = np.float32(real(1.2) / real(at_two)) * np.where(x < 1, step, 0)
     return float(_mean((basis * u[:, None]) ** 2)) ** -0.5
+
+
+def radial_scales(
+    avg_r_min: float | None, cutoff: float, number: int, envelope: str
+) -> RadialScale:
+    """Both values of ``radial_scale``, of the same arguments."""
+    basis = avg_r_min, cutoff, number, envelope
+    return RadialScale(radial_scale(*basis, double=False), radial_scale(*basis, double=True))
 
 
 def _divided(a: np.ndarray, b: np.ndarray | np.float32) -> np.ndarray:

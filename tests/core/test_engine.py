@@ -577,7 +577,7 @@ def test_energy_is_conserved_whether_atoms_are_wrapped_or_not():
 
 def test_systems_in_turn_with_kept_lists(double, monkeypatch):
     """Same atoms in other places and cells, other atoms: no list is used for the wrong system."""
-    monkeypatch.setattr(engine_module, "MOST_SYSTEMS", 3)
+    monkeypatch.setattr(engine_module, "MAX_SYSTEMS", 3)
     engine = Engine(pair_potential(), "float64", backend="cells", skin=0.5)
     positions, numbers, cell, pbc = crystal(3)
     systems = [

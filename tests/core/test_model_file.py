@@ -16,6 +16,7 @@ from model_files import make_potential, refused, zipped
 
 import mlip_md
 from mlip_md import bundled
+from mlip_md.engine import Engine
 from mlip_md.errors import ConfigError, OutputError
 from mlip_md.formats import own
 from mlip_md.formats.open import FORMATS, open_potential
@@ -68,7 +69,7 @@ def test_what_was_saved_comes_back_bit_for_bit(potential, tmp_path):
     save(potential, file)
     loaded = load(file)
     for field in dataclasses.fields(Potential):
-        if field.name not in ("params", "atomic_energies"):
+        if field.name not in ("params", "atomic_energies", "radial_scale"):
             assert getattr(loaded, field.name) == getattr(potential, field.name), field.name
     np.testing.assert_array_equal(loaded.atomic_energies, potential.atomic_energies)
     assert loaded.atomic_energies.dtype == np.float64
@@ -79,6 +80,7 @@ def test_what_was_saved_comes_back_bit_for_bit(potential, tmp_path):
         assert new.dtype == np.float32
         np.testing.assert_array_equal(old, new)
     assert loaded.sha256 == potential.sha256
+    assert loaded.radial_scale == loaded.used_radial_scale == potential.used_radial_scale
 
 
 def test_a_potential_travels_as_bytes(mace, content):
@@ -190,7 +192,8 @@ def test_a_newer_writer_may_add_keys_and_an_older_one_lack_defaults(saved, mace)
     assert load(saved).sha256 == mace.sha256
 
     def age(description):
-        for name in ("avg_r_min", "scaling_mean", "scaling_stdev", "info", "units"):
+        optional = ("avg_r_min", "scaling_mean", "scaling_stdev", "info", "units", "radial_scale")
+        for name in optional:
             del description[name]
         for name in ("gate_nodes", "species_embedding_dim"):
             del description["hyperparameters"][name]
@@ -199,6 +202,45 @@ def test_a_newer_writer_may_add_keys_and_an_older_one_lack_defaults(saved, mace)
     old = load(saved)
     assert (old.avg_r_min, old.scaling_mean, old.scaling_stdev, old.info) == (None, 0.0, 1.0, {})
     assert old.config == mace.config
+
+
+def forces(engine: Engine) -> np.ndarray:
+    return engine.evaluate([[0, 0, 0], [0, 0, 1.1], [0.9, 0.1, -0.3]], [8, 1, 6]).forces
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_the_stored_factor_on_the_radial_basis_is_what_counts(saved, mace, precision):
+    """Its last digit changes results of its precision and of no other; the identity stays."""
+    given = load(saved).radial_scale._asdict()[precision]
+    changed = float(np.nextafter(np.dtype(precision).type(given), np.inf))
+    rewrite(saved, lambda d: d["radial_scale"].update({precision: changed}))
+    other = load(saved)
+    assert other.radial_scale._asdict()[precision] == changed != given
+    assert other.sha256 == mace.sha256
+    for dtype in ("float32", "float64"):
+        engines = Engine(mace, dtype), Engine(other, dtype)  # both at once, of one identity
+        assert np.array_equal(*map(forces, engines)) == (dtype != precision)
+    assert to_bytes(other) == saved.read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_file_without_the_factor_gives_the_same_numbers(saved, mace, dtype):
+    rewrite(saved, lambda d: d.pop("radial_scale"))
+    older = load(saved)
+    assert older.radial_scale is None
+    np.testing.assert_array_equal(forces(Engine(older, dtype)), forces(Engine(mace, dtype)))
+
+
+def test_a_network_without_such_a_factor_stores_none(tmp_path):
+    save(make_potential("nequip"), tmp_path / "m.safetensors")
+    assert "radial_scale" not in description_of(tmp_path / "m.safetensors")
+
+
+def test_a_changed_potential_does_not_keep_the_factor_of_another(saved):
+    changed = dataclasses.replace(load(saved), avg_r_min=1.2)
+    with refused("radial_scale = .* leave radial_scale out"):
+        to_bytes(changed)
+    to_bytes(dataclasses.replace(changed, radial_scale=None))
 
 
 FIRST = "params#LinearNodeEmbeddingBlock_0#embeddings"
@@ -279,6 +321,14 @@ def set_hyperparameter(**values):
         (set_hyperparameter(gate_nodes=1), "gate_nodes = 1 .* true or false"),
         (set_hyperparameter(atomic_energies={"1": 1e308}), r"atomic_energies\[1\] = 1e\+308"),
         (set_hyperparameter(atomic_energies={"119": 0.0}), "'119' .* atomic number, 1 to 118"),
+        (lambda d: d["radial_scale"].update(float32=5.0), "radial_scale = 5.0 is not the factor"),
+        (
+            lambda d: d["radial_scale"].update(float64=1.0001 * d["radial_scale"]["float64"]),
+            "radial_scale = .* is not the factor",
+        ),
+        (lambda d: d.update(avg_r_min=0.98), "radial_scale = .* is not the factor"),
+        (lambda d: d["radial_scale"].pop("float32"), "float32 = None; a number"),
+        (lambda d: d.update(radial_scale=5.0), "radial_scale is 5.0; a JSON object"),
         (lambda d: d.update(info=[1]), "info"),
         (lambda d: d["units"].update(energy="kcal/mol"), "units"),
     ],

@@ -35,7 +35,7 @@ SMALL = NequIPConfig(
 
 
 def all_pairs(positions, species, dtype=np.float64):
-    """Graph in which every atom is a neighbour of every other one."""
+    """Graph in which every atom is a neighbor of every other one."""
     n = len(positions)
     receivers, senders = np.nonzero(~np.eye(n, dtype=bool))
     return Graph(

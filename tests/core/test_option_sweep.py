@@ -38,7 +38,7 @@ TOLERANCE = {"float64": 1e-9, "float32": 2e-5}
 CEILING = 1e-4
 """What float32 may deviate by where the library's own float32 misses the tolerance too."""
 SKIN = 0.5
-"""Å by which our neighbour lists reach beyond the cutoff, to no effect."""
+"""Å by which our neighbor lists reach beyond the cutoff, to no effect."""
 RANDOM_CASES = int(os.environ.get("MLIP_MD_SWEEP_CASES", "60"))
 """Number of random cases per network in the long run."""
 

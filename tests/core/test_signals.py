@@ -38,3 +38,29 @@ def test_a_signal_of_the_system_is_noted_and_told(name, reason, patient, interru
     assert interruptions.reason == reason
     assert reasons == [reason] * patient
     assert signal.getsignal(number) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("patient", [True, False])
+def test_inside_another_one_nothing_is_lost(patient, interruptible):
+    """A library may swallow what the outer one raises; the inner one still knows of it."""
+    with Interruptions(signal.SIGINT, patient=False) as outer:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with Interruptions(*ENDINGS, patient=patient) as inner:
+            assert inner.reason == "keyboard"
+            with pytest.raises(KeyboardInterrupt):
+                inner.check()
+            with pytest.raises(KeyboardInterrupt):  # pressed again
+                signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert outer.reason == "keyboard"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_inside_another_one_the_inner_one_notes(interruptible):
+    with Interruptions(signal.SIGINT, patient=False) as outer:
+        with Interruptions(*ENDINGS) as inner:
+            signal.raise_signal(signal.SIGINT)
+            assert inner.reason == "keyboard"
+        assert outer.reason is None

@@ -7,7 +7,7 @@ from openmm import app, unit
 
 from mlip_md.errors import ConfigError
 from mlip_md.integrations.openmm_calls import ADVICE
-from mlip_md.integrations.openmm_minimize import LARGEST_STEP, minimize
+from mlip_md.integrations.openmm_minimize import MAX_STEP, minimize
 
 
 def make_context(system, positions, platform="Reference"):
@@ -59,7 +59,7 @@ def test_no_atom_moves_farther_than_the_bound():
     minimize(context, maxIterations=1)
     before, after = np.array([[0, 0, 0], [0.1, 0, 0]]), positions_of(context)
     moved = np.linalg.norm(after - before, axis=1)
-    np.testing.assert_allclose(moved, LARGEST_STEP, rtol=1e-6)
+    np.testing.assert_allclose(moved, MAX_STEP, rtol=1e-6)
     minimize(context, maxIterations=1, maxStep=0.5 * unit.angstrom)
     np.testing.assert_allclose(np.linalg.norm(positions_of(context) - after, axis=1), 0.05)
 

@@ -191,6 +191,25 @@ def test_a_cell_that_atoms_do_not_fit_into_is_refused(model, molecule):
         context.getState(energy=True)
 
 
+@pytest.mark.filterwarnings("ignore:mlip-md. the topology has a box:UserWarning")
+@pytest.mark.parametrize("interpolate", [False, True])
+@pytest.mark.parametrize("remove", [False, True])
+def test_constraints_between_ml_atoms_go_only_if_wanted(model, crystal, remove, interpolate):
+    """Also where the topology has a box and the System none."""
+    mm = openmm.System()
+    for _ in range(8):
+        mm.addParticle(12.0)
+    pairs = [(0, 1), (1, 3), (4, 5)]
+    for pair in pairs:
+        mm.addConstraint(*pair, 0.15)
+    mm.addForce(openmm.HarmonicBondForce())
+    system = MLPotential("mlip-md", modelPath=model).createMixedSystem(
+        topology_of(crystal), mm, [0, 1, 2], removeConstraints=remove, interpolate=interpolate
+    )
+    left = [system.getConstraintParameters(i)[:2] for i in range(system.getNumConstraints())]
+    assert [tuple(pair) for pair in left] == pairs[remove:]
+
+
 def test_a_box_that_only_the_topology_has(model, crystal):
     """A force field without cutoff and a topology with a box contradict each other."""
     ml, topology = MLPotential("mlip-md", modelPath=model), topology_of(crystal)

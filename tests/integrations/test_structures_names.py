@@ -29,7 +29,7 @@ from mlip_md.integrations.residue_names import (
     named_element,
     stated_element,
 )
-from mlip_md.integrations.statements import lacks_hydrogens, problem_of
+from mlip_md.integrations.statements import Watch, lacks_hydrogens, problem_of
 
 
 @pytest.mark.parametrize(
@@ -209,6 +209,43 @@ def test_alternate_locations_that_ase_keeps_both():
     assert "atoms 0 and 3 are alternatives" in problem_of(both)
     assert named_reader(problem_of(both)) is read_structure
     assert problem_of(residues_of(water, "HOH", [0.6] * 3)) is None
+
+
+def test_who_asks_at_every_step_reads_again_only_what_changed(tmp_path, monkeypatch):
+    """Also what was changed in place, and back."""
+    path, looks = tmp_path / "c.gro", []
+    path.write_text(gro_of("LIG", ["C1", "CL1", "H1", "H2", "H3"], molecule("CH3Cl").positions))
+    atoms, watch = read(path), Watch()
+    atoms.symbols[1] = "Cl"
+
+    def named(*names, **keywords):
+        looks.append(names)
+        return named_element(*names, **keywords)
+
+    monkeypatch.setattr("mlip_md.integrations.statements.named_element", named)
+    for _ in range(5):
+        assert watch.problem_of(atoms) is None
+        atoms.positions += 0.1
+    assert len(looks) == len(atoms)
+    for key, index, value in (("numbers", 1, 6), ("atomtypes", 0, "N1"), ("residuenames", 1, "CL")):
+        kept = atoms.arrays[key][index]
+        atoms.arrays[key][index] = value
+        assert (watch.problem_of(atoms) is None) == (key == "residuenames")
+        atoms.arrays[key][index] = kept
+        assert watch.problem_of(atoms) is None
+    atoms.symbols[1] = "C"
+    assert "atom 1, CL1" in (watch.problem_of(atoms) or "")
+    atoms.set_array("bfactor", np.zeros(5))
+    assert watch.problem_of(atoms) is None
+    assert watch.problem_of(residues_of(Atoms("NC", [[0, 0, 0], [1.4, 0, 0]]), "GLY")) is not None
+
+    both = residues_of(molecule("H2O") + molecule("H2O"), "HOH", [0.6] * 3 + [0.4] * 3)
+    both.positions[3:] += 5.0
+    assert watch.problem_of(both) is None
+    both.positions[3:] -= 4.7
+    assert "are alternatives" in (watch.problem_of(both) or "")
+    both.arrays["occupancy"][:] = 1.0
+    assert watch.problem_of(both) is None
 
 
 def test_residues_without_any_hydrogen():

@@ -1,6 +1,7 @@
 """Prepared data: files to parts, the same in memory and from a folder, no leaks between parts."""
 
 import json
+import shutil
 
 import ase
 import ase.io
@@ -199,6 +200,49 @@ def test_every_structure_is_in_one_part_once(part, path, tmp_path):
         open_prepared(folder)
     np.save(file, rows)
     assert len(open_prepared(folder).parts[part]) == len(rows)
+
+
+def refusal(folder):
+    """Why a folder does not open; empty if it does."""
+    try:
+        open_prepared(folder)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def test_every_file_has_the_name_that_it_was_written_with(path, tmp_path):
+    """Others of the same shape, of this folder or another one, give other labels or a leak."""
+    folder, other = tmp_path / "prepared", tmp_path / "other"
+    data = prepared(path, folder, split=SPLIT)
+    prepared(path, other, split={**SPLIT, "seed": 7}, cutoff=4.5)
+    assert len(data.parts["validation"]) == len(data.parts["test"])
+    first, second = folder / "validation.npy", folder / "test.npy"
+    contents = first.read_bytes(), second.read_bytes()
+    for one, two in (contents[::-1], contents[:1] * 2):
+        first.write_bytes(one)
+        second.write_bytes(two)
+        assert "is damaged" in refusal(folder)
+    first.write_bytes(contents[0])
+    second.write_bytes(contents[1])
+    assert open_prepared(folder).parts.keys() == data.parts.keys()
+    for part in ("train", "validation", "test"):
+        shutil.copy(other / f"{part}.npy", folder)
+    assert "train.npy is damaged (checksum)" in refusal(folder)
+    shutil.rmtree(folder)
+    prepared(path, folder, split=SPLIT)
+    shutil.rmtree(folder / "graphs")
+    shutil.copytree(other / "graphs", folder / "graphs")
+    assert "index.json is damaged (checksum)" in refusal(folder)
+
+
+def test_folders_of_before_there_were_checksums_of_rows_open(path, tmp_path):
+    folder = tmp_path / "prepared"
+    prepared(path, folder, split=SPLIT)
+    index = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
+    del index["sha256"]
+    (folder / "prepared.json").write_text(json.dumps(index), encoding="utf-8")
+    assert len(open_prepared(folder).parts) == 3
 
 
 def test_all_charged(tmp_path):

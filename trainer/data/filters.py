@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 from ase.data import covalent_radii
 
-from mlip_md.elements import ATOMIC_NUMBERS, LARGEST_ATOMIC_NUMBER
+from mlip_md.elements import ATOMIC_NUMBERS, MAX_ATOMIC_NUMBER
 from mlip_md.trainer.data.structures import LabeledStructure
 from mlip_md.trainer.recipe.schema import CurationConfig
 
@@ -62,7 +62,7 @@ def make_filters(config: CurationConfig | None) -> Filters:
         return filters
     max_force, max_net_force = config.max_force, config.max_net_force
     if config.elements is not None:
-        allowed = np.zeros(LARGEST_ATOMIC_NUMBER + 1, bool)
+        allowed = np.zeros(MAX_ATOMIC_NUMBER + 1, bool)
         allowed[[ATOMIC_NUMBERS[name] for name in config.elements]] = True
         filters["elements"] = lambda s: bool(allowed[s.atomic_numbers].all())
     if config.one_bond_per_hydrogen:

@@ -28,7 +28,14 @@ from mlip_md.trainer.data.statistics import (
     compute_statistics,
     warn_of_open_energies,
 )
-from mlip_md.trainer.data.store import WRITTEN_BY, GraphStore, check_format, open_store
+from mlip_md.trainer.data.store import (
+    WRITTEN_BY,
+    GraphStore,
+    check_format,
+    check_sums,
+    open_store,
+    sum_files,
+)
 from mlip_md.trainer.data.structures import LabeledStructure, refusing_unreadable
 from mlip_md.trainer.recipe.compare import find_differences
 from mlip_md.trainer.recipe.schema import AtomicEnergies, DataConfig
@@ -120,6 +127,8 @@ def open_prepared(folder: str | Path) -> PreparedData:
             f"{folder} is damaged: its parts ({', '.join(rows)}) do not hold each of its "
             f"{len(store)} structures exactly once; prepare the data again"
         )
+    with refusing_unreadable(folder, "not a folder of prepared data"):
+        check_sums(folder, index.get("sha256", {}))  # written since version 0.2.0
     parts = {name: _labeled(store.subset(r), statistics) for name, r in rows.items()}
     return PreparedData(parts, statistics, reports, config)
 
@@ -281,10 +290,12 @@ def _write(folder: Path, data: PreparedData, store: GraphStore) -> None:
     for name, part in data.parts.items():
         rows = np.searchsorted(store.first_atom, part.first_atom)
         np.save(folder / f"{name}.npy", rows)
+    files = [*(f"{name}.npy" for name in data.parts), "graphs/index.json"]
     index = {
         "format_version": FORMAT_VERSION,
         "written_by": WRITTEN_BY,
         "parts": list(data.parts),
+        "sha256": sum_files(folder, files),
         "data": data.config.model_dump(mode="json"),
         "statistics": data.statistics.to_dict(),
         "curation": {path: dataclasses.asdict(r) for path, r in data.curation.items()},

@@ -26,7 +26,7 @@ import h5py
 import numpy as np
 
 from mlip_md.constants import ANGSTROM_PER_NM, BOHR, HARTREE, KJ_PER_KCAL, KJ_PER_MOL_PER_EV, SPLITS
-from mlip_md.elements import LARGEST_ATOMIC_NUMBER
+from mlip_md.elements import MAX_ATOMIC_NUMBER
 from mlip_md.errors import DataError
 from mlip_md.trainer.data.structures import LabeledStructure, refusing_unreadable
 
@@ -219,7 +219,7 @@ def _parse_energies(text: str, unit: float, name: str) -> dict[int, float]:
         raise DataError(
             f"{name}: not a map of atomic number to energy: {text[:60]!r} ({error})"
         ) from error
-    known = range(1, LARGEST_ATOMIC_NUMBER + 1)
+    known = range(1, MAX_ATOMIC_NUMBER + 1)
     bad = [z for z, energy in energies.items() if z not in known or not np.isfinite(energy)]
     if bad:
         raise DataError(f"{name}: impossible atomic number or energy for {bad}")

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from mlip_md.elements import LARGEST_ATOMIC_NUMBER, symbol
+from mlip_md.elements import MAX_ATOMIC_NUMBER, symbol
 from mlip_md.errors import DataError
 from mlip_md.files import new_folder, write_text
 from mlip_md.neighbors import check_cutoff
@@ -189,7 +189,7 @@ class GraphStore:
     @functools.cached_property
     def species_of(self) -> np.ndarray:
         """(119,) int32, species by atomic number; -1 for elements that do not occur."""
-        lookup = np.full(LARGEST_ATOMIC_NUMBER + 1, -1, np.int32)
+        lookup = np.full(MAX_ATOMIC_NUMBER + 1, -1, np.int32)
         lookup[list(self.elements)] = np.arange(len(self.elements))
         return lookup
 
@@ -249,9 +249,7 @@ def open_store(folder: str | Path) -> GraphStore:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         check_format(folder, index, FORMAT_VERSION)
         arrays = {name: _mapped(folder, name, spec) for name, spec in index["arrays"].items()}
-        for name, checksum in index["sha256"].items():
-            if _sha256(folder / name) != checksum:
-                raise DataError(f"{folder / name} is damaged (checksum); prepare the data again")
+        check_sums(folder, index["sha256"])
         with open(folder / "structures.jsonl", encoding="utf-8") as stream:
             origins = [_origin(*json.loads(line)) for line in stream]
         return _store(arrays, origins, tuple(index["elements"]), float(index["cutoff"]))
@@ -404,7 +402,7 @@ class _Spool:
             "elements": self.elements,
             "cutoff": self.cutoff,
             "arrays": specs,
-            "sha256": {name: _sha256(folder / name) for name in files},
+            "sha256": sum_files(folder, files),
         }
         write_text(folder / "index.json", json.dumps(index, indent=1))
 
@@ -448,3 +446,24 @@ def _origin(name: str, subset: str, group: str) -> tuple[str, str, str]:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sum_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Checksums (SHA-256) of files by their names in a folder, for its description."""
+    return {name: _sha256(folder / name) for name in names}
+
+
+def check_sums(folder: Path, checksums: Mapping[str, str]) -> None:
+    """Refuse a folder in which a file is not the one that had its name.
+
+    Args:
+        folder: with the files.
+        checksums: as ``sum_files`` made them when the folder was written.
+
+    Raises:
+        DataError: naming the file.
+        OSError: if there is none of a name.
+    """
+    for name, checksum in checksums.items():
+        if _sha256(folder / name) != checksum:
+            raise DataError(f"{folder / name} is damaged (checksum); prepare the data again")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlip_md.elements import LARGEST_ATOMIC_NUMBER
+from mlip_md.elements import MAX_ATOMIC_NUMBER
 from mlip_md.errors import CapacityError, DataError, StructureError
 from mlip_md.neighbors import check_cell, check_positions, neighbor_list
 
@@ -104,10 +104,10 @@ class LabeledStructure:
                 f"{self.name}: atomic numbers have shape {numbers.shape} and type {numbers.dtype}; "
                 "a list of at least one whole number is needed"
             )
-        if numbers.min() < 1 or numbers.max() > LARGEST_ATOMIC_NUMBER:
+        if numbers.min() < 1 or numbers.max() > MAX_ATOMIC_NUMBER:
             raise DataError(
                 f"{self.name}: atomic numbers run from {numbers.min()} to {numbers.max()}; "
-                f"allowed are 1 to {LARGEST_ATOMIC_NUMBER}"
+                f"allowed are 1 to {MAX_ATOMIC_NUMBER}"
             )
         n = len(numbers)
         set_field = object.__setattr__  # the usual way to convert inside a frozen dataclass

@@ -35,7 +35,7 @@ APART = 2.8
 """Å; groups of atoms that are farther from each other than this must be neutral."""
 SEPARATE = 5.0
 """Å; groups that are farther from each other than this are labeled one by one."""
-LARGEST_TRANSFER = 0.15
+MAX_TRANSFER = 0.15
 """e; charge of a group that passes as neutral. It falsifies the energy by about 0.15 eV."""
 
 
@@ -63,7 +63,7 @@ def label_fragments(
         if part.charges is not None:
             charges[group] = part.charges
     for group in find_groups(positions, APART / BOHR):
-        if abs(charges[group].sum()) > LARGEST_TRANSFER:
+        if abs(charges[group].sum()) > MAX_TRANSFER:
             raise LabelError("fragments far from each other are charged", "charge transfer")
     return Labels(energy, gradient, charges)
 

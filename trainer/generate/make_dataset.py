@@ -322,7 +322,7 @@ def _notes() -> dict[str, object]:
             f"subsets {', '.join(DISSOCIATION)}: neutral groups of atoms farther apart than "
             f"{dissociation.SEPARATE} A are labeled one by one and summed; structures are left out "
             f"where a group farther than {dissociation.APART} A from the others has a charge above "
-            f"{dissociation.LARGEST_TRANSFER} e"
+            f"{dissociation.MAX_TRANSFER} e"
         ),
         "gradient_note": "dft_total_gradient is the gradient; force = -gradient",
         "split_note": (

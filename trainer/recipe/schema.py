@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from mlip_md.elements import ATOMIC_NUMBERS, LARGEST_ATOMIC_NUMBER, symbol
+from mlip_md.elements import ATOMIC_NUMBERS, MAX_ATOMIC_NUMBER, symbol
 from mlip_md.errors import ConfigError
 from mlip_md.networks.config import CUTOFF, NetworkConfig, config_from_dict, config_to_dict
 from mlip_md.networks.config import AtomicEnergies as AtomicEnergies  # data sees recipes only
 
-LARGEST_SEED = 2**63 - 1
+MAX_SEED = 2**63 - 1
 """Largest seed that JAX takes."""
 
 
@@ -119,7 +119,7 @@ class SplitConfig(Section):
     validation: float = Field(default=0.1, ge=0, lt=1)
     test: float = Field(default=0.0, ge=0, lt=1)
     by: Literal["group", "structure"] = "group"
-    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
 
     @model_validator(mode="after")
     def _check_sum(self) -> SplitConfig:
@@ -250,7 +250,7 @@ class Recipe(Section):
 
     name: str = "potential"
     description: str = ""
-    seed: int = Field(default=42, ge=0, le=LARGEST_SEED)
+    seed: int = Field(default=42, ge=0, le=MAX_SEED)
     model: dict[str, Any] = Field(default_factory=lambda: {"kind": "mace"})
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
@@ -289,6 +289,6 @@ def to_atomic_number(key: object) -> int:
     number = key if type(key) is int else 0
     if isinstance(key, str):
         number = ATOMIC_NUMBERS.get(key, int(key) if key.isdecimal() else 0)
-    if not 0 < number <= LARGEST_ATOMIC_NUMBER:
+    if not 0 < number <= MAX_ATOMIC_NUMBER:
         raise ConfigError(f"{key} is neither the symbol of an element nor an atomic number")
     return number

@@ -14,7 +14,7 @@ from mlip_md.integrations.residue_names import (
     is_water,
 )
 
-LARGEST_DENSITY = 30.0
+MAX_DENSITY = 30.0
 """g/cm³; the densest solids have 23, and a cell that gives more does not hold its atoms."""
 
 _MISSING = 2
@@ -120,7 +120,7 @@ def check_cell_and_density(source: Source, atoms: Atoms) -> None:
     if atoms.cell.rank < 3:
         return
     density = atoms.get_masses().sum() * _amu * 1e27 / abs(atoms.cell.volume)
-    if density > LARGEST_DENSITY:
+    if density > MAX_DENSITY:
         lengths = " x ".join(f"{length:.4g}" for length in atoms.cell.lengths())
         raise source.refusal(
             f"has a cell of {lengths} Å, too small for {len(atoms)} atoms "

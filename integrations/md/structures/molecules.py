@@ -21,7 +21,7 @@ _CONTACT = 0.5
 bonds known are at 0.6 (Cr2) and 0.77 (N2), hot ones at a few thousand kelvin a tenth below; at 0.5
 (C-C 0.76 Å, O-H 0.49 Å, H-H 0.31 Å) the nuclei repel by tens of eV, unless a potential is wrong."""
 
-_LARGEST_LIST = 6
+_MAX_LIST = 6
 """Bonds of which a message tells one by one."""
 
 
@@ -43,7 +43,7 @@ class BondChanges(NamedTuple):
 
 def _name_bonds(atoms: Atoms, pairs: np.ndarray) -> str:
     symbols = atoms.symbols
-    names = [f"{symbols[i]}{i}-{symbols[j]}{j}" for i, j in pairs[:_LARGEST_LIST].tolist()]
+    names = [f"{symbols[i]}{i}-{symbols[j]}{j}" for i, j in pairs[:_MAX_LIST].tolist()]
     more = len(pairs) - len(names)
     return ", ".join(names) + (f" and {more} more" if more else "")
 

@@ -165,6 +165,33 @@ def test_ctrl_c_ends_the_step(
     assert (folder / files.LOG).read_text() == (whole / files.LOG).read_text()
 
 
+class Pressing:
+    """Ctrl-C comes while something is cleared away, where Python prints and drops it."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_ctrl_c_before_the_run_is_not_swallowed(
+    cluster, tmp_path, engine, monkeypatch, interruptible
+):
+    class Made(PairEngine):
+        def __init__(self, *arguments, **options):
+            Pressing()
+            super().__init__(*arguments, **options)
+
+    set_engine(monkeypatch, Made)
+    options = ["--engine", engine, "--steps", "40", "-o", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["mlip-md", "md", cluster, *options])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 130
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", "terminated"), ("SIGHUP", "hangup")])
 @pytest.mark.parametrize("engine", ENGINES)

@@ -57,6 +57,27 @@ def test_restart_drops_what_was_written_after_the_restart_point(cluster, tmp_pat
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("ensemble", ["nve", "nvt"])
+def test_a_run_that_died_while_it_ended_is_ended(cluster, tmp_path, engine, ensemble):
+    """After the restart file of its last step come the last frame, the plot and the summary."""
+    told = settings(cluster, engine=engine, ensemble=ensemble, steps=37)
+    folder = run_md(told, tmp_path / "run")
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for name, size in restart.read_restart(folder / restart.RESTART)[1]["sizes"].items():
+        assert size < len(whole[name])
+        (folder / name).write_bytes(whole[name][: size + 5])
+    (folder / report.PLOT).unlink()
+    (folder / report.SUMMARY).write_text(json.dumps({"status": "interrupted", "step": 20}))
+    restart_md(folder)
+    for name in (files.LOG, files.TRAJECTORY_ASE, files.TRAJECTORIES["dcd"], report.PLOT):
+        assert (folder / name).read_bytes() == whole[name], name
+    summary = report.read_summary(folder)
+    assert (summary["status"], summary["step"]) == ("finished", 37)
+    with pytest.raises(CheckpointError, match="has all its 37 steps"):
+        restart_md(folder)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_interrupted_run_can_go_on(cluster, tmp_path, engine):
     class Interrupt(RunObserver):
         def update(self, frame, steps_per_second):
