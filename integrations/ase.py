@@ -201,6 +201,23 @@ class MLIPCalculator(Calculator):
             inputs.append(_inputs(atoms))
         return [_properties(result) for result in self.engine.evaluate_batch(inputs)]
 
+    def get_hessian(self, atoms: Atoms) -> np.ndarray:
+        """Second derivatives of the energy, for vibrations, phonons and transition states.
+
+        Args:
+            atoms: the structure; its constraints are not looked at. Use ``dtype="float64"`` for
+                modes of low frequency.
+
+        Returns:
+            (3n, 3n) eV/Å², symmetric; coordinates in the order x, y, z of atom 0, of atom 1, …
+
+        Raises:
+            StructureError, UnsupportedElementError, NonFiniteError: as ``calculate``.
+        """
+        if problem := Watch().problem_of(atoms):
+            raise StructureError(problem)
+        return self.engine.hessian(*_inputs(atoms))
+
     def todict(self, skip_default: bool = True) -> dict[str, Any]:  # noqa: ARG002 (ASE's)
         """What makes this calculator reproducible: model, its content hash, precision, device."""
         return {

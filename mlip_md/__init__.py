@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from mlip_md.version import __version__
 
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "enable_cache", "load"]
 
 if TYPE_CHECKING:
     import os
+    from pathlib import Path
 
     from mlip_md.potential import Potential
 
@@ -35,3 +36,17 @@ def load(name_or_path: str | os.PathLike[str]) -> Potential:
     from mlip_md.formats.open import open_potential
 
     return open_potential(name_or_path)
+
+
+def enable_cache(folder: str | os.PathLike[str] | None = None) -> Path | None:
+    """Let JAX keep compiled programs on the disk: see ``mlip_md.compilation_cache``.
+
+    Args:
+        folder: where; None is a folder of the user's cache.
+
+    Returns:
+        The folder in use, or None if there is no cache.
+    """
+    from mlip_md import compilation_cache
+
+    return compilation_cache.enable_cache(folder)

@@ -16,12 +16,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import mlip_md
-from mlip_md import errors, files
+from mlip_md import errors, files, native
 from mlip_md.formats.names import FORMAT_HELP, MODEL_HELP
 from mlip_md.integrations.md.cli import md_command, minimize_command
 from mlip_md.signals import EXIT_SAVED, Interruptions
 from mlip_md.streams import lasting_streams
-from mlip_md.trainer.cli import check_command, evaluate_command, prepare_command, train_command
+from mlip_md.trainer.cli import (
+    check_command,
+    evaluate_command,
+    init_command,
+    prepare_command,
+    train_command,
+)
 from mlip_md.trainer.generate.command import make_dataset_command
 
 if TYPE_CHECKING:
@@ -37,6 +43,7 @@ EXIT_CODES: Mapping[type[Exception], int] = {
     errors.OutputError: 5,
     errors.OwnershipError: 5,
     errors.CapacityError: 7,
+    errors.NotLearnedError: 8,
     errors.StoppedError: EXIT_SAVED,
     errors.MLIPError: 2,
     FileNotFoundError: 2,
@@ -56,10 +63,14 @@ app = typer.Typer(
 _ONLY_IN_JSON = ("recipe.", "units.", "data.statistics.", "data.batch")
 """Parts of a potential's provenance that are long or said elsewhere in the table."""
 
+_COMPUTING = ("md", "minimize", "train", "evaluate")
+"""Commands that compile what the next process will need again."""
+
 _USE, _MAKE, _LOOK = "Use a potential", "Make a potential", "Look at models"
 
 app.command("md", rich_help_panel=_USE)(md_command)
 app.command("minimize", rich_help_panel=_USE)(minimize_command)
+app.command("init", rich_help_panel=_MAKE)(init_command)
 app.command("train", rich_help_panel=_MAKE)(train_command)
 app.command("check", rich_help_panel=_MAKE)(check_command)
 app.command("evaluate", rich_help_panel=_MAKE)(evaluate_command)
@@ -109,12 +120,13 @@ def _print_error(message: str) -> None:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"mlip-md {mlip_md.__version__}")
+        typer.echo(f"mlip-md {mlip_md.__version__}\nconvolution on processors: {native.describe()}")
         raise typer.Exit()
 
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
@@ -122,8 +134,14 @@ def _options(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error (anywhere in the line).")
     ] = False,
+    cache: Annotated[
+        bool,
+        typer.Option(help="Keep compiled programs on the disk (MLIP_MD_CACHE: where, or off)."),
+    ] = True,
 ) -> None:
-    pass
+    del version, debug  # acted on elsewhere
+    if cache and context.invoked_subcommand in _COMPUTING:
+        mlip_md.enable_cache()
 
 
 @app.command(rich_help_panel=_LOOK)
@@ -244,6 +262,7 @@ def _model_table(potential: Potential, name: str) -> Table:
     for key, value in flatten(potential.info, ".").items():
         if not key.startswith(_ONLY_IN_JSON):
             table.add_row(key, _plain(value))
+    table.add_row("on processors", native.describe())
     table.add_row("everything", "mlip-md show --json")
     return table
 

@@ -12,6 +12,10 @@ import jax.numpy as jnp
 
 from mlip_md.errors import CapacityError, ConfigError, DeviceError, ForkError
 
+SHARE_VARIABLE = "MLIP_MD_MEMORY_SHARE"
+"""Environment variable: share of an accelerator's memory that one turn may take."""
+DEFAULT_SHARE = 0.1
+
 
 @functools.cache
 def _first_process() -> int:
@@ -81,6 +85,31 @@ def device_name(device: jax.Device) -> str:
     return f"{device.platform}:{jax.local_devices(backend=device.platform).index(device)}"
 
 
+def message_memory(device: jax.Device) -> int | None:
+    """Bytes that messages, say, may take at a time; None for what is best for processors.
+
+    Turns keep a processor's caches warm, but cost an accelerator launches.
+
+    Args:
+        device: that is computed on.
+
+    Raises:
+        ConfigError: if the environment's share is not above 0 and at most 1.
+    """
+    given = os.environ.get(SHARE_VARIABLE, "") or str(DEFAULT_SHARE)
+    try:
+        share = float(given)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise ConfigError(
+            f"{SHARE_VARIABLE} = {given!r} is not allowed; it must be a number above 0 and at most "
+            "1, the share of a GPU's memory that messages may take at a time"
+        )
+    limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
+    return int(share * limit) if limit else None
+
+
 @contextlib.contextmanager
 def precision(dtype: str, platform: str) -> Iterator[None]:
     """Compute in a dtype and with all its bits, whatever the process's setting.
@@ -100,11 +129,14 @@ def precision(dtype: str, platform: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def naming_out_of_memory(what: str) -> Iterator[None]:
+def naming_out_of_memory(
+    what: str, advice: str = "use fewer atoms, a smaller model, dtype='float32' or another device"
+) -> Iterator[None]:
     """Say what did not fit into a device's memory.
 
     Args:
         what: the plural of what is computed, with its size.
+        advice: what to do.
 
     Raises:
         CapacityError: in place of JAX's error that the memory is exhausted.
@@ -115,7 +147,6 @@ def naming_out_of_memory(what: str) -> Iterator[None]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise CapacityError(
-            f"{what} do not fit into the device's memory; "
-            "use fewer atoms, a smaller model, dtype='float32' or another device. JAX says: "
+            f"{what} do not fit into the device's memory; {advice}. JAX says: "
             + str(error).splitlines()[0][:200]
         ) from error

@@ -26,7 +26,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mlip_md.compiler import check_sums, jit
-from mlip_md.devices import check_process, device_name, find_device, naming_out_of_memory, precision
+from mlip_md.devices import (
+    check_process,
+    device_name,
+    find_device,
+    message_memory,
+    naming_out_of_memory,
+    precision,
+)
 from mlip_md.elements import symbol
 from mlip_md.errors import ConfigError, MLIPError, NonFiniteError
 from mlip_md.graph import Graph
@@ -40,6 +47,10 @@ from mlip_md.neighbors import (
     find_edges,
     has_volume,
 )
+from mlip_md.networks.gpu_convolution import runs_kernels
+from mlip_md.networks.layers import bounding_turns
+from mlip_md.networks.native_convolution import find_native
+from mlip_md.networks.tabulate import tabulate_radial
 from mlip_md.potential import Params, Potential, predict
 from mlip_md.structure import COINCIDENT, CheckedStructure, check_structure, list_edges
 
@@ -48,6 +59,8 @@ Float64 = NDArray[np.float64]
 DTYPES = ("float32", "float64")
 MAX_SYSTEMS = 8
 """Systems whose neighbor lists an engine keeps on the device."""
+HESSIAN_ROWS = 24
+"""Rows of a Hessian that are computed in one call."""
 CPU_BATCH = (4096, 32768)
 ACCELERATOR_BATCH = (32768, 524288)
 """Atoms and edges that are computed together in a batch."""
@@ -174,11 +187,21 @@ class Runtime:
         self._lock = threading.Lock()
         self._compiled: set[Shape] = set()
         self.step = jit(self.evaluate_buffers, static_argnames="shape", donate_argnames="kept")
-        weights = jax.tree_util.tree_map(
-            lambda leaf: np.asarray(leaf, self.dtype), dict(potential.params)
-        )
+        self._multiply = jit(self._multiply_hessian, static_argnames="shape")
+        self._radial = len(potential.elements), potential.cutoff
+        self.params = self.place(potential.params)
+
+    def place(self, params: Params) -> Params:
+        """Weights in the runtime's precision on its device, beside tables made of them."""
+        weights = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf, self.dtype), dict(params))
+        weights.pop("tables", None)
+        on_cpu = self.device.platform == "cpu"
+        compiled = find_native().available if on_cpu else runs_kernels(self.device)
+        if self.dtype == np.float32 and compiled:
+            weights["tables"] = tabulate_radial(self._network, weights, *self._radial, self.dtype)
         with self.precision():
-            self.params: Params = jax.device_put(weights, device)
+            placed: Params = jax.device_put(weights, self.device)
+        return placed
 
     def precision(self) -> contextlib.AbstractContextManager[None]:
         """The context in which this runtime computes."""
@@ -211,7 +234,8 @@ class Runtime:
         return output, kept
 
     def _apply(self, params: Params, graph: Graph) -> jax.Array:
-        return jnp.asarray(self._network.apply(params, graph))
+        with bounding_turns(message_memory(self.device)):
+            return jnp.asarray(self._network.apply(params, graph))
 
     def evaluate_buffers(
         self,
@@ -233,6 +257,50 @@ class Runtime:
         # Useless to whoever ignores what was needed.
         values = jnp.where(needs.fit(shape.search, shape.edges), values, jnp.nan)
         return Output(values, needs), kept
+
+    def multiply_hessian(
+        self, structure: CheckedStructure, vectors: NDArray[Any], shape: Shape
+    ) -> NDArray[np.float64]:
+        """Second derivatives of the energy times vectors: (k, n, 3) eV/Å² · Å.
+
+        Args:
+            structure: with its edges.
+            vectors: (k, n, 3).
+            shape: in which the structure fits.
+
+        Raises:
+            CapacityError: if the device's memory does not suffice.
+        """
+        n, found = len(structure), []
+        buffers = _fill_buffers([structure], shape, self.dtype)
+        filled = np.zeros((-(-len(vectors) // HESSIAN_ROWS) * HESSIAN_ROWS, shape.nodes, 3))
+        filled[: len(vectors), :n] = vectors
+        with self.precision(), naming_out_of_memory(f"second derivatives of {n} atoms"):
+            for piece in np.split(filled.astype(self.dtype), len(filled) // HESSIAN_ROWS):
+                products = self._multiply(self.params, *buffers, piece, shape)
+                found.append(np.asarray(products, np.float64)[:, :n])
+        return np.concatenate(found)[: len(vectors)]
+
+    def _multiply_hessian(
+        self,
+        params: Params,
+        floats: jax.Array,
+        integers: jax.Array,
+        vectors: jax.Array,
+        shape: Shape,
+    ) -> jax.Array:
+        """What is compiled for it: forward over reverse, one vector after the other."""
+        graph, _, _ = _graph_of_buffers(floats, integers, None, shape)
+
+        def energy(positions: jax.Array) -> jax.Array:
+            moved = dataclasses.replace(graph, positions=positions)
+            energies = self._scaling[1] * self._apply(params, moved)
+            return jnp.sum(jnp.where(graph.node_mask, energies, 0.0))
+
+        def product(vector: jax.Array) -> jax.Array:
+            return jax.jvp(jax.grad(energy), (graph.positions,), (vector,))[1]
+
+        return jax.lax.map(product, vectors)
 
 
 _runtimes: weakref.WeakValueDictionary[tuple[object, ...], Runtime] = weakref.WeakValueDictionary()
@@ -370,6 +438,73 @@ class Engine:
         totals = np.array([_totals(group) for group in groups], int).reshape(-1, 3)
         shared = totals.max(axis=0, initial=0).tolist()  # one shape: one compilation
         return [result for group in groups for result in self._evaluate_listed(group, shared)]
+
+    def hessian(
+        self,
+        positions: ArrayLike,
+        atomic_numbers: ArrayLike,
+        cell: ArrayLike | None = None,
+        pbc: ArrayLike = False,
+    ) -> Float64:
+        """Second derivatives of the energy by all coordinates, for vibrations and saddle points.
+
+        Args:
+            positions: (n, 3) Å.
+            atomic_numbers: (n,).
+            cell: (3, 3) Å, or None.
+            pbc: one bool, or three.
+
+        Returns:
+            (3n, 3n) eV/Å², symmetric; atom by atom, x, y, z.
+
+        Raises:
+            The errors of ``evaluate``.
+        """
+        size = 3 * len(np.asarray(positions))
+        vectors = np.eye(size).reshape(size, -1, 3)
+        rows = self.hessian_vector_products(positions, atomic_numbers, vectors, cell, pbc)
+        return 0.5 * (rows.reshape(size, size) + rows.reshape(size, size).T)
+
+    def hessian_vector_products(
+        self,
+        positions: ArrayLike,
+        atomic_numbers: ArrayLike,
+        vectors: ArrayLike,
+        cell: ArrayLike | None = None,
+        pbc: ArrayLike = False,
+    ) -> Float64:
+        """The Hessian times vectors, without the Hessian.
+
+        Args:
+            positions: (n, 3) Å.
+            atomic_numbers: (n,).
+            vectors: (k, n, 3) displacements.
+            cell: (3, 3) Å, or None.
+            pbc: one bool, or three.
+
+        Returns:
+            (k, n, 3) eV/Å² times the vectors' unit.
+
+        Raises:
+            ConfigError: if the vectors have another shape.
+            The errors of ``evaluate``.
+        """
+        check_process()
+        structure = check_structure(self.potential, positions, atomic_numbers, cell, pbc)
+        along = np.asarray(vectors, np.float64)
+        if along.ndim != 3 or along.shape[1:] != (len(structure), 3):
+            raise ConfigError(
+                f"vectors have shape {along.shape}; (k, {len(structure)}, 3) is needed, one "
+                "displacement of every atom each"
+            )
+        structure = list_edges(structure, self.spec.cutoff)
+        nodes, edges, graphs = _totals([structure])
+        margin = self.spec.capacity_margin
+        shape = self.runtime.capacities.choose(nodes, edges, graphs, margin)
+        products = self.runtime.multiply_hessian(structure, along, shape)
+        if not np.isfinite(products).all():
+            raise NonFiniteError("the potential gives second derivatives that are not finite")
+        return products
 
     def _evaluate_listed(
         self, structures: Sequence[CheckedStructure], at_least: Sequence[int] = (0, 0, 0)

@@ -80,6 +80,18 @@ class DataError(MLIPError, ValueError):
     """A data set, a label or a statistic of it is unusable."""
 
 
+class RejectedError(DataError):
+    """Records of a data set are unusable.
+
+    Attributes:
+        records: where each of them is, and what is wrong with it.
+    """
+
+    def __init__(self, message: str, records: Sequence[tuple[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.records = list(records)
+
+
 class CheckpointError(MLIPError, RuntimeError):
     """A checkpoint is damaged or belongs to another run."""
 
@@ -102,6 +114,10 @@ class NeighborError(MLIPError, RuntimeError):
 
 class NonFiniteError(MLIPError, FloatingPointError):
     """A potential gave NaN or infinite energies or forces."""
+
+
+class NotLearnedError(MLIPError, RuntimeError):
+    """A training whose best model is no better than one that predicts nothing."""
 
 
 class CompilerError(MLIPError, RuntimeError):

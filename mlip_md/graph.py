@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from mlip_md.rows import sum_rows, take_rows
+
 Array = jax.Array | np.ndarray
 
 PADDING_EDGE_LENGTH = 1e3
@@ -76,11 +78,12 @@ def edge_vectors(graph: Graph) -> jax.Array:
     of a norm is ever taken at zero.
     """
     positions, cell = jnp.asarray(graph.positions), jnp.asarray(graph.cell)
-    edge_cell = cell[jnp.asarray(graph.node_graph)[graph.senders]]
+    senders, receivers = jnp.asarray(graph.senders), jnp.asarray(graph.receivers)
+    edge_cell = take_rows(cell, jnp.asarray(graph.node_graph)[senders])
     shifts = jnp.asarray(graph.shifts).astype(cell.dtype)
     # GPUs multiply float32 with ten bits by default, which moves periodic images by 0.01 Å.
     offsets = jnp.einsum("ei,eij->ej", shifts, edge_cell, precision="highest")
-    vectors = positions[graph.receivers] - positions[graph.senders] + offsets
+    vectors = take_rows(positions, receivers) - take_rows(positions, senders) + offsets
     padding = jnp.array([[PADDING_EDGE_LENGTH, 0.0, 0.0]], vectors.dtype)
     return jnp.where(jnp.asarray(graph.edge_mask)[:, None], vectors, padding)
 
@@ -88,6 +91,4 @@ def edge_vectors(graph: Graph) -> jax.Array:
 def sum_per_graph(values: jax.Array, graph: Graph) -> jax.Array:
     """Sum node values (n_nodes, ...) over the real nodes of each structure: (n_graphs, ...)."""
     mask = jnp.asarray(graph.node_mask).reshape((-1,) + (1,) * (values.ndim - 1))
-    return jax.ops.segment_sum(
-        jnp.where(mask, values, 0), graph.node_graph, num_segments=graph.n_graphs
-    )
+    return sum_rows(jnp.where(mask, values, 0), jnp.asarray(graph.node_graph), graph.n_graphs)

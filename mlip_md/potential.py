@@ -25,6 +25,7 @@ from mlip_md.graph import Graph, sum_per_graph
 from mlip_md.networks import MACEConfig, NetworkConfig, build_network, scale_basis
 from mlip_md.networks.config import CUTOFF, ENERGY, NEIGHBORS, R_MIN, SCALING, config_to_dict
 from mlip_md.networks.radial_scale import RadialScale
+from mlip_md.rows import take_rows
 
 Params = Mapping[str, Any]
 Apply = Callable[[Params, Graph], jax.Array]
@@ -51,7 +52,7 @@ def strained(graph: Graph, strain: jax.Array) -> Graph:
     """Deform positions and cells by symmetric strains ε (n_graphs, 3, 3): r -> r (1 + ε)."""
     symmetric = 0.5 * (strain + jnp.swapaxes(strain, 1, 2))
     positions = jnp.asarray(graph.positions)
-    node_strain = symmetric[graph.node_graph]
+    node_strain = take_rows(symmetric, jnp.asarray(graph.node_graph))
     positions = positions + jnp.einsum("ni,nij->nj", positions, node_strain, precision="highest")
     cell = graph.cell + jnp.einsum("gai,gij->gaj", graph.cell, symmetric, precision="highest")
     return dataclasses.replace(graph, positions=positions, cell=cell)

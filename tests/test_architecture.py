@@ -21,6 +21,7 @@ GROUND = (
     "signals",
     "ownership",
     "streams",
+    "rows",
     "graph",
 )
 MAX_FUNCTION = 60

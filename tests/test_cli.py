@@ -15,7 +15,7 @@ import pytest
 from model_files import make_potential
 
 import mlip_md
-from mlip_md import bundled, cli, errors
+from mlip_md import bundled, cli, errors, native
 from mlip_md.formats.names import NAMES
 from mlip_md.formats.open import FORMATS
 from mlip_md.formats.own import load, save
@@ -78,7 +78,8 @@ def test_every_command_shows_its_own_help(run, command):
 
 
 def test_version(run):
-    assert run("--version") == (0, f"mlip-md {mlip_md.__version__}\n", "")
+    said = f"mlip-md {mlip_md.__version__}\nconvolution on processors: {native.describe()}\n"
+    assert run("--version") == (0, said, "")
 
 
 def test_show_tells_everything(run, tiny):
@@ -209,7 +210,7 @@ def test_the_main_job(run, tmp_path, monkeypatch, compiled, engine):
     assert "step 24/24 100%" in out
     folder = tmp_path / "md-paracetamol-1"
     assert {file.name for file in folder.iterdir()} == {n for n, _ in report.list_contents(folder)}
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     assert (summary["status"], summary["step"]) == ("finished", 24)
     assert summary["model_sha256"] == compiled.potential.sha256
     log = files.read_log(folder / "log.csv")

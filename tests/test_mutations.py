@@ -85,9 +85,60 @@ FAST = {
         "trainer/data/prepared.py", 'index.get("sha256", {})', "{}",
         ("test_data_prepared.py::test_every_file_has_the_name_that_it_was_written_with",),
     ),
+    "filters on by default": Mistake(
+        "trainer/recipe/schema.py", "curate: CurationConfig | None = None",
+        "curate: CurationConfig | None = CurationConfig()",
+        ("test_data_filters.py::test_nothing_is_filtered_by_default",),
+    ),
+    "a molecule under two names is two": Mistake(
+        "trainer/data/prepared.py", "[merged[store.groups[k]] for k in free.tolist()]",
+        "[store.groups[k] for k in free.tolist()]",
+        ("test_data_identity.py::test_no_molecule_is_in_two_parts[by SMILES]",),
+    ),
+    "forces of zero where there are none": Mistake(
+        "trainer/loss.py", "jnp.where(jnp.asarray(batch.forces_mask), force_loss, 0.0)",
+        "force_loss",
+        ("test_data_labels.py::test_structures_without_forces_add_no_force_loss_and_no_error",),
+    ),
+    "REF_energy with the forces of another method": Mistake(
+        "trainer/data/labels.py", "if free or _of_reference(k) == same", "if True",
+        ("test_data_labels.py::test_forces_of_another_family_are_no_labels",),
+    ),
+    "parts of what comes after a bad record": Mistake(
+        "trainer/data/prepared.py", "np.delete(np.array(reading.part), sorted(reading.dropped))",
+        "np.array(reading.part)[: len(store)]",
+        ("test_data_rejected.py::test_marks_belong_to_their_structures_beside_bad_ones",),
+    ),
+    "old content of a file that has changed": Mistake(
+        "trainer/data/prepared.py", "list(_state(path)) != state", "False",
+        ("test_data_prepared.py::test_what_is_kept_of_other_data_is_made_anew[content]",),
+    ),
+    "kcal/mol of npz files taken for eV": Mistake(
+        "trainer/data/arrays.py", "KCAL = KJ_PER_KCAL / KJ_PER_MOL_PER_EV", "KCAL = 1.0",
+        ("test_data_formats.py::test_npz[rMD17]",),
+    ),
+    "flipped forces pass": Mistake(
+        "trainer/data/judgement.py", "spring > FOREIGN or (math", "False or (math",
+        ("test_data_judgement.py::test_a_mistake_is_named[flipped sign-one molecule]",),
+    ),
+    "isolated atoms go to training": Mistake(
+        "trainer/data/sources.py", "self.isolated.part_from(read, config.cutoff)", "read",
+        ("test_data_isolated.py::test_they_are_not_fitted",),
+    ),
     "a charge in info ignored": Mistake(
         "integrations/ase.py", "if not changes and self._watch.problem_of(atoms):", "if False:",
         ("test_ase_calculator.py::test_charge_in_info_is_not_overlooked",),
+    ),
+    "momenta counted anew at a restart": Mistake(
+        "integrations/md/velocities.py", "if saved is not None and DEGREES in saved:", "if False:",
+        (
+            "test_md_restart.py::test_temperatures_of_a_chain_that_bends_do_not_jump_at_a_restart"
+            "[draw-openmm]",
+        ),
+    ),
+    "a noted Ctrl-C forgotten by the next who notes": Mistake(
+        "signals.py", "self._noted = self._noted or outer._noted", "pass",
+        ("test_signals.py::test_inside_another_one_nothing_is_lost",),
     ),
     "shear stresses in another order": Mistake(
         "integrations/ase.py", "= full_3x3_to_voigt_6_stress(np.array(result.stress, np.float64))",
@@ -168,6 +219,32 @@ FAST = {
     ),
 }  # fmt: skip
 SLOW = {
+    "GPU: edges outside are walked along": Mistake(
+        "networks/gpu_kernels.py", "keys = jnp.where(inside, nodes, number)", "keys = nodes",
+        ("test_gpu_convolution.py::test_edges_outside_are_not_read",),
+    ),
+    "GPU: edges outside are not cleared": Mistake(
+        "networks/gpu_kernels.py", "pl.when(here & ~of_node)", "pl.when(here & of_node)",
+        ("test_gpu_convolution.py::test_gradients_are_those_of_the_definition[wrt2]",),
+    ),
+    "GPU: a derivative by the factor that is replaced": Mistake(
+        "networks/gpu_programs.py", "for term in self.terms if term != without]",
+        "for term in self.terms]",
+        ("test_gpu_convolution.py::test_second_order_is_that_of_the_definition[active0-wrt0]",),
+    ),
+    "GPU: slope by the place in the cell": Mistake(
+        "networks/gpu_programs.py", "return value, slope * (cells / self._task.cutoff)",
+        "return value, slope",
+        ("test_gpu_convolution.py::test_gradients_by_tables_are_those_of_the_definition[wrt1]",),
+    ),
+    "GPU: the first table for all pairs of species": Mistake(
+        "networks/gpu_kernels.py", '({"index"} if task.table[0] > 1 else set())', "set()",
+        ("test_gpu_convolution.py::test_sums_by_tables_are_those_of_the_definition[3]",),
+    ),
+    "GPU: the bound of messages is not handed down": Mistake(
+        "networks/layers.py", "_memory.set(memory or _memory.get())", "_memory.set(None)",
+        ("test_gpu_export.py::test_a_training_step_takes_no_turns_where_memory_suffices[1073741824-True]",),
+    ),
     "sign of the edge vector": Mistake(
         "networks/layers.py", "(irreps, vectors, normalize", "(irreps, -vectors, normalize",
         (f"{LIVE}[mace]", f"{LIVE}[nequip]"),
@@ -181,7 +258,7 @@ SLOW = {
         (f"{PHYSICS}[mace-rotation]", f"{PHYSICS}[nequip-rotation]"),
     ),
     "activation not normalised": Mistake(
-        "networks/layers.py", "scale = 1.0 / _second_moment(name)", "scale = 1.0",
+        "networks/layers.py", "scale = 1.0 / SECOND_MOMENTS[name]", "scale = 1.0",
         (f"{LIVE}[mace]", f"{LIVE}[nequip]"),
     ),
     "|det| forgotten": Mistake(

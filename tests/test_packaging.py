@@ -4,6 +4,7 @@ import ast
 import importlib
 import importlib.metadata
 import itertools
+import os
 import re
 import shutil
 import subprocess
@@ -28,13 +29,14 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def room_files(room: str) -> list[Path]:
-    """Files of a room without what Python and editors leave there."""
+    """Files of a room without what Python, editors and compilers leave there."""
     found = []
     for file in sorted((ROOT / room).rglob("*")):
         inside = file.relative_to(ROOT / room).parts
         if room == "mlip_md" and inside[0] in LINKS:
             continue
-        if file.is_file() and "__pycache__" not in inside and not file.name.startswith("."):
+        junk = "__pycache__" in inside or file.name.startswith(".") or file.suffix == ".so"
+        if file.is_file() and not junk:
             found.append(file)
     return found
 
@@ -57,10 +59,20 @@ def expected_in_wheel() -> set[str]:
 # --- what is built ---------------------------------------------------------------------------
 
 
-def build(kind: str, tree: Path, output: Path) -> Path:
+NO_COMPILER = {"CC": "/bin/false", "CXX": "/bin/false"}
+
+
+def build(kind: str, tree: Path, output: Path, **environment: str) -> Path:
+    """A wheel or an sdist; the wheel as where there is no compiler unless told otherwise."""
     output.mkdir(exist_ok=True)
     code = f"from setuptools import build_meta; build_meta.build_{kind}({str(output)!r})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tree,
+        env={**os.environ, **(environment or NO_COMPILER)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (file,) = output.glob("*.whl" if kind == "wheel" else "*.tar.gz")
     return file
@@ -73,11 +85,11 @@ def tree(tmp_path_factory) -> Path:
     if int(setuptools.__version__.split(".")[0]) < 77:
         pytest.skip("setuptools 77 or newer builds this package")
     copy = tmp_path_factory.mktemp("tree")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, copy)
     for room in ROOMS:
-        junk = shutil.ignore_patterns("__pycache__", ".*")
+        junk = shutil.ignore_patterns("__pycache__", ".*", "*.so")
         shutil.copytree(ROOT / room, copy / room, symlinks=True, ignore=junk)
     return copy
 
@@ -94,6 +106,33 @@ def files_in_wheel(wheel: Path) -> set[str]:
 
 def test_the_wheel_holds_every_file_and_nothing_else(wheel):
     assert files_in_wheel(wheel) == expected_in_wheel()
+
+
+def test_without_a_compiler_the_wheel_is_everybodys(wheel):
+    assert wheel.name.endswith("-py3-none-any.whl")
+
+
+@pytest.mark.slow
+def test_with_a_compiler_the_wheel_has_a_convolution_for_every_python(tree, wheel, tmp_path):
+    """Built here, it is loaded, and agrees with its definition, in a process of its own."""
+    compiler = shutil.which("c++") or pytest.skip("there is no C++ compiler")
+    fast = build("wheel", tree, tmp_path / "wheel", CXX=compiler)
+    tag = fast.name.removesuffix(".whl").split("-")[-3:]
+    assert tag[:2] == ["py3", "none"]
+    assert tag[2] != "any"
+    library = "mlip_md/native/libconvolution.so"
+    assert files_in_wheel(fast) == files_in_wheel(wheel) | {library}
+    with zipfile.ZipFile(fast) as archive:
+        archive.extractall(tmp_path / "site")
+    code = "from mlip_md.networks.native_convolution import find_native as f; print(f())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+    )
+    assert "available=True" in done.stdout, done.stdout + done.stderr
 
 
 def test_the_wheel_is_small(wheel):
@@ -279,12 +318,15 @@ def global_changes(file: Path) -> Iterator[str]:
 
 WORKERS = ROOT / "trainer/generate/make_dataset.py"
 """Limits the threads of its own worker processes, in which nothing else runs."""
+CACHE = ROOT / "mlip_md/compilation_cache.py"
+"""Switches JAX's cache of compiled programs on, for whoever asks for it."""
 
 
 def test_no_source_changes_global_state():
-    files = [file for file in ALL_SOURCES if file != WORKERS]
+    files = [file for file in ALL_SOURCES if file not in (WORKERS, CACHE)]
     assert [change for file in files for change in global_changes(file)] == []
     assert len(list(global_changes(WORKERS))) == 1
+    assert len(list(global_changes(CACHE))) == 2
 
 
 def test_the_scan_for_global_changes_sees_them(tmp_path):

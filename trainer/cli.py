@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -14,14 +15,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mlip_md.errors import ConfigError
-from mlip_md.files import check_new_file, check_new_folder
+from mlip_md.errors import ConfigError, DataError, NotLearnedError, RejectedError
+from mlip_md.files import check_new_file, check_new_folder, write_text
 from mlip_md.signals import EXIT_KEYBOARD, EXIT_SAVED
 
 if TYPE_CHECKING:
+    from mlip_md.potential import Potential
     from mlip_md.trainer.data import Statistics
     from mlip_md.trainer.evaluate import Evaluation
+    from mlip_md.trainer.recipe import Recipe
 
+
+STARTED = time.monotonic()
+"""When the process began; --max-time counts from here, reading and compiling included."""
 
 Overrides = Annotated[
     list[str] | None,
@@ -29,29 +35,70 @@ Overrides = Annotated[
 ]
 
 
+REJECTED = "rejected.csv"
+"""Where bad records are listed: in a run's folder, beside a prepared one, or here."""
+
+PREPARED = "prepared"
+"""Folder in a run's folder for the data of files, so that they are read once; may be deleted."""
+
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Stop (exit code 3) if the data are warned of.")
+]
+
+
+@contextlib.contextmanager
+def _listing_rejected(path: Path) -> Iterator[list[tuple[str, str]]]:
+    """Bad records, put into the list or raised as an error, are written to a file."""
+    from mlip_md.trainer.data import write_rejected
+
+    records: list[tuple[str, str]] = []
+    try:
+        yield records
+    except RejectedError as error:
+        records += error.records
+        raise
+    finally:
+        if records:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_rejected(records, path)
+            typer.echo(f"{len(records)} bad records are listed in {path}", err=True)
+
+
 class _PlainWarnings(logging.Handler):
+    count = 0
+
     def emit(self, record: logging.LogRecord) -> None:
+        self.count += 1
         typer.echo(f"Warning: {record.getMessage()}", err=True)
 
 
 @contextlib.contextmanager
-def _plain_warnings() -> Iterator[None]:
-    """Warnings of the package become lines on stderr that begin with "Warning:"."""
+def _plain_warnings(strict: bool = False) -> Iterator[None]:
+    """Warnings of the package become lines on stderr that begin with "Warning:".
+
+    Raises:
+        DataError: at the end, if ``strict`` and there was a warning.
+    """
     logger, handler = logging.getLogger("mlip_md"), _PlainWarnings(logging.WARNING)
     logger.addHandler(handler)
     try:
         yield
     finally:
         logger.removeHandler(handler)
+    if strict and handler.count:
+        raise DataError(f"--strict: {handler.count} warnings, see above")
 
 
-@_plain_warnings()
 def train_command(
     recipe: Annotated[
         str,
         typer.Argument(help="Recipe: a YAML file, or mace-spice2, nequip-spice2, organics-gfn2."),
     ],
     overrides: Overrides = None,
+    start: Annotated[
+        str | None,
+        typer.Option("--from", metavar="MODEL", help="Start from this potential: fine-tuning."),
+    ] = None,
     run: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/NAME.")] = None,
     resume: Annotated[
         Literal["auto", "never", "must", "allow-changes"],
@@ -66,16 +113,19 @@ def train_command(
     max_time: Annotated[
         str | None, typer.Option(metavar="HH:MM", help="Save and stop (exit code 75) after this.")
     ] = None,
+    strict: Strict = False,
 ) -> None:
     """Train a potential from a recipe.
 
     Exit codes: 0 done, 2 recipe, 3 data, 4 diverged (NaN), 5 storage, 75 interrupted or out of
-    time with the state saved, 130 Ctrl-C with the state saved.
+    time with the state saved, 130 Ctrl-C with the state saved; 7 memory, 8 nothing learned.
     """
     from mlip_md.trainer.recipe import load_recipe
 
     seconds = parse_duration(max_time)
-    checked, origins = load_recipe(recipe, overrides or [])
+    chosen = [] if start is None else [f"start.potential={start}"]
+    checked, origins = load_recipe(recipe, [*(overrides or []), *chosen])
+    checked, parent = _with_parent(checked)
     from mlip_md.trainer.costs import time_steps
     from mlip_md.trainer.data import load_data
     from mlip_md.trainer.train import Trainer
@@ -83,19 +133,54 @@ def train_command(
     folder = run or Path("runs") / checked.name
     check_new_folder(folder, "--run")
     _say_reading(checked.data.path)
-    data = load_data(checked)
+    with _listing_rejected(folder / REJECTED) as bad, _plain_warnings(strict):
+        # in memory, where nothing is to be written
+        data = load_data(checked) if dry_run else load_data(checked, folder / PREPARED)
+        bad += data.rejected
+    _say_kept(folder / PREPARED)
     for line in (*data.notes, *statistics_lines(data.statistics)):
         typer.echo(line)
     typer.echo("compiling the network")
     if dry_run:
         typer.echo(data.summary())
-        for name, value in time_steps(Trainer(checked, data, folder), dry_run).items():
+        for name, value in time_steps(
+            Trainer(checked, data, folder, parent=parent), dry_run
+        ).items():
             typer.echo(f"{name}: {value:.4g}")
         return
-    with _bar() as (echo, tick):
-        trainer = Trainer(checked, data, folder, origins=origins, echo=echo, tick=tick)
-        status = trainer.run(resume, seconds).status
+    with _plain_warnings(), _bar() as (echo, tick):
+        trainer = Trainer(
+            checked, data, folder, parent=parent, origins=origins, echo=echo, tick=tick
+        )
+        outcome = trainer.run(resume, seconds - (time.monotonic() - STARTED))
+        status = outcome.status
+    if outcome.problem:
+        raise NotLearnedError(outcome.problem)
     raise typer.Exit({"done": 0, "keyboard": EXIT_KEYBOARD}.get(status, EXIT_SAVED))
+
+
+def _with_parent(recipe: Recipe) -> tuple[Recipe, Potential | None]:
+    """The recipe with the network of the potential that it starts from, and this, if there is one.
+
+    What the potential decides otherwise than the recipe is told.
+    """
+    if recipe.start is None:
+        return recipe, None
+    import mlip_md
+    from mlip_md.trainer.finetune import adopt_network
+
+    parent = mlip_md.load(recipe.start.potential)
+    adopted, changes = adopt_network(recipe, parent)
+    for line in changes:
+        typer.echo(line)
+    return adopted, parent
+
+
+def _say_kept(folder: Path) -> None:
+    """How large the data are that a run keeps prepared, if any."""
+    if folder.is_dir():
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        typer.echo(f"prepared data: {size / 1e6:.3g} MB in {folder}, for the next start")
 
 
 def _say_reading(paths: str | list[str]) -> None:
@@ -121,7 +206,7 @@ def _bar() -> Iterator[tuple[Callable[[str], None], Callable[[int, int, int], No
 
 
 def check_command(
-    recipe: Annotated[str, typer.Argument(help="Recipe: a YAML file or a shipped name.")],
+    recipe: Annotated[str, typer.Argument(help="Recipe: a YAML file or a shipped name.")] = "",
     overrides: Overrides = None,
     deep: Annotated[
         bool, typer.Option("--deep", help="Also compile a step: memory and arithmetic it takes.")
@@ -129,30 +214,69 @@ def check_command(
     print_only: Annotated[
         bool, typer.Option("--print", help="Print the recipe as it is written, nothing else.")
     ] = False,
+    rows: Annotated[
+        bool, typer.Option("--rows", help="Print every row that a recipe may have, nothing else.")
+    ] = False,
+    strict: Strict = False,
 ) -> None:
     """Check a recipe and its data without training: labels, E0, padding, size of the network.
 
     A shipped recipe is the start of an own one: mlip-md check organics-gfn2 --print > own.yaml
     """
-    from mlip_md.trainer.recipe import load_recipe, print_recipe
+    from mlip_md.trainer.recipe import describe_rows, load_recipe, print_recipe
 
+    if rows:
+        typer.echo(describe_rows(), nl=False)
+        return
+    if not recipe:
+        raise ConfigError("name a recipe: a YAML file or a shipped name; or use --rows")
     if print_only:
         typer.echo(print_recipe(recipe), nl=False)
         return
     checked, origins = load_recipe(recipe, overrides or [])
+    checked, parent = _with_parent(checked)
     from mlip_md.trainer.costs import count_costs
     from mlip_md.trainer.data import load_data
     from mlip_md.trainer.train import Trainer
 
-    with _plain_warnings():
+    with _listing_rejected(Path(REJECTED)) as bad, _plain_warnings(strict):
         data = load_data(checked)
-    trainer = Trainer(checked, data, Path("runs") / checked.name, origins=origins)
+        bad += data.rejected
+    trainer = Trainer(checked, data, Path("runs") / checked.name, parent=parent, origins=origins)
+    data = trainer.data  # with the elements and E0 of what it starts from
     for line in (*data.notes, data.summary(), *statistics_lines(data.statistics)):
         typer.echo(line)
     typer.echo(f"{checked.model['kind']} with {trainer.num_parameters:,} weights")
     if deep:
         for name, value in count_costs(trainer).items():
             typer.echo(f"{name}: {value:,.0f}")
+
+
+def init_command(
+    data: Annotated[
+        list[Path], typer.Argument(help="Data files of one set; isolated atoms may be among them.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Recipe to write.")] = Path(
+        "train.yaml"
+    ),
+    name: Annotated[str | None, typer.Option(help="Name of the potential.")] = None,
+) -> None:
+    """Look at a data set and write a recipe for it, every row explained."""
+    from mlip_md.trainer.init import look_at, paths_for, write_recipe
+    from mlip_md.trainer.recipe import load_recipe
+
+    check_new_file(output, "--output")
+    if output.exists():
+        raise ConfigError(f"{output} exists; choose another name with --output")
+    paths = paths_for(data, output)
+    _say_reading(paths)
+    with _plain_warnings():
+        look = look_at(paths)
+    write_text(output, write_recipe(look, name or data[0].name.split(".")[0]))
+    load_recipe(str(output))
+    typer.echo(f"{output} is for {look.count} structures; go on with")
+    typer.echo(f"  mlip-md check {output}")
+    typer.echo(f"  mlip-md train {output}")
 
 
 def statistics_lines(statistics: Statistics) -> list[str]:
@@ -174,19 +298,19 @@ def prepare_command(
     recipe: Annotated[str, typer.Argument(help="Recipe: a YAML file or a shipped name.")],
     folder: Annotated[Path, typer.Argument(help="New folder; name it as data.path afterwards.")],
     overrides: Overrides = None,
+    strict: Strict = False,
 ) -> None:
     """Read, curate and split the data of a recipe once, into a folder that many runs can use."""
-    from mlip_md.trainer.data import prepare
+    from mlip_md.trainer.data import describe_reading, prepare
     from mlip_md.trainer.recipe import load_recipe
 
     prepared = load_recipe(recipe, overrides or [])[0]
     check_new_folder(folder, "prepare")
     _say_reading(prepared.data.path)
-    with _plain_warnings():
+    with _listing_rejected(folder.parent / REJECTED) as bad, _plain_warnings(strict):
         data = prepare(prepared.data, prepared.network.atomic_energies, folder)
-    for path, report in data.curation.items():
-        typer.echo(f"{path}: {report}")
-    for line in statistics_lines(data.statistics):
+        bad += data.rejected
+    for line in (*describe_reading(data), *statistics_lines(data.statistics)):
         typer.echo(line)
     counts = ", ".join(f"{len(store)} {name}" for name, store in data.parts.items())
     typer.echo(f"{folder}: {counts}; train with --set data.path={folder}")
@@ -210,6 +334,12 @@ def evaluate_command(
     forces_key: Annotated[
         str | None, typer.Option(help="Extended XYZ: name of the forces, likewise.")
     ] = None,
+    stress_key: Annotated[
+        str | None, typer.Option(help="Extended XYZ: name of the stress, likewise.")
+    ] = None,
+    virial_key: Annotated[
+        str | None, typer.Option(help="Extended XYZ: name of the virial, likewise.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Structures per batch.")] = 16,
     output: Annotated[
         Path | None, typer.Option(help="Also write the errors as JSON to this file.")
@@ -217,6 +347,7 @@ def evaluate_command(
 ) -> None:
     """Errors of a potential on a data set, whole and by subset."""
     import mlip_md
+    from mlip_md.trainer.data import LabelKeys
     from mlip_md.trainer.evaluate import evaluate, read_graphs, write_errors
 
     if output is not None:
@@ -228,8 +359,7 @@ def evaluate_command(
             potential,
             split=split,
             on_bad=on_bad,
-            energy_key=energy_key,
-            forces_key=forces_key,
+            keys=LabelKeys(energy_key, forces_key, stress_key, virial_key),
         )
     if left_out:
         typer.echo(f"{left_out} structures of other elements were left out", err=True)
@@ -243,11 +373,17 @@ def error_table(result: Evaluation) -> Table:
     """Errors as a table, one row per subset if there are several, in meV/atom and meV/Å."""
     table = Table("subset", "structures", "E MAE", "E RMSE", "F MAE", "F RMSE")
     table.caption = "energies in meV/atom, forces in meV/Å (per component)"
-    columns = ("energy_mae_per_atom", "energy_rmse_per_atom", "forces_mae", "forces_rmse")
+    columns = ["energy_mae_per_atom", "energy_rmse_per_atom", "forces_mae", "forces_rmse"]
+    if "stress_rmse" in result.overall:
+        table.add_column("S MAE")
+        table.add_column("S RMSE")
+        table.caption += ", stress in meV/Å³ (per component)"
+        columns += ["stress_mae", "stress_rmse"]
     subsets = result.by_subset if len(result.by_subset) > 1 else {}
     for name, errors in {**subsets, "all": result.overall}.items():
         count = str(int(errors.get("structures", len(result.energies))))
-        table.add_row(name, count, *(f"{1000 * errors[column]:.3f}" for column in columns))
+        values = (1000 * errors.get(column, math.nan) for column in columns)
+        table.add_row(name, count, *("-" if math.isnan(v) else f"{v:.3f}" for v in values))
     return table
 
 

@@ -12,13 +12,16 @@ import numpy as np
 from mlip_md.elements import symbol
 from mlip_md.errors import DataError
 from mlip_md.files import write_text
+from mlip_md.graph import Array
 from mlip_md.potential import Params, Potential
 from mlip_md.trainer import metrics
 from mlip_md.trainer.data import (
     Batch,
     BatchBudget,
     GraphStore,
+    IsolatedAtoms,
     LabeledStructure,
+    LabelKeys,
     is_prepared,
     iterate,
     iterate_batches,
@@ -96,17 +99,27 @@ def evaluate_in_detail(
         starts = np.concatenate([[0], np.cumsum(store.num_atoms[indices])])
         for k, index in enumerate(indices):
             part = force[starts[k] : starts[k + 1]]
-            sums = metrics.structure_sums(float(np.diff(energy[k])[0]), np.diff(part)[..., 0])
+            labeled = store.forces_mask is None or bool(store.forces_mask[index])
+            error = float(np.diff(energy[k])[0])
+            stress = _stress_error(store, int(index), prediction.stress[k])
+            sums = metrics.structure_sums(error, np.diff(part)[..., 0], labeled, stress)
             metrics.add_sums(total, sums)
             metrics.add_sums(by_subset.setdefault(store.subsets[int(index)] or "unnamed", {}), sums)
             energies.append(energy[k : k + 1] / len(part))
-            forces.append(part.reshape(-1, 2))
+            forces.append(part.reshape(-1, 2) if labeled else np.zeros((0, 2)))
     return Evaluation(
         _with_count(total),
         {name: _with_count(sums) for name, sums in sorted(by_subset.items())},
         np.concatenate(energies),
         np.concatenate(forces),
     )
+
+
+def _stress_error(store: GraphStore, index: int, predicted: Array) -> np.ndarray | None:
+    """Error of a stress (3, 3) eV/Å³, where there is a label."""
+    if store.stress is None or store.stress_mask is None or not store.stress_mask[index]:
+        return None
+    return np.asarray(predicted, np.float64) - store.stress[index]
 
 
 def _with_count(sums: dict[str, float]) -> dict[str, float]:
@@ -119,6 +132,7 @@ def read_graphs(
     *,
     split: str | None = None,
     on_bad: str = "error",
+    keys: LabelKeys | None = None,
     energy_key: str | None = None,
     forces_key: str | None = None,
 ) -> tuple[GraphStore, int]:
@@ -129,11 +143,13 @@ def read_graphs(
         potential: to be judged.
         split: only structures that the file marks so, or this part of the folder.
         on_bad: "error", or "skip" for unusable structures and elements unknown to the potential.
-        energy_key: extxyz: name of the energy; None tries the usual ones.
+        keys: extxyz: names of labels; None tries the usual ones.
+        energy_key: extxyz: name of the energy alone, where no ``keys`` are given.
         forces_key: extxyz: name of the forces, likewise.
 
     Returns:
-        The graphs, and how many structures were left out for their elements.
+        The graphs, without isolated atoms (their energy is E0, nothing predicts it), and how many
+        structures were left out for their elements.
 
     Raises:
         DataError: if a file, a label or an element is unusable, or a folder has another cutoff.
@@ -153,9 +169,11 @@ def read_graphs(
             left_out.append(structure.name)
 
     structures = iterate(
-        path, split=split, on_bad=on_bad, energy_key=energy_key, forces_key=forces_key
+        path, split=split, on_bad=on_bad, keys=keys or LabelKeys(energy_key, forces_key)
     )
-    return _graphs(known(structures), potential), len(left_out)
+    atoms = IsolatedAtoms()
+    frames = atoms.part_from(structures, potential.cutoff)
+    return _graphs(known(frames), potential), len(left_out)
 
 
 def _graphs(structures: Iterable[LabeledStructure], potential: Potential) -> GraphStore:

@@ -7,6 +7,12 @@ L = 1/G Σ_g [ w_E ℓ_E(g) + w_F ℓ_F(g) + w_S ℓ_S(g) ] over the G real stru
   on ΔE / N_g, on every ΔF component and on every ΔS component. For forces δ shrinks with the
   reference force ("adaptive" Huber of MACE): δ·{1, 0.7, 0.4, 0.1} for |F| below 100, in (100, 200),
   in (200, 300) and elsewhere, in eV/Å; exactly 100, 200 and 300 fall in the last class.
+* L1: |e| in the places of the squares of MSE. L1-L2: the same, but for the forces ℓ_F = 1/N_g Σ_i
+  |ΔF_i|, the length of the error of each atom's force (the "l2mae" loss of L. Chanussot et al., ACS
+  Catal. 11, 6059 (2021), and of B. Wood et al., arXiv:2506.23971).
+
+Labels that a structure lacks add 0; where structures have weights of their own, each multiplies its
+term of that structure (and the mean is still over G).
 
 The mean per structure comes first, so a small molecule weighs as much as a large one; it is the
 definition with which the published MACE and NequIP organics models were trained.
@@ -82,16 +88,31 @@ def structure_losses(
     force_error = prediction.forces - batch.forces
 
     def penalty(error: jax.Array, delta: float | jax.Array) -> jax.Array:
-        return error**2 if loss.kind == "mse" else huber_loss(error, delta=delta)
+        if loss.kind == "mse":
+            return error**2
+        return huber_loss(error, delta=delta) if loss.kind == "huber" else jnp.abs(error)
 
     energy_terms = penalty(energy_error, loss.delta)
-    force_terms = penalty(force_error, force_deltas(batch.forces, loss.delta))
-    force_loss = sum_per_graph(jnp.mean(force_terms, axis=-1), graph) / atoms
+    if loss.kind == "l1-l2":
+        force_terms = _lengths(force_error)
+    else:
+        force_terms = jnp.mean(
+            penalty(force_error, force_deltas(batch.forces, loss.delta)), axis=-1
+        )
+    force_loss = sum_per_graph(force_terms, graph) / atoms
+    if batch.forces_mask is not None:
+        force_loss = jnp.where(jnp.asarray(batch.forces_mask), force_loss, 0.0)
     if batch.stress is None:
         return energy_terms, force_loss, jnp.zeros_like(energy_terms)
     stress_terms = penalty(prediction.stress - batch.stress, loss.delta)
     stress_loss = jnp.mean(stress_terms, axis=(1, 2))
     return energy_terms, force_loss, jnp.where(jnp.asarray(batch.stress_mask), stress_loss, 0.0)
+
+
+def _lengths(vectors: jax.Array) -> jax.Array:
+    """Lengths (n,) of vectors (n, 3), with gradient 0 where one is 0."""
+    squares = jnp.sum(vectors**2, axis=-1)
+    return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0)
 
 
 def batch_loss(
@@ -111,6 +132,9 @@ def batch_loss(
         structure_weights: (n_graphs,) factors ω_g on the structures' losses; None is 1.
     """
     terms = structure_losses(loss, prediction, batch)
+    if batch.weights is not None:
+        own = jnp.asarray(batch.weights)
+        terms = terms[0] * own[:, 0], terms[1] * own[:, 1], terms[2] * own[:, 2]
     total = weights.energy * terms[0] + weights.forces * terms[1] + weights.stress * terms[2]
     if structure_weights is not None:
         total = total * structure_weights

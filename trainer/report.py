@@ -107,6 +107,9 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _parity(panel: Axes, pairs: np.ndarray, what: str) -> None:
+    if not len(pairs):
+        panel.set_axis_off()  # no labels
+        return
     pairs = pairs[:: 1 + len(pairs) // MAX_POINTS]
     limits = (float(pairs[:, 0].min()), float(pairs[:, 0].max()))
     panel.plot(limits, limits, color="gray", linewidth=1)

@@ -16,7 +16,16 @@ from mlip_md.errors import CheckpointError
 from mlip_md.trainer.data import TrainingData
 from mlip_md.trainer.recipe import Recipe, find_differences
 
-FREE = ("name", "description", "data.", "train.epochs", "checkpoint.", "faults.", "log.")
+FREE = (
+    "name",
+    "description",
+    "data.",
+    "train.epochs",
+    "train.patience",
+    "checkpoint.",
+    "faults.",
+    "log.",
+)
 """Rows of a recipe that may differ when a run continues. What comes out of the rows on data, the
 graphs and batches, may not: ``TrainingData.fingerprint`` holds them."""
 
@@ -25,7 +34,12 @@ CHANGEABLE = (
     "optimizer.peak_learning_rate",
     "optimizer.final_learning_rate",
     "optimizer.warmup_steps",
+    "optimizer.schedule",
+    "optimizer.warmup_epochs",
     "optimizer.transition_steps",
+    "optimizer.transition_epochs",
+    "optimizer.plateau_epochs",
+    "optimizer.plateau_factor",
     "optimizer.weight_decay",
     "optimizer.grad_norm",
 )
@@ -46,6 +60,10 @@ class TrainingProgress:
         validated: last epoch that was validated; -1 before the evaluation of the start.
         best: per stage (as text, from "1"): epoch, score and errors of its best model.
         sums: over the present epoch: loss, gradient_norm, good (steps), structures, seconds.
+        rate: factor on the learning rate, of a "plateau" and of rollbacks.
+        lowered: epoch after which a "plateau" was lowered last.
+        stopped: whether the training ended early.
+        rollbacks: how often it went back to a checkpoint.
     """
 
     epoch: int = 1
@@ -54,6 +72,10 @@ class TrainingProgress:
     validated: int = -1
     best: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    rate: float = 1.0
+    lowered: int = 0
+    stopped: bool = False
+    rollbacks: int = 0
 
     def add(self, **values: float) -> None:
         """Add to the sums of the present epoch."""
@@ -71,6 +93,20 @@ def identify(recipe: Recipe, data: TrainingData) -> dict[str, Any]:
     return {**values, DATA_SET: data.fingerprint}
 
 
+def with_defaults(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity of an earlier version, with the rows that it did not know.
+
+    Args:
+        identity: see ``identify``; its values stay.
+    """
+    defaults: dict[str, Any] = {**Recipe().model_dump(mode="json"), "model": {}}
+    return dict(identity) | {
+        name: {**rows, **identity[name]}
+        for name, rows in defaults.items()
+        if isinstance(rows, dict) and name in identity
+    }
+
+
 def check_same(
     before: Mapping[str, Any], now: Mapping[str, Any], folder: Path, allow_changes: bool
 ) -> None:
@@ -85,7 +121,7 @@ def check_same(
     Raises:
         CheckpointError: if others differ; it names them.
     """
-    changes = find_differences(before, now)
+    changes = find_differences(with_defaults(before), now)
     allowed = FREE + (CHANGEABLE if allow_changes else ())
     refused = [name for name in changes if not name.startswith(allowed)]
     if not refused:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import json
+import math
 import platform
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -51,9 +52,13 @@ class RunLog:
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         """Append the row of an epoch to ``metrics.csv``, and the same as an event."""
+        header = [] if not self.metrics.exists() else self._table()[0]
         new = not self.metrics.exists() or self.metrics.stat().st_size == 0
+        columns = header[0].split(",") if header else list(row)  # of the version that began
         with open(self.metrics, "a", encoding="utf-8", newline="") as stream:
-            writer = csv.DictWriter(stream, fieldnames=list(row), lineterminator="\n")
+            writer = csv.DictWriter(
+                stream, columns, restval=math.nan, extrasaction="ignore", lineterminator="\n"
+            )
             if new:
                 writer.writeheader()
             writer.writerow(row)
@@ -125,6 +130,22 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
+def changed_versions(before: Path) -> list[str]:
+    """What differs from the environment of a run that is continued, in words.
+
+    Args:
+        before: its ``environment.json``; nothing is said without one.
+    """
+    try:
+        known = json.loads(before.read_text(encoding="utf-8"))
+        flat = {"python": known["python"], **known["packages"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    present = describe_environment()
+    now = {"python": present["python"], **present["packages"]}
+    return [f"{name} {flat.get(name)} -> {v}" for name, v in now.items() if v != flat.get(name)]
+
+
 def describe_epoch(row: Mapping[str, float]) -> str:
     """The line of ``log.txt`` for a row of ``metrics.csv``."""
     meV = 1000.0
@@ -132,6 +153,8 @@ def describe_epoch(row: Mapping[str, float]) -> str:
         f"energy {meV * row['validation_energy_rmse_per_atom']:8.3f} meV/atom  "
         f"forces {meV * row['validation_forces_rmse']:8.2f} meV/Å (rmse)"
     )
+    if "validation_stress_rmse" in row:
+        errors += f"  stress {meV * row['validation_stress_rmse']:8.3f} meV/Å³"
     if row["epoch"] == 0:
         return f"epoch    0  before training: {errors}"
     return (

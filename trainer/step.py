@@ -12,13 +12,20 @@ import optax
 from flax import struct
 
 from mlip_md.compiler import check_sums, jit
-from mlip_md.devices import find_device
+from mlip_md.devices import find_device, message_memory
+from mlip_md.networks.layers import bounding_turns
 from mlip_md.potential import Params, Prediction, predict
 from mlip_md.trainer.data.batching import Batch
 from mlip_md.trainer.loss import LossWeights, batch_loss
 from mlip_md.trainer.metrics import Sums, error_sums
-from mlip_md.trainer.optimizer import debiased_ema, make_optimizer, update_ema
-from mlip_md.trainer.recipe import Recipe
+from mlip_md.trainer.optimizer import (
+    debiased_ema,
+    learning_factors,
+    make_optimizer,
+    schedule_free_average,
+    update_ema,
+)
+from mlip_md.trainer.recipe import OptimizerConfig, Recipe
 
 
 @struct.dataclass
@@ -54,7 +61,8 @@ class StepLog(NamedTuple):
 
 
 TrainStep = Any
-"""``jax.jit`` of (TrainState, Batch, LossWeights) to (TrainState, StepLog)."""
+"""``jax.jit`` of (TrainState, Batch, LossWeights) to (TrainState, StepLog); a fourth argument is a
+factor on the learning rate."""
 EvalStep = Callable[[Params, Batch], tuple[Prediction, Sums]]
 
 
@@ -73,28 +81,43 @@ def init_state(recipe: Recipe, params: Params) -> TrainState:
     )
 
 
-def make_train_step(apply: Callable[..., Any], recipe: Recipe) -> TrainStep:
-    """The compiled step ``(state, batch, weights) -> (state, log)``.
+def make_train_step(
+    apply: Callable[..., Any],
+    recipe: Recipe,
+    scaling_mean: float = 0.0,
+    scaling_stdev: float = 1.0,
+) -> TrainStep:
+    """The compiled step ``(state, batch, weights[, rate]) -> (state, log)``.
 
     A step whose loss or gradient is not finite changes nothing but the counters of bad steps. The
-    old state's memory is reused for the new one (donated); do not touch it afterwards.
+    old state's memory is reused for the new one (donated); do not touch it afterwards. ``rate`` is
+    a factor on the learning rate.
 
     Args:
         apply: ``network.apply``: (params, graph) to node energies (n_nodes,), eV.
-        recipe: its loss, optimizer and averaging.
+        recipe: its loss, optimizer and averaging; the lengths of the schedule in steps.
+        scaling_mean: added to every node energy, eV.
+        scaling_stdev: factor of the network's node energies before that.
 
     Raises:
         CompilerError: if the installed compiler adds up wrongly.
     """
-    check_sums("float32", find_device(None))
+    check_sums("float32", device := find_device(None))
+    memory = message_memory(device)
     optimizer = make_optimizer(recipe.optimizer, recipe.network.decays)
     every, decay = recipe.optimizer.num_gradient_accumulation_steps, recipe.train.ema_decay
 
     def loss_of(params: Params, batch: Batch, weights: LossWeights) -> jax.Array:
-        return batch_loss(recipe.loss, predict(apply, params, batch.graph), batch, weights)
+        with bounding_turns(memory):
+            prediction = predict(
+                apply, params, batch.graph, scaling_mean=scaling_mean, scaling_stdev=scaling_stdev
+            )
+        return batch_loss(recipe.loss, prediction, batch, weights)
 
-    def good_step(state: TrainState, gradient: Params) -> TrainState:
+    def good_step(state: TrainState, gradient: Params, rate: jax.Array | None) -> TrainState:
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        if rate is not None:
+            updates = optax.tree.scale(rate, updates)
         params = optax.apply_updates(state.params, updates)
         complete = state.micro_step + 1 == every
         averaged = update_ema(state.ema, params, decay)
@@ -108,14 +131,16 @@ def make_train_step(apply: Callable[..., Any], recipe: Recipe) -> TrainStep:
             bad_in_row=jnp.zeros_like(state.bad_in_row),
         )
 
-    def step(state: TrainState, batch: Batch, weights: LossWeights) -> tuple[TrainState, StepLog]:
+    def step(
+        state: TrainState, batch: Batch, weights: LossWeights, rate: jax.Array | None = None
+    ) -> tuple[TrainState, StepLog]:
         loss, gradient = jax.value_and_grad(loss_of)(state.params, batch, weights)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         refused = dataclasses.replace(
             state, bad_steps=state.bad_steps + 1, bad_in_row=state.bad_in_row + 1
         )
-        state = _select(finite, good_step(state, gradient), refused)
+        state = _select(finite, good_step(state, gradient, rate), refused)
         return state, StepLog(loss, norm, state.bad_in_row, jnp.sum(batch.graph.graph_mask))
 
     return jit(step, donate_argnums=0)
@@ -134,22 +159,41 @@ def make_eval_step(
     Raises:
         CompilerError: if the installed compiler adds up wrongly.
     """
-    check_sums("float32", find_device(None))
+    check_sums("float32", device := find_device(None))
+    memory = message_memory(device)
 
     def step(params: Params, batch: Batch) -> tuple[Prediction, Sums]:
-        prediction = predict(
-            apply, params, batch.graph, scaling_mean=scaling_mean, scaling_stdev=scaling_stdev
-        )
+        with bounding_turns(memory):
+            prediction = predict(
+                apply, params, batch.graph, scaling_mean=scaling_mean, scaling_stdev=scaling_stdev
+            )
         return prediction, error_sums(prediction, batch)
 
     return jit(step)
 
 
-def averaged_params(state: TrainState, decay: float) -> Params:
-    """The debiased running average of the weights; the weights themselves before any update."""
+def averaged_params(
+    state: TrainState, decay: float, optimizer: OptimizerConfig | None = None
+) -> Params:
+    """The averaged weights that are judged and saved; the weights themselves before any update.
+
+    Args:
+        state: of the training.
+        decay: of the running average.
+        optimizer: "schedule-free" has an average of its own; frozen weights are not averaged.
+    """
     if int(state.updates) == 0:
         return state.params
-    return debiased_ema(state.ema, state.updates, decay)
+    if optimizer is not None and optimizer.kind == "schedule-free":
+        averaged = schedule_free_average(state.opt_state, state.params)
+    else:
+        averaged = debiased_ema(state.ema, state.updates, decay)
+    if optimizer is None or not optimizer.factors:
+        return averaged
+    factors = learning_factors(state.params, optimizer.factors)
+    return jax.tree_util.tree_map(
+        lambda average, now, factor: average if factor else now, averaged, state.params, factors
+    )
 
 
 def _select(condition: jax.Array, chosen: Any, other: Any) -> Any:

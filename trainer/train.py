@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import datetime
 import functools
 import json
 import math
@@ -27,6 +28,7 @@ import numpy as np
 
 import mlip_md
 from mlip_md.compiler import jit
+from mlip_md.devices import naming_out_of_memory
 from mlip_md.errors import CheckpointError, NonFiniteError
 from mlip_md.files import write_text
 from mlip_md.formats import own
@@ -36,13 +38,21 @@ from mlip_md.potential import Params, Potential
 from mlip_md.signals import ENDINGS, Interruptions
 from mlip_md.trainer import metrics
 from mlip_md.trainer.checkpoint import CheckpointFolder
-from mlip_md.trainer.data import TrainingData, iterate_batches
+from mlip_md.trainer.data import TrainingData, iterate_batches, write_structures
 from mlip_md.trainer.evaluate import evaluate_store
+from mlip_md.trainer.finetune import adopt_elements, describe_parent, starting_weights
+from mlip_md.trainer.loggers import Logger, open_loggers
 from mlip_md.trainer.loss import stage_at, weights_at
-from mlip_md.trainer.optimizer import learning_rate_schedule
-from mlip_md.trainer.recipe import Origins, Recipe, dump_resolved, find_differences
-from mlip_md.trainer.resume import TrainingProgress, check_same, identify
-from mlip_md.trainer.runlog import Echo, RunLog, describe_environment, describe_epoch
+from mlip_md.trainer.optimizer import learning_rate_schedule, lowered_rate, settle_steps
+from mlip_md.trainer.recipe import Origins, Recipe, StartConfig, dump_resolved, find_differences
+from mlip_md.trainer.resume import TrainingProgress, check_same, identify, with_defaults
+from mlip_md.trainer.runlog import (
+    Echo,
+    RunLog,
+    changed_versions,
+    describe_environment,
+    describe_epoch,
+)
 from mlip_md.trainer.step import (
     StepLog,
     TrainState,
@@ -55,6 +65,12 @@ from mlip_md.trainer.step import (
 IN_FLIGHT = 2
 """Steps that may wait on the device; unbounded queues can deadlock and hold memory."""
 
+TELL_AFTER = 60.0
+"""Seconds between lines about an epoch."""
+
+OTHER_METHOD = 0.1
+"""eV/atom; a parent that is farther from its new data was made with another method's."""
+
 LOWER_RATES = (
     "lower optimizer.*_learning_rate and go on from the last checkpoint with --resume allow-changes"
 )
@@ -66,6 +82,13 @@ Waiting = tuple[int, np.ndarray, StepLog]
 """Number of a step, its structures and what it will tell."""
 
 
+class BadStepsError(Exception):
+    """Too many steps in a row gave NaN or infinity: their number, the last one, its structures.
+
+    It never leaves a training, which goes back to a checkpoint.
+    """
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """How a run ended.
@@ -75,12 +98,18 @@ class Outcome:
         folder: of the run.
         epoch: last epoch that was validated.
         errors: validation errors of the model in ``model.safetensors``.
+        problem: why the model of a training that is done is of no use; empty if it is.
     """
 
     status: Literal["done", "terminated", "hangup", "keyboard", "time"]
     folder: Path
     epoch: int
     errors: Mapping[str, float]
+    problem: str = ""
+
+
+def _start(recipe: Recipe) -> StartConfig:
+    return recipe.start or StartConfig(potential="")
 
 
 class Trainer:
@@ -92,6 +121,7 @@ class Trainer:
         data: TrainingData,
         folder: Path,
         *,
+        parent: Potential | None = None,
         origins: Origins | None = None,
         echo: Echo | None = None,
         tick: Tick | None = None,
@@ -102,11 +132,15 @@ class Trainer:
             recipe: of the run.
             data: prepared training, validation and test sets.
             folder: of the run; made if needed.
+            parent: potential to start from; ``recipe`` has its network, see
+                ``finetune.adopt_network``. None draws the weights at random.
             origins: of the recipe's values, for ``config.resolved.yaml``.
             echo: called with every line of the log.
             tick: called after every step with epoch, batches done and batches of the epoch.
         """
-        self.recipe, self.data, self.folder = recipe, data, folder
+        if parent is not None:
+            data = adopt_elements(data, parent, _start(recipe).atomic_energies == "keep")
+        self.recipe, self.data, self.folder, self.parent = recipe, data, folder, parent
         self.origins = origins or Origins()
         statistics = data.statistics
         network = build_network(
@@ -115,21 +149,32 @@ class Trainer:
             cutoff=recipe.data.cutoff,
             avg_num_neighbors=statistics.avg_num_neighbors,
             avg_r_min=statistics.avg_r_min,
+            **({} if parent is None else {"radial_scale": parent.radial_scale}),
         )
+        steps = len(data.plan(recipe.seed, 1))
+        self.optimizer = settle_steps(recipe.optimizer, steps, recipe.train.epochs)
+        settled = recipe.model_copy(update={"optimizer": self.optimizer})
         # First, because they look whether this process and its compiler can compute.
-        self.train_step = make_train_step(network.apply, recipe)
-        self.eval_step = make_eval_step(network.apply)
+        scaling = () if parent is None else (parent.scaling_mean, parent.scaling_stdev)
+        self.train_step = make_train_step(network.apply, settled, *scaling)
+        self.eval_step = make_eval_step(network.apply, *scaling)
         example = data.example()
         # jit leaves the forward pass out and compiles the rest once instead of piece by piece
         draw = functools.partial(draw_weights, network, recipe.network)
-        params = jit(draw)(jax.random.key(recipe.seed), example.graph)
-        self.state = init_state(recipe, params)
+        key = jax.random.key(recipe.seed)
+        if parent is None:
+            params = jit(draw)(key, example.graph)
+        else:
+            nearest = _start(recipe).new_elements == "nearest"
+            params = starting_weights(parent, statistics.elements, nearest, key, example.graph)
+        self.state = init_state(settled, params)
         self.progress = TrainingProgress()
         self.checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint.keep_latest)
         self.log = RunLog(folder, echo)
         self.interruptions = Interruptions()
+        self.loggers: list[Logger] = []
         self._tick = tick
-        self._last_save = time.monotonic()
+        self._last_save = self._told = time.monotonic()
 
     @property
     def num_parameters(self) -> int:
@@ -161,11 +206,21 @@ class Trainer:
     def _run(self, resume: Resume, max_seconds: float) -> Outcome:
         """``run`` in a folder that is ours."""
         self._begin(resume)
-        with Interruptions(*ENDINGS, max_seconds=max_seconds) as self.interruptions:
+        with (
+            open_loggers(self.recipe, self.folder, self.progress.step) as self.loggers,
+            Interruptions(*ENDINGS, max_seconds=max_seconds) as self.interruptions,
+        ):
+            if not self.checkpoints.files():
+                self._save()  # before anything that can go wrong or be interrupted
             if self.progress.validated < 0:
-                self._validate(0, self.state.params)
-            while self.progress.epoch <= self.recipe.train.epochs:
-                if not self._train_epoch():
+                self._look_at_parent(self._validate(0, self.state.params)[0])
+            while self.progress.epoch <= self.recipe.train.epochs and not self.progress.stopped:
+                try:
+                    finished = self._train_epoch()
+                except BadStepsError as fault:
+                    self._roll_back(fault)
+                    continue
+                if not finished:
                     return self._interrupted()
                 self._finish_epoch()
             return self._finish()
@@ -179,7 +234,7 @@ class Trainer:
         found = None
         if resume != "never":
             allow = resume == "allow-changes"
-            now = identify(self.recipe, self.data)
+            now = self._identity()
             found = self.checkpoints.restore(
                 self.state, lambda saved: check_same(saved["recipe"], now, self.folder, allow)
             )
@@ -194,19 +249,36 @@ class Trainer:
             f"{self.recipe.name}: {self.recipe.model['kind']} with {self.num_parameters:,} "
             f"weights; {self.data.summary()}"
         )
+        if self.parent is not None:
+            name = self.parent.info.get("name", "a potential")
+            self.log.line(
+                f"starts from {name} ({self.parent.sha256[:12]}); E0: "
+                f"{self.data.statistics.atomic_energies_source}"
+            )
 
     def _continue(self, state: TrainState, saved: dict[str, Any]) -> None:
         """Take up the state and the progress of a checkpoint."""
-        changes = find_differences(saved.pop("recipe"), identify(self.recipe, self.data))
-        self.state = jax.tree_util.tree_map(jax.numpy.array, state)
-        self.progress = TrainingProgress(**saved)
+        changes = find_differences(with_defaults(saved["recipe"]), self._identity())
+        self._take_up(state, saved)
         step, epoch = self.progress.step, self.progress.epoch
-        self.log.truncate(step, self.progress.validated)
+        versions = changed_versions(self.folder / "environment.json")
         self._describe_run()
         self.log.event("resumed", step=step, epoch=epoch, changes=changes)
         words = [f"{name} {before} -> {now}" for name, (before, now) in changes.items()]
         with_changes = f", with {', '.join(words)}" if words else ""
         self.log.line(f"resumed at epoch {epoch}, step {step}{with_changes}")
+        if versions:
+            self.log.line(f"other versions than before: {', '.join(versions)}")
+
+    def _take_up(self, state: TrainState, saved: Mapping[str, Any]) -> None:
+        self.state = jax.tree_util.tree_map(jax.numpy.array, state)
+        values = {name: value for name, value in saved.items() if name != "recipe"}
+        self.progress = TrainingProgress(**values)
+        self.log.truncate(self.progress.step, self.progress.validated)
+
+    def _identity(self) -> dict[str, Any]:
+        parent = {} if self.parent is None else {"parent": self.parent.sha256}
+        return {**identify(self.recipe, self.data), **parent}
 
     def _describe_run(self) -> None:
         for name, text in {
@@ -222,16 +294,21 @@ class Trainer:
         plan = data.plan(self.recipe.seed, progress.epoch)
         count, plan = len(plan), plan[progress.batch :]
         weights = weights_at(self.recipe.loss, progress.epoch)
+        lowers = self.optimizer.schedule == "plateau" or progress.rate != 1.0
+        rate = (np.float32(progress.rate),) if lowers else ()
         waiting: collections.deque[Waiting] = collections.deque()
         clock = time.monotonic()
         for indices, batch in iterate_batches(data.train, plan, data.budget):
-            self.state, log = self.train_step(self.state, batch, weights)
+            with naming_out_of_memory(*self._memory_words()):
+                self.state, log = self.train_step(self.state, batch, weights, *rate)
             progress.batch += 1
             progress.step += 1
             waiting.append((progress.step, indices, log))
             self._note_until(waiting, IN_FLIGHT)
             if self._tick is not None:
                 self._tick(progress.epoch, progress.batch, count)
+            elif time.monotonic() - self._told > TELL_AFTER:
+                self._tell_progress(count, time.monotonic() - clock)
             stop = self.interruptions.reason is not None
             if stop or self._checkpoint_due():
                 self._note_until(waiting, 0)
@@ -251,7 +328,8 @@ class Trainer:
 
     def _note(self, step: int, indices: np.ndarray, log: StepLog) -> None:
         """Wait for a step and record it under its number."""
-        loss, norm, bad = float(log.loss), float(log.gradient_norm), int(log.bad_in_row)
+        with naming_out_of_memory(*self._memory_words()):
+            loss, norm, bad = float(log.loss), float(log.gradient_norm), int(log.bad_in_row)
         self.progress.add(structures=float(log.structures))
         if bad == 0:
             self.progress.add(loss=loss, gradient_norm=norm, good=1)
@@ -260,12 +338,53 @@ class Trainer:
             self.log.event("bad_step", step=step, structures=names)
             self.log.line(f"a step gave NaN or infinity and was not applied (batch: {names[0]}, …)")
         if bad >= self.recipe.faults.max_bad_steps_in_row:
-            raise NonFiniteError(
-                f"{bad} steps in a row gave NaN or infinity, up to step {step}. The last batch "
-                f"holds {', '.join(names)}. Check these labels, or {LOWER_RATES}"
-            )
+            raise BadStepsError(bad, step, indices)
         if step % self.recipe.log.every_steps == 0:
             self.log.event("step", step=step, epoch=self.progress.epoch, loss=loss, norm=norm)
+
+    def _tell_progress(self, count: int, seconds: float) -> None:
+        """A line about a long epoch, where no bar moves."""
+        progress, self._told = self.progress, time.monotonic()
+        spent = progress.sums.get("seconds", 0.0) + seconds
+        epochs = self.recipe.train.epochs - progress.epoch + 1 - progress.batch / count
+        left = datetime.timedelta(seconds=round(spent / progress.batch * count * epochs))
+        self.log.line(
+            f"epoch {progress.epoch:4d}  batch {progress.batch} of {count}; {left} to the end of "
+            f"epoch {self.recipe.train.epochs}"
+        )
+
+    def _memory_words(self) -> tuple[str, str]:
+        budget = self.data.budget
+        return (
+            f"steps of {budget.n_graph - 1} structures in {budget.n_node} atoms and "
+            f"{budget.n_edge} edges",
+            "lower data.batch_size (and raise optimizer.num_gradient_accumulation_steps by as "
+            "much), data.max_n_node or data.max_n_edge",
+        )
+
+    def _roll_back(self, fault: BadStepsError) -> None:
+        """Write the batch out, go back to the last checkpoint and go on with a lower rate."""
+        bad, step, indices = fault.args
+        path = self.folder / f"bad-step-{step}.extxyz"
+        written = write_structures(self.data.train, indices, path)
+        names, settings = ", ".join(self.data.names(indices)), self.recipe.faults
+        if self.progress.rollbacks >= settings.rollbacks:
+            raise NonFiniteError(
+                f"{bad} steps in a row gave NaN or infinity, up to step {step}. The last batch, "
+                f"written to {written}, holds {names}. Check these labels, or {LOWER_RATES}"
+            )
+        found = self.checkpoints.restore(self.state)
+        if found is None:
+            raise CheckpointError(f"{self.folder} holds no checkpoint to go back to")
+        rate, rollbacks = self.progress.rate * settings.rate_factor, self.progress.rollbacks + 1
+        self._take_up(*found)
+        self.progress.rate, self.progress.rollbacks = rate, rollbacks
+        self._save()
+        self.log.event("rolled_back", step=self.progress.step, from_step=step, rate=rate)
+        self.log.line(
+            f"{bad} steps in a row gave NaN or infinity; the last batch is in {written}. Back to "
+            f"step {self.progress.step}, learning rate times {rate:.4g}"
+        )
 
     def _checkpoint_due(self) -> bool:
         minutes = (time.monotonic() - self._last_save) / 60
@@ -274,7 +393,7 @@ class Trainer:
 
     def _save(self) -> None:
         values = dataclasses.asdict(self.progress)
-        values["recipe"] = identify(self.recipe, self.data)
+        values["recipe"] = self._identity()
         self.checkpoints.save(self.state, values, self.progress.step)
         self._last_save = time.monotonic()
 
@@ -286,6 +405,8 @@ class Trainer:
         )
         row = self._row(epoch, values)
         self.log.epoch(row)
+        for logger in self.loggers:
+            logger(row)
         self.log.line(describe_epoch(row))
         if not math.isfinite(row["score"]):
             raise NonFiniteError(
@@ -299,7 +420,7 @@ class Trainer:
         """The row of an epoch in ``metrics.csv``."""
         sums, weights = self.progress.sums, weights_at(self.recipe.loss, epoch)
         good = sums.get("good", math.nan)
-        rate = learning_rate_schedule(self.recipe.optimizer)(self.progress.step)
+        rate = learning_rate_schedule(self.optimizer)(self.progress.step) * self.progress.rate
         return {
             "epoch": epoch,
             "step": self.progress.step,
@@ -313,14 +434,17 @@ class Trainer:
             "seconds": round(sums.get("seconds", 0.0), 3),
             "structures_per_second": sums.get("structures", 0.0)
             / (sums.get("seconds") or math.nan),
-            "score": metrics.selection_score(errors, self.recipe.train.select_energy_weight),
+            "score": metrics.selection_score(
+                errors, self.recipe.train.select_energy_weight, self.data.validates_forces
+            ),
             **{f"validation_{name}": value for name, value in errors.items()},
         }
 
     def _finish_epoch(self) -> None:
         progress, epoch = self.progress, self.progress.epoch
-        params = averaged_params(self.state, self.recipe.train.ema_decay)
+        params = averaged_params(self.state, self.recipe.train.ema_decay, self.optimizer)
         errors, score = self._validate(epoch, params)
+        errors = {name: value for name, value in errors.items() if math.isfinite(value)}  # labeled
         stage = str(stage_at(self.recipe.loss, epoch))
         best = progress.best.get(stage)
         if best is None or score < best["score"]:
@@ -329,8 +453,33 @@ class Trainer:
             for name in (f"best-stage{stage}.safetensors", "model.safetensors"):
                 own.save(potential, self.folder / name)
             self.log.event("best", step=progress.step, epoch=epoch, stage=stage, score=score)
+        self._judge_progress(epoch - progress.best[stage]["epoch"])
         progress.epoch, progress.batch, progress.sums = epoch + 1, 0, {}
         self._save()
+
+    def _look_at_parent(self, errors: Mapping[str, float]) -> None:
+        """Say so where the parent's energies are those of another method."""
+        wrong = errors["energy_mae_per_atom"]
+        if self.parent is not None and wrong > OTHER_METHOD:
+            self.log.line(
+                f"Warning: the parent's energies are {wrong:.2g} eV/atom away from the data's. The "
+                "levels of theory differ, or E0: start.atomic_energies: refit may be meant"
+            )
+
+    def _judge_progress(self, stale: int) -> None:
+        """Lower the learning rate, or end early, where nothing got better for some epochs."""
+        progress, patience = self.progress, self.recipe.train.patience
+        rate = lowered_rate(
+            self.optimizer, min(stale, progress.epoch - progress.lowered), progress.rate
+        )
+        if rate != progress.rate:
+            progress.rate, progress.lowered = rate, progress.epoch
+            self.log.line(f"no better model for {stale} epochs: learning rate times {rate:.4g}")
+        last = stage_at(self.recipe.loss, self.recipe.train.epochs)
+        ended = stage_at(self.recipe.loss, progress.epoch) == last
+        if patience is not None and ended and stale >= patience:
+            progress.stopped = True
+            self.log.line(f"no better model for {stale} epochs (train.patience): the end")
 
     def make_potential(self, params: Params, training: Mapping[str, Any]) -> Potential:
         """The potential with some weights, with all provenance.
@@ -348,7 +497,9 @@ class Trainer:
             cutoff=self.recipe.data.cutoff,
             avg_num_neighbors=statistics.avg_num_neighbors,
             avg_r_min=statistics.avg_r_min,
+            **self._inherited(),
             info={
+                **({} if self.parent is None else {"parent": describe_parent(self.parent)}),
                 "name": self.recipe.name,
                 "description": self.recipe.description,
                 "units": {"energy": "eV", "length": "Å", "forces": "eV/Å"},
@@ -358,6 +509,13 @@ class Trainer:
                 "training": dict(training),
             },
         )
+
+    def _inherited(self) -> dict[str, Any]:
+        """What stays of the parent besides its network."""
+        if self.parent is None:
+            return {}
+        names = ("scaling_mean", "scaling_stdev", "radial_scale")
+        return {name: getattr(self.parent, name) for name in names}
 
     def _interrupted(self) -> Outcome:
         reason = self.interruptions.reason or "terminated"
@@ -370,6 +528,7 @@ class Trainer:
 
     def _finish(self) -> Outcome:
         best = self.progress.last_best()
+        reached = best["errors"].get("forces_rmse", math.nan)  # without labels of forces
         self.log.line(
             f"done; the best model of the last stage is of epoch {best['epoch']}, "
             f"in {self.folder / 'model.safetensors'}"
@@ -378,4 +537,12 @@ class Trainer:
             from mlip_md.trainer.report import write_report
 
             write_report(self.folder, self.eval_step, self.data)
-        return Outcome("done", self.folder, self.progress.validated, best["errors"])
+        problem = ""
+        if reached >= (nothing := self.data.validation.forces_rms()) > 0:
+            problem = (
+                f"the best model's forces are {1e3 * reached:.0f} meV/Å wrong (rmse, validation); "
+                f"forces of zero would be {1e3 * nothing:.0f}. The network learned nothing: look "
+                "at the learning rates, the weights of the loss and the labels' units"
+            )
+            self.log.line(f"Warning: {problem}")
+        return Outcome("done", self.folder, self.progress.validated, best["errors"], problem)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from ase import Atoms, units
 from ase.md.velocitydistribution import Stationary, ZeroRotation, thermalize_momenta
 
 from mlip_md.integrations.md.settings import MDSettings
 from mlip_md.integrations.md.structures import fixed_axes
+
+DEGREES = "degrees_of_freedom"
+"""Name of their number in a restart file."""
 
 _AT_REST = 1e-3
 """Share of the kinetic energy below which a motion of the whole is none."""
@@ -33,6 +39,23 @@ def count_degrees_of_freedom(atoms: Atoms, ensemble: str, *, drawn: bool = True)
             moments = atoms.get_moments_of_inertia()
             count -= int(np.sum(moments > 1e-6 * max(float(moments.max()), 1e-12)))
     return max(count, 1)
+
+
+def count_for_run(
+    atoms: Atoms, settings: MDSettings, saved: Mapping[str, Any] | None = None
+) -> int:
+    """``count_degrees_of_freedom`` of a whole run: that of its start, which its restart file keeps.
+
+    A linear molecule bends and the kinetic energy varies; what a run conserves does not change.
+
+    Args:
+        atoms: with the momenta at the start, or at the restart.
+        settings: of the run.
+        saved: values of the restart file, in which older ones have no such number.
+    """
+    if saved is not None and DEGREES in saved:
+        return int(saved[DEGREES])
+    return count_degrees_of_freedom(atoms, settings.ensemble, drawn=settings.velocities == "draw")
 
 
 def _motion_of_the_whole(atoms: Atoms) -> tuple[bool, bool]:

@@ -35,6 +35,9 @@ _NUMBER_OF_KEY = {str(z): z for z in range(1, MAX_ATOMIC_NUMBER + 1)}  # JSON ha
 
 AtomicEnergies = str | Mapping[int, float] | None
 
+ENERGY_WORDS = ("average", "isolated", "zero")
+"""Sources of E0 that a recipe names by a word."""
+
 
 def _require(condition: bool, name: str, value: object, allowed: str, field: str = "") -> None:
     if not condition:
@@ -181,10 +184,11 @@ def _check_readout_irreps(name: str, value: Any) -> None:
 
 
 def _check_energies(name: str, value: Any) -> None:
-    """A word or null, or a map of E0 (eV) by atomic number."""
+    """A word, null or the name of a file (with a dot in it), or a map of E0 (eV) by number."""
     if not isinstance(value, Mapping):
-        valid = value is None or (isinstance(value, str) and value in ("average", "zero"))
-        _require(valid, name, value, "null, average, zero or a map of Z to eV")
+        words = isinstance(value, str) and (value in ENERGY_WORDS or "." in value)
+        allowed = f"null, {', '.join(ENERGY_WORDS)}, a file or a map of Z to eV"
+        _require(value is None or words, name, value, allowed)
         return
     for z, energy in value.items():
         valid = type(z) is int and 0 < z <= MAX_ATOMIC_NUMBER  # True and 1.0 are no keys
@@ -203,7 +207,8 @@ class Hyperparameters:
             nobody has published takes a name of its own and keeps it.
         decaying: modules whose weights decay under weight decay; none means that all do.
         num_layers: message-passing layers, the receptive field in units of the cutoff.
-        atomic_energies: E0 per element: None or "average" from the data set, "zero", or {Z: eV}.
+        atomic_energies: E0 per element: None or "average", fitted to the data set; "isolated", of
+            the isolated atoms in it; "zero"; a file that has them; or {Z: eV}.
         avg_num_neighbors: divisor of the summed messages; None takes the data set's mean.
     """
 
@@ -243,7 +248,8 @@ class MACEConfig(Hyperparameters):
             is not 0 at 0, messages end abruptly at the cutoff.
         radial_envelope: smooth cutoff function.
         symmetric_tensor_product_basis: product basis of permutation-symmetric couplings only.
-        atomic_energies: E0 per element: None or "average" from the data set, "zero", or {Z: eV}.
+        atomic_energies: E0 per element: None or "average", fitted to the data set; "isolated", of
+            the isolated atoms in it; "zero"; a file that has them; or {Z: eV}.
         avg_num_neighbors: divisor of the summed messages; None takes the data set's mean.
         avg_r_min: Å, where the normalisation of the radial basis starts; None: data set's mean.
         gate_nodes: gated self-interaction (not in the original MACE).
@@ -311,7 +317,8 @@ class NequIPConfig(Hyperparameters):
         radial_net_n_layers: number of its hidden layers.
         radial_envelope: smooth cutoff function.
         scalar_mlp_std: variance scale at which its hidden layers are drawn.
-        atomic_energies: E0 per element: None or "average" from the data set, "zero", or {Z: eV}.
+        atomic_energies: E0 per element: None or "average", fitted to the data set; "isolated", of
+            the isolated atoms in it; "zero"; a file that has them; or {Z: eV}.
         avg_num_neighbors: divisor of the summed messages; None takes the data set's mean.
     """
 

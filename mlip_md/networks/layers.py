@@ -7,11 +7,13 @@ float64 and take the dtype of the features they meet.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import itertools
 import math
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import e3nn_jax as e3nn
 import jax
@@ -20,17 +22,15 @@ import numpy as np
 from e3nn_jax import Irrep, Irreps
 from flax import linen as nn
 
-Edges = TypeVar("Edges")
-Messages = TypeVar("Messages")
-
 SCALAR = Irrep("0e")
 
 Features = dict[Irrep, jax.Array]
 """Node features by irrep: (n_nodes, 2l+1, channels), channels of equal irreps side by side in the
 order of the configuration. In NequIP irreps that are zero, or that nothing reads, are left out."""
 
-MESSAGE_MEMORY = 32 * 2**20
-"""Bytes that the messages of one chunk of edges may take before edges are split further."""
+MATRIX_MEMORY = 32 * 2**20
+"""Bytes that the matrices of one chunk of nodes may take before nodes are split further."""
+_memory: contextvars.ContextVar[int | None] = contextvars.ContextVar("memory", default=None)
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -43,19 +43,37 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-@functools.lru_cache
-def _second_moment(name: str) -> float:
-    """Root of <act(x)²> over a standard normal x, by its quantiles (as e3nn normalises)."""
-    on_cpu = jax.default_device(jax.local_devices(backend="cpu")[0])
-    with jax.ensure_compile_time_eval(), jax.enable_x64(True), on_cpu:
-        quantiles = jnp.linspace(0.0, 1.0, 1_000_001 + 2, dtype=jnp.float64)[1:-1]
-        samples = jnp.sqrt(2.0) * jax.scipy.special.erfinv(2.0 * quantiles - 1.0)
-        return float(jnp.sqrt(jnp.mean(ACTIVATIONS[name](samples) ** 2)))
+@contextlib.contextmanager
+def bounding_turns(memory: int | None) -> Iterator[None]:
+    """Bound by so many bytes, if given, what networks that are traced inside take in one turn."""
+    token = _memory.set(memory or _memory.get())
+    try:
+        yield
+    finally:
+        _memory.reset(token)
+
+
+def memory_of_turns(otherwise: int) -> int:
+    """Bytes that a turn may take; ``otherwise`` is what suits processors."""
+    return _memory.get() or otherwise
+
+
+SECOND_MOMENTS = {
+    "silu": 0.5964586854233045,
+    "swish": 0.5964586854233045,
+    "elu": 0.8030768955880002,
+    "relu": 0.707097894018724,
+    "tanh": 0.6279282481638501,
+    "sigmoid": 0.5416445654162108,
+    "none": 0.9999874316467328,
+}
+"""Roots of <act(x)²> over a standard normal x: means over its 1,000,001 quantiles k/1,000,002, as
+e3nn normalises."""
 
 
 def normalized_activation(name: str) -> Callable[[jax.Array], jax.Array]:
     """Nonlinearity divided by the root of its second moment under a standard normal."""
-    scale = 1.0 / _second_moment(name)
+    scale = 1.0 / SECOND_MOMENTS[name]
     return lambda x: scale * ACTIVATIONS[name](x)
 
 
@@ -127,6 +145,55 @@ def spherical_harmonics(vectors: jax.Array, degrees: range) -> dict[int, jax.Arr
 def coupling(l1: int, l2: int, l3: int) -> np.ndarray:
     """Clebsch-Gordan coefficients √(2l3+1)·C, float64 (2l1+1, 2l2+1, 2l3+1)."""
     return np.sqrt(2 * l3 + 1) * np.asarray(e3nn.clebsch_gordan(l1, l2, l3), np.float64)
+
+
+def couplings_side_by_side(l1: int, degrees: Sequence[int], l3: int, harmonics: int) -> np.ndarray:
+    """Couplings of l1 with several harmonics to l3, on all components of the harmonics.
+
+    Args:
+        l1: degree of the features.
+        degrees: l of the harmonics.
+        l3: degree of the messages.
+        harmonics: components of all harmonics, those of l from l² on.
+
+    Returns:
+        (harmonics, (2l3+1) · degrees, 2l1+1), degrees fastest in the middle.
+    """
+    stacked = np.zeros((harmonics, 2 * l3 + 1, len(degrees), 2 * l1 + 1))
+    for k, l in enumerate(degrees):
+        stacked[l**2 : (l + 1) ** 2, :, k] = np.einsum("aym->yma", coupling(l1, l, l3))
+    return stacked.reshape(harmonics, -1, 2 * l1 + 1)
+
+
+@jax.custom_jvp
+def contract(rotations: jax.Array, features: jax.Array) -> jax.Array:
+    """Product of small matrices with features: (n, m, a), (n, a, channels) -> (n, m, channels).
+
+    Written as a sum over a, which compilers fuse, with matrix products for its derivatives, whose
+    long sums they do not: together twice as fast on CPUs as either.
+    """
+    terms = zip(
+        jnp.split(rotations, features.shape[1], axis=2),
+        jnp.split(features, features.shape[1], axis=1),
+        strict=True,
+    )
+    return functools.reduce(jnp.add, (a * b for a, b in terms))
+
+
+@contract.defjvp
+def _contract_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    rotations, features = primals
+    d_rotations, d_features = tangents
+    product = functools.partial(jnp.einsum, "nma,nac->nmc")
+    return contract(*primals), product(d_rotations, features) + product(rotations, d_features)
+
+
+def weighted(products: jax.Array, weights: jax.Array) -> jax.Array:
+    """Multiply (n, (2l+1) · paths, channels) by weights (n, paths, channels)."""
+    rows = jnp.split(products, products.shape[1] // weights.shape[1], axis=1)
+    return jnp.concatenate([row * weights for row in rows], axis=1)
 
 
 class RadialKernels(nn.Module):
@@ -260,7 +327,8 @@ def split(x: jax.Array, widths: list[int]) -> list[jax.Array]:
 def species_linear(x: jax.Array, weights: jax.Array, species: jax.Array) -> jax.Array:
     """Linear maps chosen by the species of each node.
 
-    Nodes are taken in chunks, because every one of them needs a matrix of its own.
+    Nodes are put into blocks of one species, so that a matrix serves a block and not a node; many
+    blocks are taken in turns of bounded memory.
 
     Args:
         x: (n_nodes, 2l+1, channels).
@@ -270,77 +338,58 @@ def species_linear(x: jax.Array, weights: jax.Array, species: jax.Array) -> jax.
     Returns:
         (n_nodes, 2l+1, channels_out).
     """
-    by_species = jnp.swapaxes(weights, 0, 1)
+    n_nodes, by_species = x.shape[0], jnp.swapaxes(weights, 0, 1)
+    blocks = block_by_species(species, by_species.shape[0])
+    padded = jnp.concatenate([x, jnp.zeros((1, *x.shape[1:]), x.dtype)])
+    blocked = padded[blocks.nodes].reshape(len(blocks.species), -1, x.shape[2])
 
     @jax.checkpoint
     def mapped(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
         x, species = piece
         return x @ by_species[species]
 
-    n_nodes = x.shape[0]
-    chunk = max(64, MESSAGE_MEMORY // (by_species[0].size * x.dtype.itemsize))
-    if n_nodes <= chunk:
-        return mapped((x, species))
-    n_chunks = -(-n_nodes // chunk)
-    pieces = tuple(_chunked(array, n_chunks, chunk, 0) for array in (x, species))
-    return jax.lax.map(mapped, pieces).reshape(-1, *x.shape[1:-1], weights.shape[-1])[:n_nodes]
+    memory = memory_of_turns(MATRIX_MEMORY)
+    turn = max(4, memory // (by_species[0].size * x.dtype.itemsize))
+    n_turns = -(-len(blocked) // turn)
+    if n_turns == 1:
+        out = mapped((blocked, blocks.species))
+    else:
+        pieces = tuple(_in_turns(array, n_turns, turn) for array in (blocked, blocks.species))
+        out = jax.lax.map(mapped, pieces)
+    return out.reshape(-1, x.shape[1], weights.shape[-1])[blocks.places[:n_nodes]]
 
 
-def _chunked(array: jax.Array, n_chunks: int, chunk: int, fill: int) -> jax.Array:
-    padding = ((0, n_chunks * chunk - array.shape[0]),) + ((0, 0),) * (array.ndim - 1)
-    padded = jnp.pad(array, padding, constant_values=fill)
-    return padded.reshape(n_chunks, chunk, *array.shape[1:])
+class Blocks(NamedTuple):
+    """Nodes in blocks of one species each.
 
-
-def sum_messages(
-    messages: Callable[[Edges], Messages],
-    edges: Edges,
-    receivers: jax.Array,
-    n_nodes: int,
-    floats_per_edge: int,
-) -> Messages:
-    """Sum messages over the edges that arrive at each node, in chunks of bounded memory.
-
-    Beyond ``MESSAGE_MEMORY`` the edges are taken in chunks whose messages are computed again in
-    the backward pass, so that they never exist all at once.
-
-    Args:
-        messages: maps edge arrays (n, ...) to message arrays (n, ...); may close over nodes.
-        edges: pytree of edge arrays (n_edges, ...).
-        receivers: (n_edges,) int, ascending.
-        n_nodes: number of nodes.
-        floats_per_edge: size of one edge's messages.
-
-    Returns:
-        Pytree of (n_nodes, ...): sums at the receivers.
+    Attributes:
+        nodes: (n_blocks · size,) int, node at each place; the number of nodes where none is.
+        species: (n_blocks,) int.
+        places: (n_nodes,) int, place of each node.
     """
-    n_edges = receivers.shape[0]
-    itemsize = jax.tree_util.tree_leaves(edges)[0].dtype.itemsize
-    chunk = max(256, MESSAGE_MEMORY // (floats_per_edge * itemsize))
 
-    def summed(edges: Edges, receivers: jax.Array) -> Messages:
-        add = functools.partial(
-            jax.ops.segment_sum,
-            segment_ids=receivers,
-            num_segments=n_nodes,
-            indices_are_sorted=True,
-        )
-        return jax.tree_util.tree_map(add, messages(edges))
+    nodes: jax.Array
+    species: jax.Array
+    places: jax.Array
 
-    if n_edges <= chunk:
-        return summed(edges, receivers)
-    n_chunks = -(-n_edges // chunk)
-    # Filled edges arrive at node n_nodes, which does not exist: the sum drops them.
-    chunked = functools.partial(_chunked, n_chunks=n_chunks, chunk=chunk)
-    pieces = (
-        jax.tree_util.tree_map(lambda array: chunked(array, fill=0), edges),
-        chunked(receivers, fill=n_nodes),
-    )
-    shapes = jax.eval_shape(lambda: summed(*jax.tree_util.tree_map(lambda a: a[0], pieces)))
-    zeros = jax.tree_util.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    summed = jax.checkpoint(summed)
 
-    def add_chunk(total: Messages, piece: tuple[Edges, jax.Array]) -> tuple[Messages, None]:
-        return jax.tree_util.tree_map(jnp.add, total, summed(*piece)), None
+def block_by_species(species: jax.Array, num_species: int) -> Blocks:
+    """Sort nodes into blocks; their size keeps what is filled up to a fraction of the nodes."""
+    n_nodes = len(species)
+    size = 2 ** int(np.clip(math.log2(max(n_nodes, 1) / (4 * num_species)), 2, 6))
+    n_blocks = n_nodes // size + min(num_species, n_nodes)
+    counts = jnp.zeros(num_species, jnp.int32).at[species].add(1)
+    ends = jnp.cumsum(-(-counts // size))
+    order = jnp.argsort(species)
+    ordered = species[order]
+    rank = jnp.arange(n_nodes) - (jnp.cumsum(counts) - counts)[ordered]
+    starts = (ends + counts // -size)[ordered]
+    places = jnp.zeros(n_nodes, jnp.int32).at[order].set((starts * size + rank).astype(jnp.int32))
+    nodes = jnp.full(n_blocks * size, n_nodes).at[places].set(jnp.arange(n_nodes))
+    of_block = jnp.searchsorted(ends, jnp.arange(n_blocks), side="right")
+    return Blocks(nodes, jnp.minimum(of_block, num_species - 1), places)
 
-    return jax.lax.scan(add_chunk, zeros, pieces)[0]
+
+def _in_turns(array: jax.Array, n_turns: int, turn: int) -> jax.Array:
+    padding = ((0, n_turns * turn - array.shape[0]),) + ((0, 0),) * (array.ndim - 1)
+    return jnp.pad(array, padding).reshape(n_turns, turn, *array.shape[1:])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +15,11 @@ from e3nn_jax import Irrep, Irreps
 from flax import linen as nn
 
 from mlip_md.graph import Graph, edge_vectors
-from mlip_md.networks import layers
+from mlip_md.networks import convolution, layers
 from mlip_md.networks.config import MACEConfig
+from mlip_md.networks.convolution import Block, Plan
 from mlip_md.networks.layers import SCALAR, Features
+from mlip_md.networks.messages import Edges, read_edges, sum_messages
 from mlip_md.networks.product_basis import SymmetricContraction
 from mlip_md.networks.radial_scale import RadialScale
 
@@ -27,24 +28,6 @@ RADIAL_WIDTHS = (64, 64, 64)
 
 Path = tuple[Irrep, int, Irrep]
 """Irrep of the sender's feature, degree of the harmonic (0: a copy) and irrep of the message."""
-
-
-class Edges(NamedTuple):
-    """What messages read of the edges.
-
-    Attributes:
-        senders: (n_edges,) int, nodes that the messages come from.
-        harmonics: {l: (n_edges, 2l+1)} Y_l of the directions from receiver to sender, l >= 1.
-        basis: (n_edges, num_bessel) radial basis.
-        inside: (n_edges, 1) bool, shorter than the cutoff.
-        pairs: (n_edges,) int, species of the sender · number of species + that of the receiver.
-    """
-
-    senders: jax.Array
-    harmonics: dict[int, jax.Array]
-    basis: jax.Array
-    inside: jax.Array
-    pairs: jax.Array
 
 
 def natural_irreps(l_max: int) -> tuple[Irrep, ...]:
@@ -80,6 +63,23 @@ def message_paths(
         if copy or coupled:
             paths[ir] = tuple(copy + coupled)
     return paths
+
+
+def message_plan(irreps_in: tuple[Irrep, ...], channels: int, config: MACEConfig) -> Plan:
+    """The convolution over ``message_paths``, all of one number of channels, side by side."""
+    paths = message_paths(irreps_in, config.l_max, message_irreps(config))
+    found: list[convolution.Path] = []
+    for target, of_irrep in enumerate(paths.values()):
+        for k, (ir, l, _) in enumerate(of_irrep):
+            place = irreps_in.index(ir), 0, l, target, k * channels, len(found) * channels, channels
+            found.append(convolution.Path(*place))
+    return Plan(
+        tuple(Block(ir.l, channels) for ir in irreps_in),
+        tuple(Block(ir.l, len(of_irrep) * channels) for ir, of_irrep in paths.items()),
+        tuple(found),
+        (config.l_max + 1) ** 2,
+        len(found) * channels,
+    )
 
 
 def linear(x: Features, irreps: tuple[Irrep, ...], channels: int, name: str) -> Features:
@@ -153,25 +153,20 @@ class MessagePassingConvolution(nn.Module):
     avg_num_neighbors: float
 
     @nn.compact
-    def __call__(
-        self, x: Features, edges: Edges, receivers: jax.Array, embedding: jax.Array | None
-    ) -> Features:
+    def __call__(self, x: Features, edges: Edges, embedding: jax.Array | None) -> Features:
         """Messages summed at the receivers, paths side by side as channels.
 
         Args:
             x: sender features.
             edges: what messages read.
-            receivers: (n_edges,) int, ascending.
             embedding: (num_species, width) embedding of species, if there is one.
 
         Returns:
             {irrep: (n_nodes, 2l+1, paths to it · channels)}.
         """
-        config = self.config
-        n_nodes, _, channels = x[SCALAR].shape
-        paths = message_paths(tuple(x), config.l_max, message_irreps(config))
-        n_paths = sum(len(p) for p in paths.values())
-        widths = (*RADIAL_WIDTHS, n_paths * channels)
+        config, channels = self.config, x[SCALAR].shape[-1]
+        plan = message_plan(tuple(x), channels, config)
+        widths = (*RADIAL_WIDTHS, plan.columns)
         kernels = layers.RadialKernels(
             (config.num_bessel, *widths), (1.0,) * 4, scaled=True, name="MultiLayerPerceptron_0"
         )()
@@ -181,50 +176,13 @@ class MessagePassingConvolution(nn.Module):
             perceptron = SpeciesPerceptron(widths, config.activation, name="MultiLayerPerceptron_1")
             factors = perceptron(embedding)
 
-        def messages(edges: Edges) -> Features:
-            weights = layers.radial_weights(kernels, act, edges.basis, edges.inside)
-            if factors is not None:
-                weights = weights * factors[edges.pairs]
-            gathered = {ir: feature[edges.senders] for ir, feature in x.items()}
-            weights = weights.reshape(-1, n_paths, channels)
-            return couple(gathered, edges.harmonics, weights, paths)
+        def weigh(basis: jax.Array, inside: jax.Array, species: jax.Array) -> jax.Array:
+            weights = layers.radial_weights(kernels, act, basis, inside)
+            return weights if factors is None else weights * factors[species]
 
-        floats = sum(ir.dim * len(p) * channels for ir, p in paths.items())
-        summed = layers.sum_messages(messages, edges, receivers, n_nodes, floats)
-        return {ir: summed[ir] / self.avg_num_neighbors for ir in paths}
-
-
-def couple(
-    x: Features,
-    harmonics: dict[int, jax.Array],
-    weights: jax.Array,
-    paths: dict[Irrep, tuple[Path, ...]],
-) -> Features:
-    """Messages of edges: R_p · √(2l3+1) Σ C(l1 m1, l2 m2; l3 m3) x_{l1 m1} Y_{l2 m2}.
-
-    Args:
-        x: sender features of the edges, {irrep: (n_edges, 2l+1, channels)}.
-        harmonics: {l: (n_edges, 2l+1)}.
-        weights: (n_edges, n_paths, channels) radial weights.
-        paths: paths by irrep of the message.
-
-    Returns:
-        {irrep: (n_edges, 2l+1, paths to it · channels)}.
-    """
-    out, column = {}, 0
-    for ir, irrep_paths in paths.items():
-        parts = []
-        for ir_in, l, _ in irrep_paths:
-            weighted = x[ir_in] * weights[:, column, None, :]
-            column += 1
-            if l == 0:
-                parts.append(weighted)
-                continue
-            coefficients = jnp.asarray(layers.coupling(ir_in.l, l, ir.l), weighted.dtype)
-            rotation = jnp.einsum("eb,abm->ema", harmonics[l], coefficients)
-            parts.append(jnp.einsum("ema,eac->emc", rotation, weighted))
-        out[ir] = jnp.concatenate(parts, axis=-1)
-    return out
+        sums = sum_messages(self, plan, list(x.values()), edges, weigh)
+        paths = message_paths(tuple(x), config.l_max, message_irreps(config))
+        return {ir: s / self.avg_num_neighbors for ir, s in zip(paths, sums, strict=True)}
 
 
 class InteractionBlock(nn.Module):
@@ -239,15 +197,13 @@ class InteractionBlock(nn.Module):
     avg_num_neighbors: float
 
     @nn.compact
-    def __call__(
-        self, x: Features, edges: Edges, receivers: jax.Array, embedding: jax.Array | None
-    ) -> Features:
+    def __call__(self, x: Features, edges: Edges, embedding: jax.Array | None) -> Features:
         channels = self.config.num_channels
         x = linear(x, tuple(x), channels, "linear_up")
         convolution = MessagePassingConvolution(
             self.config, self.avg_num_neighbors, name="MessagePassingConvolution_0"
         )
-        x = convolution(x, edges, receivers, embedding)
+        x = convolution(x, edges, embedding)
         return linear(x, tuple(x), channels, "linear_down")
 
 
@@ -338,7 +294,6 @@ class MACELayer(nn.Module):
         x: Features,
         species: jax.Array,
         edges: Edges,
-        receivers: jax.Array,
         embedding: jax.Array | None,
     ) -> tuple[jax.Array, Features]:
         config = self.config
@@ -352,7 +307,7 @@ class MACELayer(nn.Module):
         if not first:
             residual = SpeciesLinear(irreps, self.num_species, name=name)(x, species)
         interaction = InteractionBlock(config, self.avg_num_neighbors, name="InteractionBlock_0")
-        a = interaction(x, edges, receivers, embedding)
+        a = interaction(x, edges, embedding)
         if first:
             a = SpeciesLinear(message_irreps(config), self.num_species, name=name)(a, species)
         product = EquivariantProductBasisBlock(
@@ -435,22 +390,20 @@ class MACE(nn.Module):
             layer = MACELayer(
                 config, self.num_species, self.avg_num_neighbors, i, name=f"layer_{i}"
             )
-            contribution, x = layer(x, species, edges, jnp.asarray(graph.receivers), embedding)
+            contribution, x = layer(x, species, edges, embedding)
             energies = energies + contribution
         return energies
 
     def _edges(self, graph: Graph) -> Edges:
         config, vectors = self.config, edge_vectors(graph)
-        lengths = jnp.sqrt(jnp.sum(vectors**2, axis=-1))
         basis = self.cutoff, config.num_bessel, config.radial_envelope
         single, double = self.radial_scale
         scale = double if vectors.dtype == jnp.float64 else single
-        senders, species = jnp.asarray(graph.senders), jnp.asarray(graph.species)
-        return Edges(
-            senders,
-            # The published weights belong to harmonics of the vector from receiver to sender.
-            layers.spherical_harmonics(-vectors, range(1, config.l_max + 1)),
-            layers.radial_basis(lengths, *basis, scale),
-            (lengths < self.cutoff)[:, None],
-            species[senders] * self.num_species + species[graph.receivers],
+
+        def radial_basis(lengths: jax.Array) -> jax.Array:
+            return layers.radial_basis(lengths, *basis, scale)
+
+        # The published weights belong to harmonics of the vector from receiver to sender.
+        return read_edges(
+            graph, -vectors, self.cutoff, radial_basis, config.l_max, self.num_species
         )

@@ -8,10 +8,7 @@ and out of such files as they are.
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -21,26 +18,11 @@ from e3nn_jax import Irrep, Irreps
 from flax import linen as nn
 
 from mlip_md.graph import Graph, edge_vectors
-from mlip_md.networks import layers
+from mlip_md.networks import convolution, layers
 from mlip_md.networks.config import NequIPConfig
+from mlip_md.networks.convolution import Block, Plan
 from mlip_md.networks.layers import SCALAR, Features
-
-
-class Edges(NamedTuple):
-    """What messages read of the edges.
-
-    Attributes:
-        senders: (n_edges,) int, nodes that the messages come from.
-        harmonics: (n_edges, (l_max+1)²) Y_l of the directions from sender to receiver.
-        basis: (n_edges, num_bessel) radial basis.
-        inside: (n_edges, 1) bool, shorter than the cutoff.
-    """
-
-    senders: jax.Array
-    harmonics: jax.Array
-    basis: jax.Array
-    inside: jax.Array
-
+from mlip_md.networks.messages import Edges, read_edges, sum_messages
 
 # Which irreps exist
 
@@ -179,111 +161,29 @@ class SpeciesLinear(nn.Module):
 # Convolution
 
 
-def convolve(
-    paths: list[Path],
-    x: Features,
-    kernels: list[jax.Array],
-    act: Callable[[jax.Array], jax.Array],
-    edges: Edges,
-    receivers: jax.Array,
-) -> Features:
-    """Sum over neighbors b of R(r_ab) · √(2l3+1) Σ C(l1 m1, l2 m2; l3 m3) x_b,{l1 m1} Y_{l2 m2}.
-
-    Paths from one block to messages of one degree are computed side by side.
+def message_plan(paths: list[Path], sources: Features, harmonics: int) -> Plan:
+    """The convolution over some paths; messages to one irrep lie side by side, in order.
 
     Args:
         paths: what to compute.
-        x: node features.
-        kernels: of the radial network.
-        act: its nonlinearity.
-        edges: what messages read.
-        receivers: (n_edges,) int, ascending.
-
-    Returns:
-        Sums by irrep: (n_nodes, 2l+1, channels of all paths to it, in order).
+        sources: features.
+        harmonics: components of all harmonics.
     """
-    bundles = _bundles(paths)
-    dtype = edges.basis.dtype
-    columns = [np.r_[path.columns] for bundle in bundles for path in bundle]
-    *inner, last = [kernel.astype(dtype) for kernel in kernels]
-    kernels = [*inner, last[:, np.concatenate(columns)]]
-    couplings = [_couplings(bundle, edges.harmonics.shape[1], dtype) for bundle in bundles]
-    widths = [sum(path.width for path in bundle) for bundle in bundles]
-
-    def messages(edges: Edges) -> list[jax.Array]:
-        weights = layers.radial_weights(kernels, act, edges.basis, edges.inside)
-        gathered = {ir: feature[edges.senders] for ir, feature in x.items()}
-        products = []
-        for bundle, c, w in zip(bundles, couplings, layers.split(weights, widths), strict=True):
-            rotations = jnp.einsum("ey,yma->ema", edges.harmonics, c)
-            senders = gathered[bundle[0].source][..., bundle[0].channels]
-            w = w.reshape(-1, len(bundle), bundle[0].width)
-            products.append(_weighted(contract(rotations, senders), w))
-        return products
-
-    floats = sum(path.irrep.dim * path.width for path in paths)
-    sums = layers.sum_messages(messages, edges, receivers, len(x[SCALAR]), floats)
-    return _by_irrep(bundles, sums)
-
-
-def _bundles(paths: list[Path]) -> list[list[Path]]:
-    """Paths grouped by source and degree of the message, in order."""
-
-    def key(path: Path) -> tuple[int, int]:
-        return path.block, path.irrep.l
-
-    return [list(bundle) for _, bundle in itertools.groupby(sorted(paths, key=key), key)]
-
-
-def _couplings(bundle: list[Path], harmonics: int, dtype: jnp.dtype) -> jax.Array:
-    """Couplings of a bundle: (harmonics of all degrees, (2l3+1) · paths, 2l1+1)."""
-    stacked = []
-    for path in bundle:
-        c = jnp.asarray(layers.coupling(path.source.l, path.degree, path.irrep.l), dtype)
-        l = path.degree
-        stacked.append(jnp.pad(c, ((0, 0), (l**2, harmonics - (l + 1) ** 2), (0, 0))))
-    return jnp.einsum("kaym->ymka", jnp.stack(stacked)).reshape(harmonics, -1, len(c))
-
-
-@jax.custom_jvp
-def contract(rotations: jax.Array, features: jax.Array) -> jax.Array:
-    """Product of small matrices with features: (n, m, a), (n, a, channels) -> (n, m, channels).
-
-    Written as a sum over a, which compilers fuse, with matrix products for its derivatives, whose
-    long sums they do not: together twice as fast on CPUs as either.
-    """
-    terms = zip(
-        jnp.split(rotations, features.shape[1], axis=2),
-        jnp.split(features, features.shape[1], axis=1),
-        strict=True,
+    irreps, targets = list(sources), list(dict.fromkeys(path.irrep for path in paths))
+    used, column, found = dict.fromkeys(targets, 0), 0, []
+    for path in paths:
+        place = irreps.index(path.source), path.channels.start, path.degree
+        target = targets.index(path.irrep), used[path.irrep], column
+        found.append(convolution.Path(*place, *target, path.width))
+        used[path.irrep] += path.width
+        column += path.width
+    return Plan(
+        tuple(Block(ir.l, feature.shape[-1]) for ir, feature in sources.items()),
+        tuple(Block(ir.l, used[ir]) for ir in targets),
+        tuple(found),
+        harmonics,
+        column,
     )
-    return functools.reduce(jnp.add, (a * b for a, b in terms))
-
-
-@contract.defjvp
-def _contract_jvp(
-    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    rotations, features = primals
-    d_rotations, d_features = tangents
-    product = functools.partial(jnp.einsum, "nma,nac->nmc")
-    return contract(*primals), product(d_rotations, features) + product(rotations, d_features)
-
-
-def _weighted(products: jax.Array, weights: jax.Array) -> jax.Array:
-    """Multiply (n, (2l+1) · paths, channels) by weights (n, paths, channels)."""
-    rows = jnp.split(products, products.shape[1] // weights.shape[1], axis=1)
-    return jnp.concatenate([row * weights for row in rows], axis=1)
-
-
-def _by_irrep(bundles: list[list[Path]], sums: list[jax.Array]) -> Features:
-    """Sums of bundles (n_nodes, (2l+1) · paths, channels) as features, path after path."""
-    parts: dict[Irrep, list[jax.Array]] = {}
-    for bundle, total in zip(bundles, sums, strict=True):
-        by_path = total.reshape(len(total), bundle[0].irrep.dim, len(bundle), -1)
-        for k, path in enumerate(bundle):
-            parts.setdefault(path.irrep, []).append(by_path[:, :, k])
-    return {ir: jnp.concatenate(parts[ir], axis=-1) for ir in parts}
 
 
 # Gate, layer, network
@@ -329,9 +229,7 @@ class NequIPLayer(nn.Module):
     index: int
 
     @nn.compact
-    def __call__(
-        self, x: Features, species: jax.Array, edges: Edges, receivers: jax.Array
-    ) -> Features:
+    def __call__(self, x: Features, species: jax.Array, edges: Edges) -> Features:
         """Node features (``read_irreps`` of them) after this layer."""
         config, leaving = self.config, feature_blocks(self.config, self.index + 1)
         entering, hidden = existing_blocks(config, self.index), hidden_blocks(leaving)
@@ -341,14 +239,12 @@ class NequIPLayer(nn.Module):
             entering, hidden, self.num_species, name="FullyConnectedTensorProduct_0"
         )(x, species, read)
         x = layers.Linear(entering, feature_blocks(config, self.index), name="Linear_0")(x)
-        messages, sums = self._convolution(x, edges, receivers, kept)
+        messages, sums = self._convolution(x, edges, kept)
         mixed = layers.Linear(messages, hidden, name="Linear_1")(sums, read)
         added = {ir: mixed[ir] + residual[ir] if ir in residual else mixed[ir] for ir in mixed}
         return gate(Irreps([block for block in leaving if block.ir in kept]), added)
 
-    def _convolution(
-        self, x: Features, edges: Edges, receivers: jax.Array, kept: set[Irrep]
-    ) -> tuple[Irreps, Features]:
+    def _convolution(self, x: Features, edges: Edges, kept: set[Irrep]) -> tuple[Irreps, Features]:
         """Irreps of all messages that are not zero, and the mean of those that are kept."""
         config, paths = self.config, message_paths(self.config, self.index)
         hidden = (config.radial_net_n_hidden,) * config.radial_net_n_layers
@@ -358,10 +254,18 @@ class NequIPLayer(nn.Module):
         kernels = layers.RadialKernels(widths, stds, scaled=False, name="MLP_0")()
         act = layers.ACTIVATIONS[config.radial_net_nonlinearity]
         computed = [path for path in paths if path.source in x and path.irrep in kept]
-        sums = convolve(computed, x, kernels, act, edges, receivers)
+        *inner, last = [kernel.astype(edges.basis.dtype) for kernel in kernels]
+        kernels = [*inner, last[:, np.concatenate([np.r_[path.columns] for path in computed])]]
+
+        def weigh(basis: jax.Array, inside: jax.Array, _: jax.Array) -> jax.Array:
+            return layers.radial_weights(kernels, act, basis, inside)
+
+        plan = message_plan(computed, x, edges.harmonics.shape[1])
+        sums = sum_messages(self, plan, list(x.values()), edges, weigh)
+        irreps = dict.fromkeys(path.irrep for path in computed)
+        means = {ir: s / self.avg_num_neighbors for ir, s in zip(irreps, sums, strict=True)}
         existing = reached_irreps(config, self.index)
         messages = [(path.width, path.irrep) for path in paths if path.source in existing]
-        means = {ir: total / self.avg_num_neighbors for ir, total in sums.items()}
         return Irreps(messages).regroup(), means
 
 
@@ -396,19 +300,18 @@ class NequIP(nn.Module):
             layer = NequIPLayer(
                 config, self.num_species, self.avg_num_neighbors, i, name=f"NequipLayer_{i}"
             )
-            x = layer(x, species, edges, jnp.asarray(graph.receivers))
+            x = layer(x, species, edges)
         half = Irreps([([mul for mul, ir in blocks if ir == SCALAR][-1] // 2, SCALAR)])
         x = layers.Linear(existing_blocks(config, config.num_layers), half, name="Linear_1")(x)
         return layers.Linear(half, Irreps("0e"), name="Linear_2")(x)[SCALAR][:, 0, 0]
 
     def _edges(self, graph: Graph) -> Edges:
-        config, vectors = self.config, edge_vectors(graph)
-        lengths = jnp.sqrt(jnp.sum(vectors**2, axis=-1))
-        degrees = range(1 + max(path.degree for path in message_paths(config, 0)))
-        harmonics = layers.spherical_harmonics(vectors, degrees)
-        return Edges(
-            jnp.asarray(graph.senders),
-            jnp.concatenate(list(harmonics.values()), axis=-1),
-            layers.radial_basis(lengths, self.cutoff, config.num_bessel, config.radial_envelope),
-            (lengths < self.cutoff)[:, None],
-        )
+        config = self.config
+        basis = self.cutoff, config.num_bessel, config.radial_envelope
+
+        def radial_basis(lengths: jax.Array) -> jax.Array:
+            return layers.radial_basis(lengths, *basis)
+
+        highest = max(path.degree for path in message_paths(config, 0))
+        vectors = edge_vectors(graph)
+        return read_edges(graph, vectors, self.cutoff, radial_basis, highest, self.num_species)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import e3nn_jax as e3nn
 import jax
@@ -147,13 +149,22 @@ def _independent(columns: np.ndarray) -> tuple[list[int], np.ndarray]:
     return chosen, np.where(np.abs(combinations) > 1e-12, combinations, 0.0)
 
 
-def powers(x: jax.Array, order: int) -> jax.Array:
-    """All distinct products of ``order`` components of x (d, n): (n_monomials, n)."""
-    first, *rest = np.array(monomial_indices(x.shape[0], order)).T
-    return functools.reduce(lambda product, index: product * x[index], rest, x[first])
+class Monomials(dict):
+    """Products of components by ascending index tuple, each made once.
+
+    Args:
+        components: arrays of one shape.
+    """
+
+    def __init__(self, components: Sequence[jax.Array]) -> None:
+        super().__init__({(a,): component for a, component in enumerate(components)})
+
+    def __missing__(self, index: tuple[int, ...]) -> jax.Array:
+        self[index] = product = self[index[:-1]] * self[index[-1:]]
+        return product
 
 
-def polynomials(x: jax.Array, order: int, basis: np.ndarray) -> list[jax.Array]:
+def polynomials(x: Monomials, order: int, basis: np.ndarray) -> list[list[jax.Array]]:
     """Couplings of equal powers of x, Σ_p basis[p, r, m] · monomial_p(x).
 
     Few coefficients are written out, term by term: compilers fuse the sum into one pass over the
@@ -161,39 +172,31 @@ def polynomials(x: jax.Array, order: int, basis: np.ndarray) -> list[jax.Array]:
     matrix product.
 
     Args:
-        x: (d, n) components first.
+        x: components and their products.
         order: of the powers.
         basis: (n_monomials, rank, 2L+1) coefficients on monomials of that order.
 
     Returns:
-        For every r an array (2L+1, n).
+        Arrays in the shape of a component, by r and m.
     """
     n_monomials, rank, dim_out = basis.shape
+    dimension = sum(len(index) == 1 for index in x)
+    indices = monomial_indices(dimension, order)
     if np.count_nonzero(np.abs(basis) > 1e-12) > MAX_TERMS:
-        matrix = jnp.asarray(basis.reshape(n_monomials, -1), x.dtype)
-        return list((matrix.T @ powers(x, order)).reshape(rank, dim_out, -1))
-    products = _Products(x)
-    indices = monomial_indices(x.shape[0], order)
+        components = jnp.stack([x[a,] for a in range(dimension)])
+        first, *rest = np.array(indices).T
+        powers = functools.reduce(lambda p, a: p * components[a], rest, components[first])
+        matrix = jnp.asarray(basis.reshape(n_monomials, -1), powers.dtype)
+        values = jnp.tensordot(matrix, powers, axes=(0, 0))
+        return [list(part) for part in values.reshape(rank, dim_out, *values.shape[1:])]
 
     def polynomial(coefficients: np.ndarray) -> jax.Array:
         terms = np.flatnonzero(np.abs(coefficients) > 1e-12)
         return sum(
-            (products[indices[p]] * float(coefficients[p]) for p in terms),
-            start=jnp.zeros(x.shape[1:], x.dtype),
+            (x[indices[p]] * float(coefficients[p]) for p in terms), start=jnp.zeros_like(x[0,])
         )
 
-    return [jnp.stack([polynomial(basis[:, r, m]) for m in range(dim_out)]) for r in range(rank)]
-
-
-class _Products(dict):
-    """Products of components of x by ascending index tuple, each made once."""
-
-    def __init__(self, x: jax.Array) -> None:
-        super().__init__({(a,): x[a] for a in range(x.shape[0])})
-
-    def __missing__(self, index: tuple[int, ...]) -> jax.Array:
-        self[index] = product = self[index[:-1]] * self[index[-1:]]
-        return product
+    return [[polynomial(basis[:, r, m]) for m in range(dim_out)] for r in range(rank)]
 
 
 class SymmetricContraction(nn.Module):
@@ -224,21 +227,32 @@ class SymmetricContraction(nn.Module):
         Returns:
             {irrep: (n_nodes, 2L+1, channels)}.
         """
-        n_nodes, dimension, channels = x.shape
-        components = jnp.moveaxis(x, 1, 0).reshape(dimension, -1)
-        out: dict[Irrep, jax.Array] = {}
-        for order in range(self.correlation, 0, -1):
-            for irrep in self.irreps_out:
-                basis, merge = reduced_couplings(self.irreps_in, order, irrep, self.symmetric)
-                rank, n_paths = merge.shape
-                weights = self.param(
-                    f"w{order}_{irrep}",
-                    nn.initializers.normal(n_paths**-0.5),
-                    (self.num_species, n_paths, channels),
-                )
-                merged = jnp.einsum("rk,skc->rsc", jnp.asarray(merge, x.dtype), weights)
-                values = polynomials(components, order, basis)
-                for r in range(rank):
-                    value = values[r].reshape(-1, n_nodes, channels) * merged[r][species][None]
-                    out[irrep] = out[irrep] + value if irrep in out else value
-        return {irrep: jnp.moveaxis(value, 0, 1) for irrep, value in out.items()}
+        couplings = [
+            (order, irrep, *reduced_couplings(self.irreps_in, order, irrep, self.symmetric))
+            for order in range(self.correlation, 0, -1)
+            for irrep in self.irreps_out
+        ]
+        weights = iter(self._weights(x, species, couplings))
+        monomials = Monomials(jnp.split(x, x.shape[1], axis=1))
+        out: dict[Irrep, list[jax.Array]] = {}
+        for order, irrep, basis, _ in couplings:
+            for values in polynomials(monomials, order, basis):
+                weight = next(weights)
+                rows = [value * weight for value in values]
+                if irrep in out:
+                    rows = [a + b for a, b in zip(out[irrep], rows, strict=True)]
+                out[irrep] = rows
+        return {irrep: jnp.concatenate(rows, axis=1) for irrep, rows in out.items()}
+
+    def _weights(
+        self, x: jax.Array, species: jax.Array, couplings: Sequence[tuple[int, Irrep, Any, Any]]
+    ) -> list[jax.Array]:
+        """Weights (n_nodes, 1, channels) of every row of every coupling: read once per node."""
+        rows = []
+        for order, irrep, _, merge in couplings:
+            shape = self.num_species, merge.shape[1], x.shape[-1]
+            init = nn.initializers.normal(merge.shape[1] ** -0.5)
+            weights = self.param(f"w{order}_{irrep}", init, shape)
+            rows.append(jnp.einsum("rk,skc->src", jnp.asarray(merge, x.dtype), weights))
+        table = jnp.concatenate(rows, axis=1)
+        return jnp.split(table[species], table.shape[1], axis=1)

@@ -13,10 +13,9 @@ from reference_library import jit
 
 from mlip_md.errors import ConfigError
 from mlip_md.graph import Graph
-from mlip_md.networks import NequIPConfig, layers
+from mlip_md.networks import NequIPConfig, layers, messages
 from mlip_md.networks.nequip import (
     NequIP,
-    contract,
     existing_blocks,
     message_paths,
     read_irreps,
@@ -175,7 +174,7 @@ def test_what_is_left_out_does_not_reach_the_energy(small):
 def test_chunks_of_edges_sum_to_the_whole(small, monkeypatch):
     network, params, graph, _, expected = small
     assert graph.n_edges > 256
-    monkeypatch.setattr(layers, "MESSAGE_MEMORY", 1)
+    monkeypatch.setattr(messages, "MEMORY", 1)
     chunked = jit(lambda params, graph: predict(network.apply, params, graph))
     with jax.enable_x64(True):
         lowered = chunked.lower(params, graph)
@@ -282,8 +281,8 @@ def test_contract_is_a_matrix_product_to_every_order():
     rng = np.random.default_rng(5)
     rotations, features = rng.normal(size=(4, 5, 3)), rng.normal(size=(4, 3, 2))
     with jax.enable_x64(True):
-        np.testing.assert_allclose(contract(rotations, features), rotations @ features)
-        check_grads(contract, (rotations, features), order=2, modes=("fwd", "rev"))
+        np.testing.assert_allclose(layers.contract(rotations, features), rotations @ features)
+        check_grads(layers.contract, (rotations, features), order=2, modes=("fwd", "rev"))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from reference_library import applied, graph_of, jit, joined, library_network, s
 
 from mlip_md.formats.instadeep import load_zip
 from mlip_md.graph import edge_vectors
-from mlip_md.networks import MACEConfig, NequIPConfig, build_network, layers
+from mlip_md.networks import MACEConfig, NequIPConfig, build_network, layers, messages
 from mlip_md.networks.nequip import NequIP
 from mlip_md.potential import predict
 
@@ -260,7 +260,7 @@ def live(request):
     name, config, graph = request.param, SLIM[request.param], random_periodic()
     network = our_network(config)
     params = random_weights(network, graph)
-    harmonics, coupling = layers.spherical_harmonics, layers.coupling
+    harmonics, convolve = layers.spherical_harmonics, messages.convolve
 
     def adjustable(params, degree_factors, path_factors):
         factors = dict(zip(PATHS[name], path_factors, strict=True))
@@ -268,12 +268,17 @@ def live(request):
         def scaled_harmonics(vectors, degrees):
             return {l: degree_factors[l] * y for l, y in harmonics(vectors, degrees).items()}
 
-        def scaled_coupling(*path):
-            return factors.get(path, 1.0) * coupling(*path)
+        def scaled_paths(plan, pairs, x, y, weights, rows):
+            for path in plan.paths:
+                blocks = plan.sources[path.source], plan.targets[path.target]
+                factor = factors.get((blocks[0].degree, path.degree, blocks[1].degree), 1.0)
+                columns = slice(path.column, path.column + path.width)
+                weights = weights.at[:, columns].multiply(factor)
+            return convolve(plan, pairs, x, y, weights, rows)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(layers, "spherical_harmonics", scaled_harmonics)
-            patch.setattr(layers, "coupling", scaled_coupling)
+            patch.setattr(messages, "convolve", scaled_paths)
             return predict(network.apply, params, graph)
 
     library = reference(config)

@@ -164,8 +164,7 @@ class Subject:
         other = copy.copy(self)
         other.engine = copy.copy(self.engine)
         other.engine.runtime = runtime = copy.copy(self.engine.runtime)
-        with runtime.precision():
-            runtime.params = jax.device_put(strengthened(runtime.params, factor), runtime.device)
+        runtime.params = runtime.place(strengthened(runtime.params, factor))
         return other
 
     def tolerance(self, double, single):

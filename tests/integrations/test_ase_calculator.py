@@ -487,3 +487,42 @@ def test_nothing_can_be_set(calculator):
         with pytest.raises(ConfigError, match=f"{', '.join(change)} cannot be set.*new one"):
             calculator.set(**change)
     assert not calculator.parameters
+
+
+@pytest.mark.parametrize("name", ["molecule", "crystal"])
+def test_hessian_is_the_derivative_of_the_forces(calculator, potential, name, request):
+    atoms = request.getfixturevalue(name)
+    hessian = calculator.get_hessian(atoms)
+    assert hessian.shape == (24, 24)
+    np.testing.assert_array_equal(hessian, hessian.T)
+    moved, step = [], 1e-4
+    for axis in range(5):
+        for sign in (1, -1):
+            moved.append(atoms.copy())
+            moved[-1].positions.reshape(-1)[axis] += sign * step
+    forces = [result["forces"].ravel() for result in calculator.evaluate(moved)]
+    slopes = (np.array(forces[1::2]) - np.array(forces[::2])) / (2 * step)
+    scale = np.abs(hessian).max()
+    assert np.abs(hessian[:5] - slopes).max() < 1e-6 * scale
+    # nothing changes where all atoms move together
+    assert np.abs(hessian.reshape(24, 8, 3).sum(axis=1)).max() < 1e-10 * scale
+    single = MLIPCalculator(potential).get_hessian(atoms)
+    assert np.abs(single - hessian).max() < 1e-4 * scale
+
+
+def test_hessian_refuses_what_energies_refuse(calculator, molecule):
+    molecule.info["charge"] = 1
+    with pytest.raises(StructureError, match="charge"):
+        calculator.get_hessian(molecule)
+
+
+def test_products_with_the_hessian(calculator, molecule):
+    vectors = np.random.default_rng(5).normal(size=(3, 8, 3))
+    arguments = molecule.positions, molecule.numbers
+    products = calculator.engine.hessian_vector_products(*arguments, vectors)
+    hessian = calculator.get_hessian(molecule)
+    np.testing.assert_allclose(
+        products.reshape(3, 24), vectors.reshape(3, 24) @ hessian, rtol=0, atol=1e-10
+    )
+    with pytest.raises(ConfigError, match=r"\(k, 8, 3\) is needed"):
+        calculator.engine.hessian_vector_products(*arguments, vectors[0])

@@ -1,5 +1,6 @@
 """Curation: each filter removes what it names, and only that; counts add up."""
 
+import dataclasses
 import itertools
 
 import ase.build
@@ -16,7 +17,7 @@ from mlip_md.trainer.data.filters import (
     has_single_bonds,
     make_filters,
 )
-from mlip_md.trainer.recipe import CurationConfig
+from mlip_md.trainer.recipe import CurationConfig, DataConfig, load_recipe
 
 
 def structure(atoms="H2O", forces=None, **changes):
@@ -96,6 +97,43 @@ def test_each_filter_removes_its_own():
     }
     assert (report.total, report.kept) == (8, 3)
     assert "kept 3 of 8" in str(report)
+
+
+def test_the_net_force_may_grow_with_the_root_of_the_number_of_atoms():
+    many = structure(molecule("C6H6") + molecule("H2O") + ase.Atoms("He", [[0, 0, 9.0]]))
+    forces = np.zeros((16, 3))
+    forces[0, 0] = 0.39
+    big, small = dataclasses.replace(many, forces=forces), pushed(0.39)
+    off = {"neutral_only": False, "max_force": None, "one_bond_per_hydrogen": False}
+    kept, report = curate([big, small], max_net_force=None, max_net_force_per_sqrt_atom=0.1, **off)
+    assert kept == [big]
+    assert report.removed == {"max_net_force_per_sqrt_atom": 1}
+    kept, report = curate([big, small], max_net_force=0.1, **off)  # that row is |ΣF| as it was
+    assert report.removed == {"max_net_force": 2}
+
+
+def test_what_a_filter_removed_is_told_with_share_and_examples(caplog):
+    data = [structure(name=f"s[{k}]", charge=int(k < 4)) for k in range(50)]
+    report = curate(data)[1]
+    words = "neutral_only: 4, 8 %, e.g. s[0], s[1], s[2]"
+    assert words in str(report)
+    report.warn_of_much("a.xyz")
+    assert f"a.xyz: data.curate removed by {words}; null switches" in caplog.text
+    caplog.clear()
+    curate(data[2:])[1].warn_of_much("a.xyz")
+    assert caplog.text == ""
+
+
+def test_nothing_is_filtered_by_default():
+    assert DataConfig().curate is None
+    for name in ("mace-spice2", "nequip-spice2"):
+        curation = load_recipe(name)[0].data.curate
+        assert list(make_filters(curation)) == [
+            "one_bond_per_hydrogen",
+            "neutral_only",
+            "max_force",
+            "max_net_force",
+        ]
 
 
 def test_filters_can_be_switched_off():

@@ -11,18 +11,23 @@ import numpy as np
 import pytest
 from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
+from training_cases import small_recipe
+from typer.testing import CliRunner
 
 import mlip_md
+from mlip_md.cli import app
 from mlip_md.errors import ConfigError, DataError
 from mlip_md.trainer.data import (
     BatchBudget,
     is_prepared,
+    load_data,
     make_batch,
     open_prepared,
     open_store,
     plan_epoch,
     prepare,
 )
+from mlip_md.trainer.data import prepared as prepared_module
 from mlip_md.trainer.data.prepared import open_prepared_for
 from mlip_md.trainer.recipe import DataConfig
 
@@ -329,3 +334,57 @@ def test_a_warning_says_what_the_data_leave_open(tmp_path, caplog):
     assert all("any multiple of 1 E0(H) - 2 E0(O)" in text for text in said)
     open_prepared_for(folder, {1: -13.6, 8: -2043.9})
     assert len(caplog.records) == 2
+
+
+def test_a_training_reads_its_files_once(path, tmp_path, monkeypatch):
+    """What is kept in a run's folder is the same data, and is not taken for other files."""
+    recipe = small_recipe(path, data={"max_n_node": None, "max_n_edge": None, "split": SPLIT})
+    keep = tmp_path / "run" / "prepared"
+    first, direct = load_data(recipe, keep), load_data(recipe)
+    assert first.fingerprint == direct.fingerprint
+    with monkeypatch.context() as patch:
+        patch.setattr(prepared_module, "Reading", None)  # nobody reads
+        again = load_data(recipe, keep)
+    assert again.fingerprint == first.fingerprint
+    assert again.notes == first.notes
+    path.rename(tmp_path / "away.xyz")  # and nobody needs the file
+    assert load_data(recipe, keep).fingerprint == first.fingerprint
+    (tmp_path / "away.xyz").rename(path)
+
+
+@pytest.mark.parametrize("change", ["row", "file", "content", "damage", "validation"])
+def test_what_is_kept_of_other_data_is_made_anew(change, path, tmp_path):
+    rows = {"max_n_node": None, "max_n_edge": None, "split": SPLIT}
+    valid = str(tmp_path / "valid.xyz")
+    ase.io.write(valid, frames(("H2O",), 2, seed=7), format="extxyz")
+    keep = tmp_path / "run" / "prepared"
+    old = {**rows, "validation": valid} if change == "validation" else rows
+    load_data(small_recipe(path, data=old), keep)
+    if change == "row":
+        rows["cutoff"] = 3.0
+    if change == "file":
+        path = shutil.copy(path, tmp_path / "copy.xyz")
+    if change == "content":
+        ase.io.write(path, frames(seed=5), format="extxyz")
+    if change == "damage":
+        (keep / "train.npy").write_bytes(b"")
+    recipe = small_recipe(path, data=rows)
+    data = load_data(recipe, keep)
+    assert data.fingerprint == load_data(recipe).fingerprint
+    assert data.train.names == load_data(recipe).train.names
+    assert load_data(recipe, keep).fingerprint == data.fingerprint
+    assert [p.name for p in keep.parent.iterdir()] == ["prepared"]
+
+
+def test_the_train_command_keeps_its_data(path, tmp_path):
+    recipe = small_recipe(path, data={"max_n_node": None, "max_n_edge": None, "split": SPLIT})
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": 1})})
+    (tmp_path / "train.yaml").write_text(json.dumps(recipe.plain()))
+    command = ["train", str(tmp_path / "train.yaml"), "--run", str(tmp_path / "run")]
+    result = CliRunner().invoke(app, [*command, "--dry-run", "1"])
+    assert not (tmp_path / "run").exists()
+    for _ in range(2):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, (result.output, result.exception)
+        assert f"MB in {tmp_path / 'run' / 'prepared'}, for the next start" in result.stdout
+    assert is_prepared(tmp_path / "run" / "prepared")

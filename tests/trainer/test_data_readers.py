@@ -325,9 +325,11 @@ def test_extxyz_keys(tmp_path, keys):
 def test_extxyz_prefers_the_reference_and_takes_named_keys(tmp_path):
     atoms = frame(energy=-1.0)
     atoms.info["REF_energy"] = -2.0
+    atoms.arrays["REF_forces"] = np.full((2, 3), 0.5)
     atoms.info["dft"] = -3.0
     ase.io.write(tmp_path / "a.xyz", atoms, format="extxyz")
-    assert read(tmp_path / "a.xyz")[0].energy == -2.0
+    (reference,) = read(tmp_path / "a.xyz")
+    assert (reference.energy, reference.forces[0, 0]) == (-2.0, 0.5)
     assert read(tmp_path / "a.xyz", energy_key="dft")[0].energy == -3.0
     with pytest.raises(DataError, match="no energy under absent"):
         read(tmp_path / "a.xyz", energy_key="absent")
@@ -337,16 +339,17 @@ def test_extxyz_prefers_the_reference_and_takes_named_keys(tmp_path):
     ("changes", "message"),
     [
         ({"energy": None}, "no energy under REF_energy or energy or Energy"),
-        ({"forces": None}, "no forces under"),
+        ({"forces": None, "info": {"dft_forces": 1.0}}, "forces only under dft_forces"),
         ({"energy": np.nan}, "energies hold NaN"),
         ({"forces": np.full((2, 3), np.inf)}, "forces hold NaN or infinity"),
         (
-            {"info": {"REF_stress": "low"}, "pbc": True, "cell": [4, 4, 4]},
+            {"pbc": True, "cell": [4, 4, 4],
+             "info": {"REF_energy": -1.0, "REF_forces": 0, "REF_stress": "low"}},
             "stress label is no array",
         ),
         ({}, "a duplicate"),
     ],
-)
+)  # fmt: skip
 def test_extxyz_broken_frames(tmp_path, changes, message):
     frames = [frame(), frame(**changes)]
     if changes:
@@ -395,7 +398,7 @@ def test_unsound_cells_are_refused_by_name_or_skipped(tmp_path, vectors, pbc, me
 
 
 def test_a_format_is_an_entry_of_the_table(tmp_path, monkeypatch):
-    def fields(path, split, energy_key, forces_key):
+    def fields(path, split, keys):
         numbers, zeros = [1], np.zeros((1, 3))
         yield {"atomic_numbers": numbers, "positions": zeros, "energy": 2.0, "forces": zeros}
 

@@ -17,6 +17,7 @@ from pair_potential import PairPotential, pair_potential
 from training_cases import E0, molecules, small_recipe, write_data_set
 from typer.testing import CliRunner
 
+from mlip_md.cli import EXIT_CODES
 from mlip_md.errors import ConfigError, DataError, OutputError
 from mlip_md.trainer import cli
 from mlip_md.trainer.data import LabeledStructure, Statistics, load_data, prepare, read
@@ -293,7 +294,7 @@ def test_folders_where_files_belong_are_named(prepared):
     cases = (
         ({"path": [str(file), str(folder)]}, f"{folder} is a folder of prepared data; it can only"),
         ({"path": str(file), "test": str(folder)}, f"{folder} is a folder of prepared data"),
-        ({"path": str(file.parent)}, f"{file.parent} is a folder; name the files in it"),
+        ({"path": str(folder / "graphs" / "none")}, "there is no data file .*none"),
     )
     for changes, message in cases:
         with pytest.raises(DataError, match=message):
@@ -336,25 +337,30 @@ def test_labels_of_other_names_and_unusable_structures(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("status", "code"), [("done", 0), ("keyboard", 130), ("time", 75), ("terminated", 75)]
-)
-def test_exit_codes_of_the_train_command(status, code, tmp_path, monkeypatch):
+    ("status", "code", "problem"),
+    [("done", 0, ""), ("done", 8, "nothing"), ("keyboard", 130, ""), ("time", 75, ""),
+     ("terminated", 75, "")],
+)  # fmt: skip
+def test_exit_codes_of_the_train_command(status, code, problem, tmp_path, monkeypatch):
     class Instant:
         def __init__(self, recipe, data, folder, **_):
             self.folder = folder
 
         def run(self, resume, seconds):
-            assert (resume, seconds) == ("allow-changes", 3600 * 23 + 60 * 30)
-            return Outcome(status, self.folder, 3, {})
+            assert resume == "allow-changes"
+            assert 0 < 3600 * 23 + 60 * 30 - seconds < 7200  # since the process began
+            return Outcome(status, self.folder, 3, {}, problem)
 
-    def load(recipe):
+    def load(recipe, keep):
+        assert keep == tmp_path / "prepared"
         logging.getLogger("mlip_md.trainer.data.readers").warning("skipped: %s", "x.xyz:[3]")
         energies = np.array([-13.6, -2043.9])
         statistics = Statistics(
             (1, 8), energies, "given", ("1 E0(H) - 2 E0(O)",), 9.5, 1.0, 0.5, 7, 20, 190
         )
         warn_of_open_energies(statistics)
-        return SimpleNamespace(notes=("a.h5: kept 7 of 9 structures",), statistics=statistics)
+        notes = ("a.h5: kept 7 of 9 structures",)
+        return SimpleNamespace(notes=notes, statistics=statistics, rejected=())
 
     monkeypatch.setattr("mlip_md.trainer.train.Trainer", Instant)
     monkeypatch.setattr("mlip_md.trainer.data.load_data", load)
@@ -362,6 +368,9 @@ def test_exit_codes_of_the_train_command(status, code, tmp_path, monkeypatch):
     app.command()(cli.train_command)
     options = ["--run", str(tmp_path), "--resume", "allow-changes", "--max-time", "23:30"]
     result = CliRunner().invoke(app, ["organics-gfn2", *options])
+    if problem:
+        assert EXIT_CODES[type(result.exception)] == code
+        return
     assert result.exit_code == code
     lines = result.stdout.splitlines()
     assert lines[:2] == ["reading organics-gfn2.hdf5", "a.h5: kept 7 of 9 structures"]

@@ -5,22 +5,32 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 
+import ase.io
 import jax
 import numpy as np
 import pytest
 from pair_potential import PairNetwork
 from training_cases import FLIP, small_recipe, write_data_set
 
-from mlip_md.errors import CheckpointError, DataError, NonFiniteError, OwnershipError
+from mlip_md.errors import (
+    CapacityError,
+    CheckpointError,
+    DataError,
+    NonFiniteError,
+    OwnershipError,
+)
 from mlip_md.trainer import train
 from mlip_md.trainer.checkpoint import leaves_by_path, state_hash
 from mlip_md.trainer.costs import time_steps
 from mlip_md.trainer.data import load_data
 from mlip_md.trainer.evaluate import evaluate_store
 from mlip_md.trainer.loss import weights_at
+from mlip_md.trainer.optimizer import learning_rate_schedule
+from mlip_md.trainer.resume import check_same, identify
 from mlip_md.trainer.step import averaged_params, init_state, make_eval_step, make_train_step
 from mlip_md.trainer.train import Trainer
 
@@ -411,17 +421,56 @@ def test_a_bad_step_changes_nothing_but_its_counters(recipe, data):
     assert all(np.isfinite(leaf).all() for leaf in leaves_by_path(state).values())
 
 
+def spoil_steps(trainer, numbers):
+    """Give NaN labels to steps of these numbers, counted as they are made."""
+    step, made = trainer.train_step, itertools.count(1)
+
+    def spoiling(state, batch, *others):
+        return step(state, spoiled(batch) if next(made) in numbers else batch, *others)
+
+    trainer.train_step = spoiling
+
+
 def test_bad_steps_in_a_row_end_the_run_with_the_names(recipe, data, tmp_path):
-    recipe = recipe.model_copy(
-        update={"faults": recipe.faults.model_copy(update={"max_bad_steps_in_row": 2})}
-    )
+    recipe = changed(recipe, faults={"max_bad_steps_in_row": 2, "rollbacks": 0})
     trainer = Trainer(recipe, data, tmp_path)
-    step = trainer.train_step
-    trainer.train_step = lambda state, batch, weights: step(state, spoiled(batch), weights)
+    spoil_steps(trainer, range(1, 100))
     start = leaves_by_path(trainer.state.params)
     with pytest.raises(NonFiniteError, match=r"2 steps in a row .*set\.hdf5:molecule-\d+"):
         trainer.run()
     assert state_hash(leaves_by_path(trainer.state.params)) == state_hash(start)
+
+
+def test_bad_steps_lead_back_to_the_last_checkpoint_with_a_lower_rate(recipe, data, tmp_path):
+    """Checkpoints are of steps 0, 4, …; steps 6 and 7 are bad, once."""
+    recipe = changed(recipe, faults={"max_bad_steps_in_row": 2}, train={"epochs": 2})
+    trainer = Trainer(recipe, data, tmp_path)
+    spoil_steps(trainer, (6, 7))
+    assert trainer.run().status == "done"
+    assert (trainer.progress.rollbacks, trainer.progress.rate) == (1, 0.5)
+    told = [event for event in events(tmp_path) if event["event"] == "rolled_back"]
+    assert [(event["step"], event["from_step"]) for event in told] == [(6, 7)]  # end of epoch 1
+    assert int(rows(tmp_path)[-1]["step"]) == 2 * STEPS
+    batch = ase.io.read(tmp_path / "bad-step-7.extxyz", ":")
+    assert all("set.hdf5:molecule-" in atoms.info["name"] for atoms in batch)
+    assert all("REF_forces" in atoms.arrays for atoms in batch)
+    assert float(rows(tmp_path)[-1]["learning_rate"]) == pytest.approx(
+        0.5 * float(learning_rate_schedule(trainer.optimizer)(2 * STEPS))
+    )
+
+
+def test_bad_steps_that_come_back_end_the_run_after_all(recipe, data, tmp_path):
+    recipe = changed(recipe, faults={"max_bad_steps_in_row": 1, "rollbacks": 2})
+    trainer = Trainer(recipe, data, tmp_path)
+    spoil_steps(trainer, range(3, 100))
+    with pytest.raises(NonFiniteError, match="1 steps in a row"):
+        trainer.run()
+    assert trainer.progress.rollbacks == 2
+    again = Trainer(recipe, data, tmp_path)  # the count is kept
+    spoil_steps(again, range(1, 100))
+    with pytest.raises(NonFiniteError):
+        again.run()
+    assert again.progress.rollbacks == 2
 
 
 def test_averages_wait_for_the_end_of_an_accumulation(recipe, data):
@@ -476,3 +525,127 @@ def test_a_hangup_saves_and_a_second_one_changes_nothing(recipe, data, tmp_path,
     at_step(trainer, 2, hang_up)
     assert trainer.run().status == "hangup"
     assert Trainer(recipe, data, tmp_path).checkpoints.files()
+
+
+# Options
+
+
+def test_training_ends_early_where_nothing_gets_better(recipe, data, tmp_path):
+    """With rates of zero every epoch is like the first; the last stage begins in epoch 3."""
+    frozen = {"init_learning_rate": 0.0, "peak_learning_rate": 1e-12, "final_learning_rate": 0.0}
+    long = changed(recipe, optimizer=frozen, train={"epochs": 30, "patience": 2})
+    trainer = Trainer(long, data, tmp_path)
+    assert trainer.run().status == "done"
+    best = trainer.progress.best["2"]["epoch"]
+    assert [int(row["epoch"]) for row in rows(tmp_path)][-1] == best + 2
+    assert "train.patience" in (tmp_path / "log.txt").read_text(encoding="utf-8")
+    again = Trainer(long, data, tmp_path)
+    assert again.run().status == "done"
+    assert again.progress.step == trainer.progress.step
+
+
+def test_a_plateau_lowers_the_rate_also_after_a_resume(recipe, data, tmp_path):
+    still = {
+        "schedule": "plateau", "plateau_epochs": 1, "init_learning_rate": 1e-9,
+        "peak_learning_rate": 1e-9, "final_learning_rate": 0.0,
+    }  # fmt: skip
+    slow = changed(recipe, optimizer=still, train={"epochs": 8, "ema_decay": 0.0})
+    straight = Trainer(slow, data, tmp_path / "straight")
+    straight.run()
+    rates = [float(row["learning_rate"]) for row in rows(tmp_path / "straight")]
+    assert min(rates) < max(rates) == pytest.approx(1e-9)
+    first = Trainer(slow, data, tmp_path / "resumed")
+    stop_at_step(first, 6 * STEPS + 2)
+    second = Trainer(slow, data, tmp_path / "resumed")
+    second.run()
+    assert fingerprint(second) == fingerprint(straight)
+    assert [float(row["learning_rate"]) for row in rows(tmp_path / "resumed")] == rates
+
+
+def test_a_lowered_rate_is_what_steps_are_made_with(recipe, data, tmp_path):
+    def weights(rate):
+        trainer = Trainer(changed(recipe, optimizer={"schedule": "plateau"}), data, tmp_path)
+        before = jax.device_get(trainer.state.params)
+        state, _ = trainer.train_step(
+            trainer.state, data.example(), weights_at(recipe.loss, 1), rate
+        )
+        return [
+            np.asarray(b) - a
+            for b, a in zip(*map(jax.tree_util.tree_leaves, (state.params, before)), strict=True)
+        ]
+
+    for whole, half in zip(weights(np.float32(1.0)), weights(np.float32(0.5)), strict=True):
+        np.testing.assert_allclose(half, 0.5 * whole, rtol=1e-4, atol=1e-7)
+
+
+def test_frozen_weights_keep_their_bits_into_the_model(recipe, data, saved, tmp_path):
+    trainer = Trainer(recipe, data, tmp_path)
+    names = list(trainer.state.params["params"])
+    frozen = changed(recipe, optimizer={"factors": {f"params/{names[0]}": 0.0}})
+    trainer = Trainer(frozen, data, tmp_path)
+    before = np.asarray(trainer.state.params["params"][names[0]])
+    saved.clear()
+    trainer.run()
+    after = saved[-1][1].params["params"]
+    np.testing.assert_array_equal(after[names[0]], before)
+    assert any(np.any(after[n] != np.asarray(trainer.state.params["params"][n])) for n in names[1:])
+
+
+def test_schedules_to_the_end_end_with_the_training(recipe, data, tmp_path):
+    whole = changed(
+        recipe, optimizer={"transition_steps": "to the end", "final_learning_rate": 0.0}
+    )
+    Trainer(whole, data, tmp_path).run()
+    assert float(rows(tmp_path)[-1]["learning_rate"]) == pytest.approx(0.0, abs=1e-9)
+    assert float(rows(tmp_path)[-2]["learning_rate"]) > 1e-4
+
+
+def test_rows_that_an_earlier_version_did_not_know_are_no_difference(recipe, data, tmp_path):
+    now = identify(recipe, data)
+    old = {**now, "optimizer": dict(now["optimizer"]), "train": dict(now["train"])}
+    del old["optimizer"]["schedule"], old["optimizer"]["factors"], old["train"]["patience"]
+    check_same(old, now, tmp_path, allow_changes=False)
+    other = identify(changed(recipe, optimizer={"factors": {"*": 0.5}}), data)
+    with pytest.raises(CheckpointError, match=r"optimizer.factors"):
+        check_same(old, other, tmp_path, allow_changes=False)
+
+
+def test_a_training_that_learned_nothing_says_so(recipe, data, tmp_path, saved):
+    nothing = {f"{name}_learning_rate": 1e-30 for name in ("init", "peak", "final")}
+    trainer = Trainer(changed(recipe, optimizer=nothing, train={"epochs": 1}), data, tmp_path)
+    trainer.state = dataclasses.replace(
+        trainer.state, params=jax.tree_util.tree_map(lambda p: 50.0 * p, trainer.state.params)
+    )
+    outcome = trainer.run()
+    assert outcome.status == "done"
+    assert "forces of zero would be" in outcome.problem
+    assert outcome.problem in (tmp_path / "log.txt").read_text(encoding="utf-8")
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_a_step_that_does_not_fit_names_the_row_to_change(recipe, data, tmp_path):
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    trainer = Trainer(recipe, data, tmp_path)
+    trainer.train_step = full
+    with pytest.raises(CapacityError, match=r"steps of 8 structures .* lower data.batch_size"):
+        trainer.run()
+
+
+def test_long_epochs_are_told_with_the_time_left(recipe, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "TELL_AFTER", 0.0)
+    Trainer(recipe, data, tmp_path).run()
+    log = (tmp_path / "log.txt").read_text(encoding="utf-8")
+    assert re.search(r"epoch    2  batch 3 of 6; \d+:\d\d:\d\d to the end of epoch 4", log)
+
+
+def test_other_versions_than_before_are_told(recipe, data, tmp_path):
+    stop_at_step(Trainer(recipe, data, tmp_path), 3)
+    path = tmp_path / "environment.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["packages"]["jax"] = "0.1"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    Trainer(recipe, data, tmp_path).run()
+    log = (tmp_path / "log.txt").read_text(encoding="utf-8")
+    assert f"other versions than before: jax 0.1 -> {jax.__version__}\n" in log

@@ -2,6 +2,8 @@
 
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from training_cases import golden, golden_batch, golden_with_stress, weights
@@ -32,6 +34,33 @@ def test_losses_are_the_reference_losses(kind, epoch, when):
     loss = batch_loss(config, *golden_batch(arrays)[:2], weights_at(config, epoch),
                       golden_batch(arrays)[2])  # fmt: skip
     assert float(loss) == pytest.approx(numbers[f"loss_{kind}_{when}"]["loss"], rel=3e-6)
+
+
+@pytest.mark.parametrize("kind", ["l1", "l1-l2"])
+def test_absolute_losses_by_hand(kind):
+    arrays, _ = golden()
+    prediction, batch, _ = golden_batch(arrays)
+    graph = batch.graph
+    energy, forces, _ = structure_losses(loss_config(kind), prediction, batch)
+    errors = np.asarray(prediction.forces) - batch.forces
+    norms = np.linalg.norm(errors, axis=1) if kind == "l1-l2" else np.abs(errors).mean(1)
+    for g in np.flatnonzero(graph.graph_mask):
+        here = (graph.node_graph == g) & graph.node_mask
+        assert float(forces[g]) == pytest.approx(norms[here].mean(), rel=1e-5)
+        wrong = abs(float(prediction.energy[g]) - float(batch.energy[g])) / here.sum()
+        assert float(energy[g]) == pytest.approx(wrong, rel=1e-5)
+
+
+def test_the_length_of_no_error_has_a_gradient():
+    arrays, _ = golden()
+    prediction, batch, _ = golden_batch(arrays)
+    config = loss_config("l1-l2")
+
+    def loss(forces):
+        right = prediction._replace(forces=forces)
+        return batch_loss(config, right, batch, weights_at(config, 1))
+
+    assert np.isfinite(jax.grad(loss)(jnp.asarray(batch.forces))).all()
 
 
 def test_errors_are_the_reference_errors():

@@ -2,10 +2,13 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
+from typer.testing import CliRunner
 
+from mlip_md.cli import app
 from mlip_md.errors import ConfigError
 from mlip_md.networks import NequIPConfig
 from mlip_md.trainer.recipe import (
@@ -20,6 +23,7 @@ from mlip_md.trainer.recipe import (
     Recipe,
     SplitConfig,
     TrainConfig,
+    describe_rows,
     dump_resolved,
     load_recipe,
 )
@@ -129,7 +133,7 @@ def test_every_key_misspelled_is_refused_with_its_name(section, key, write):
         ("train:\n  epochs: yes\n", "train.yaml:2:3: train.epochs: .*'yes'"),
         ("train:\n  ema_decay: 1.0\n", "train.yaml:2:3: train.ema_decay: .*less than 1"),
         ("optimizer:\n  grad_norm: .nan\n", "train.yaml:2:3: optimizer.grad_norm"),
-        ("loss:\n  kind: mae\n", "train.yaml:2:3: loss.kind: .*'mse' or 'huber'"),
+        ("loss:\n  kind: mae\n", "train.yaml:2:3: loss.kind: .*'mse', 'huber', 'l1' or 'l1-l2'"),
         (
             "loss:\n  forces: {weight: -1.0}\n",
             "train.yaml:2:12: loss.forces.weight.0.value: .*greater than or equal to 0",
@@ -254,3 +258,18 @@ def test_bad_overrides_are_refused(setting, message, write):
 def test_an_unknown_recipe_names_the_shipped_ones():
     with pytest.raises(ConfigError, match="mace-spice2, nequip-spice2, organics-gfn2"):
         load_recipe("mace-spice3")
+
+
+def test_the_page_of_rows_is_what_the_schema_says():
+    """Write it again by ``mlip-md check --rows > docs/recipes.md``."""
+    page = Path(__file__).parents[2] / "docs" / "recipes.md"
+    assert page.read_text(encoding="utf-8") == describe_rows()
+    empty = [line for line in describe_rows().splitlines() if line.endswith("|  |")]
+    assert empty == []
+    result = CliRunner().invoke(app, ["check", "--rows"])
+    assert result.output == describe_rows()
+
+
+def test_a_check_without_a_recipe_says_what_it_wants():
+    result = CliRunner().invoke(app, ["check"])
+    assert "name a recipe" in str(result.exception or result.output)

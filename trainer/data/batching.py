@@ -175,6 +175,8 @@ class Batch:
         forces: (n_nodes, 3) eV/Å.
         stress: (n_graphs, 3, 3) eV/Å³, 0 where there is no label; None if the store has none.
         stress_mask: (n_graphs,) bool, where there is a stress label; None if the store has none.
+        forces_mask: (n_graphs,) bool, where forces are labels; None: everywhere.
+        weights: (n_graphs, 3), of energy, forces and stress in the loss; None: all are 1.
     """
 
     graph: Graph
@@ -182,6 +184,8 @@ class Batch:
     forces: Array
     stress: Array | None = None
     stress_mask: Array | None = None
+    forces_mask: Array | None = None
+    weights: Array | None = None
 
 
 def _padded(values: np.ndarray, size: int, dtype: Any, fill: float = 0) -> np.ndarray:
@@ -240,12 +244,19 @@ def make_batch(store: GraphStore, indices: np.ndarray, budget: BatchBudget) -> B
     if store.stress is not None and store.stress_mask is not None:
         stress = _padded(store.stress[indices], n_graph, np.float32)
         mask = _padded(store.stress_mask[indices], n_graph, bool)
+    forces_mask = weights = None
+    if store.forces_mask is not None:
+        forces_mask = _padded(store.forces_mask[indices], n_graph, bool)
+    if store.weights is not None:
+        weights = _padded(store.weights[indices], n_graph, np.float32)
     return Batch(
         graph=graph,
         energy=_padded(store.interaction_energy[indices], n_graph, np.float32),
         forces=_padded(store.forces[node], n_node, np.float32),
         stress=stress,
         stress_mask=mask,
+        forces_mask=forces_mask,
+        weights=weights,
     )
 
 

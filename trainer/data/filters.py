@@ -1,13 +1,14 @@
-"""Curation: keep the structures from which an organic force field should learn.
+"""Curation: keep the structures from which a force field should learn; by default all of them.
 
-The recipe of the SPICE2 curation that both published cards were trained on: every hydrogen has
-exactly one bond, the system is neutral, no force is extreme, and forces sum to zero. How bonds
-were found is not published; here they come from covalent radii (see ``has_single_bonds``).
+The filters of the SPICE2 curation that both published cards were trained on: every hydrogen has
+exactly one bond, the system is neutral, no force is extreme, and forces sum to zero. How bonds were
+found is not published; here they come from covalent radii (see ``has_single_bonds``).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 
@@ -17,6 +18,11 @@ from ase.data import covalent_radii
 from mlip_md.elements import ATOMIC_NUMBERS, MAX_ATOMIC_NUMBER
 from mlip_md.trainer.data.structures import LabeledStructure
 from mlip_md.trainer.recipe.schema import CurationConfig
+
+logger = logging.getLogger(__name__)
+
+MUCH = 0.05
+"""Part of the structures of which a filter may remove more only with a warning."""
 
 BOND_FACTOR = 1.3
 """Two atoms are bonded when closer than this times the sum of their covalent radii."""
@@ -39,16 +45,43 @@ class CurationReport:
         kept: structures left.
         removed: count by filter, in the order of application.
         examples: names of the first structures that each filter removed.
+        unused: names that look like labels and were not used, with how many structures have them.
     """
 
     total: int = 0
     kept: int = 0
     removed: dict[str, int] = dataclasses.field(default_factory=dict)
     examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    unused: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
-        parts = [f"{name}: {count}" for name, count in self.removed.items()]
-        return f"kept {self.kept} of {self.total} structures (removed {', '.join(parts) or 'none'})"
+        parts = [self.describe(name) for name in self.removed]
+        return f"kept {self.kept} of {self.total} structures (removed {'; '.join(parts) or 'none'})"
+
+    def describe_unused(self) -> str:
+        """What looks like labels and was not used; empty without."""
+        if not self.unused:
+            return ""
+        names = ", ".join(f"{name} ({count})" for name, count in sorted(self.unused.items()))
+        return (
+            f"not used, although they look like labels: {names}; data.energy_key, forces_key, "
+            "stress_key and virial_key name what to read"
+        )
+
+    def describe(self, name: str) -> str:
+        """What a filter removed: count, share, examples."""
+        count, examples = self.removed[name], self.examples.get(name, [])
+        share = f", {100 * count / self.total:.2g} %, e.g. {', '.join(examples)}" if count else ""
+        return f"{name}: {count}{share}"
+
+    def warn_of_much(self, path: str) -> None:
+        """Log a warning for every filter that removed more than 5 % of a file's structures."""
+        for name, count in self.removed.items():
+            if count > MUCH * self.total:
+                logger.warning(
+                    "%s: data.curate removed by %s; null switches the filter off if these "
+                    "structures are meant", path, self.describe(name),
+                )  # fmt: skip
 
 
 def make_filters(config: CurationConfig | None) -> Filters:
@@ -61,6 +94,7 @@ def make_filters(config: CurationConfig | None) -> Filters:
     if config is None:
         return filters
     max_force, max_net_force = config.max_force, config.max_net_force
+    max_noise = config.max_net_force_per_sqrt_atom
     if config.elements is not None:
         allowed = np.zeros(MAX_ATOMIC_NUMBER + 1, bool)
         allowed[[ATOMIC_NUMBERS[name] for name in config.elements]] = True
@@ -70,10 +104,14 @@ def make_filters(config: CurationConfig | None) -> Filters:
     if config.neutral_only:
         filters["neutral_only"] = lambda s: s.charge == 0
     if max_force is not None:
-        filters["max_force"] = lambda s: _longest(s.forces) <= max_force
+        filters["max_force"] = lambda s: _longest(s.forces) <= max_force  # 0 without labels
     if max_net_force is not None:
         # The sum of all forces is numerical noise of the reference method.
         filters["max_net_force"] = lambda s: _longest(s.forces.sum(axis=0)) <= max_net_force
+    if max_noise is not None:
+        filters["max_net_force_per_sqrt_atom"] = lambda s: (
+            _longest(s.forces.sum(axis=0)) <= max_noise * math.sqrt(len(s))
+        )
     return filters
 
 

@@ -7,9 +7,10 @@ one that was made in another way than a recipe says.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
-from collections.abc import Iterator, Mapping
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ import numpy as np
 
 from mlip_md.constants import SPLITS
 from mlip_md.elements import symbol
-from mlip_md.errors import ConfigError, DataError
+from mlip_md.errors import ConfigError, DataError, RejectedError
 from mlip_md.files import new_folder, write_text
-from mlip_md.trainer.data.filters import CurationReport, apply_filters, make_filters
-from mlip_md.trainer.data.readers import iterate
-from mlip_md.trainer.data.split import split_groups
+from mlip_md.trainer.data.filters import CurationReport
+from mlip_md.trainer.data.identity import merge_groups
+from mlip_md.trainer.data.isolated import IsolatedAtoms
+from mlip_md.trainer.data.judgement import Finding, describe_findings, judge
+from mlip_md.trainer.data.sources import Reading, is_prepared, list_paths
+from mlip_md.trainer.data.split import find_overlap, split_groups
 from mlip_md.trainer.data.statistics import (
     FITTED,
     Statistics,
@@ -36,11 +40,15 @@ from mlip_md.trainer.data.store import (
     open_store,
     sum_files,
 )
-from mlip_md.trainer.data.structures import LabeledStructure, refusing_unreadable
+from mlip_md.trainer.data.structures import refusing_unreadable
 from mlip_md.trainer.recipe.compare import find_differences
 from mlip_md.trainer.recipe.schema import AtomicEnergies, DataConfig
 
+logger = logging.getLogger(__name__)
+
 FORMAT_VERSION = 2
+
+OF_FILES = ("path", "validation", "test")
 
 OF_BATCHES = {"path", "max_n_node", "max_n_edge", "batch_size", "on_oversize"}
 """Rows of ``DataConfig`` that every run chooses for itself, also with prepared data."""
@@ -56,12 +64,20 @@ class PreparedData:
         statistics: of the training part.
         curation: what the filters removed, by file.
         config: how it was made.
+        isolated: atoms that its files hold; they are in no part.
+        findings: what is probably wrong with labels, see ``judgement``.
+        overlap: molecules in several parts, a line for each pair of parts that has some.
+        rejected: records that were left out as unusable, and why; empty for an opened folder.
     """
 
     parts: Mapping[str, GraphStore]
     statistics: Statistics
     curation: Mapping[str, CurationReport]
     config: DataConfig
+    isolated: IsolatedAtoms = dataclasses.field(default_factory=IsolatedAtoms)
+    findings: tuple[Finding, ...] = ()
+    overlap: Sequence[str] = ()
+    rejected: Sequence[tuple[str, str]] = ()
 
 
 def prepare(
@@ -77,7 +93,7 @@ def prepare(
     Args:
         config: files, filters, split, cutoff (Å). Where ``validation`` or ``test`` files are named,
             the fraction of that part goes to training.
-        atomic_energies: "average" (or None), "zero" or a map of atomic number to eV.
+        atomic_energies: as ``compute_statistics`` takes them.
         folder: new folder, to be named as ``data.path`` of later runs; None keeps everything in
             memory.
 
@@ -91,18 +107,59 @@ def prepare(
             exists.
         OutputError: if the folder cannot be written.
     """
-    reading = _Reading(config)
-    if folder is None:
-        store = GraphStore.from_structures(reading.structures(), config.cutoff)
-        data = _part(store, reading, atomic_energies)
-    else:
-        with new_folder(Path(folder)) as partial:
-            graphs = partial / "graphs"
-            store = GraphStore.from_structures(reading.structures(), config.cutoff, folder=graphs)
-            _write(partial, _part(store, reading, atomic_energies), store)
-        data = open_prepared(folder)
-    warn_of_open_energies(data.statistics)
+    reading = Reading(config)
+    try:
+        data = _prepare(reading, atomic_energies, folder)
+    except DataError as error:  # labels in other units end in many ways
+        findings = judge(reading.sample.frames())
+        if not findings:
+            raise
+        records = error.records if isinstance(error, RejectedError) else []
+        raise RejectedError(f"{error}. {describe_findings(findings)}", records) from error
+    _warn(data)
     return data
+
+
+def _prepare(
+    reading: Reading, atomic_energies: AtomicEnergies, folder: str | Path | None
+) -> PreparedData:
+    """``prepare`` of what is being read."""
+    if folder is None:
+        return _part(_make_graphs(reading, None), reading, atomic_energies)
+    with new_folder(Path(folder)) as partial:
+        store = _make_graphs(reading, partial / "graphs")
+        data = _part(store, reading, atomic_energies)
+        _write(partial, data, store)
+    return dataclasses.replace(open_prepared(folder), rejected=data.rejected)
+
+
+def _make_graphs(reading: Reading, folder: Path | None) -> GraphStore:
+    config, rejected = reading.config, reading.rejected
+    try:
+        store = GraphStore.from_structures(
+            reading.structures(), config.cutoff, folder=folder, reject=reading.reject
+        )
+    except DataError:
+        rejected.check(config.on_bad)  # says more than that nothing was left
+        raise
+    rejected.check(config.on_bad)
+    return store
+
+
+def _warn(data: PreparedData) -> None:
+    """Log what is probably wrong with filters, labels and E0."""
+    for path, report in data.curation.items():
+        report.warn_of_much(path)
+    if data.config.split.by == "group" and len({*data.parts["train"].groups}) > 1:
+        for line in data.overlap:
+            logger.warning("%s; errors there look better than they are", line)
+    for finding in data.findings:
+        logger.warning("%s", finding.text)
+    warn_of_open_energies(data.statistics)
+    statistics = data.statistics
+    if statistics.atomic_energies_source == FITTED:
+        fitted = zip(statistics.elements, statistics.atomic_energies.tolist(), strict=True)
+        data.isolated.warn_if_unused(dict(fitted))
 
 
 def open_prepared(folder: str | Path) -> PreparedData:
@@ -120,6 +177,8 @@ def open_prepared(folder: str | Path) -> PreparedData:
         statistics = Statistics.from_dict(index["statistics"])
         rows = {name: np.load(folder / f"{name}.npy") for name in index["parts"]}
         reports = {name: CurationReport(**report) for name, report in index["curation"].items()}
+        isolated = IsolatedAtoms.from_dict(index.get("isolated", {"found": {}, "ions": []}))
+        findings = tuple(Finding(**found) for found in index.get("findings", []))
         together = np.sort(np.concatenate(list(rows.values())))
     store = open_store(folder / "graphs")
     if not np.array_equal(together, np.arange(len(store))):
@@ -130,7 +189,9 @@ def open_prepared(folder: str | Path) -> PreparedData:
     with refusing_unreadable(folder, "not a folder of prepared data"):
         check_sums(folder, index.get("sha256", {}))  # written since version 0.2.0
     parts = {name: _labeled(store.subset(r), statistics) for name, r in rows.items()}
-    return PreparedData(parts, statistics, reports, config)
+    return PreparedData(
+        parts, statistics, reports, config, isolated, findings, index.get("overlap", [])
+    )
 
 
 def open_prepared_for(config: DataConfig, atomic_energies: AtomicEnergies) -> PreparedData:
@@ -138,7 +199,7 @@ def open_prepared_for(config: DataConfig, atomic_energies: AtomicEnergies) -> Pr
 
     Args:
         config: of the run.
-        atomic_energies: "average" (or None), "zero" or a map of atomic number to eV.
+        atomic_energies: as ``compute_statistics`` takes them.
 
     Raises:
         ConfigError: if the folder was made in another way than ``config`` says.
@@ -152,16 +213,65 @@ def open_prepared_for(config: DataConfig, atomic_energies: AtomicEnergies) -> Pr
         )
     fitted = data.statistics.atomic_energies_source == FITTED
     if "train" in data.parts and not (atomic_energies in (None, "average") and fitted):
-        statistics = compute_statistics(data.parts["train"], atomic_energies)
+        statistics = compute_statistics(data.parts["train"], atomic_energies, data.isolated)
         parts = {name: _labeled(part, statistics) for name, part in data.parts.items()}
         data = dataclasses.replace(data, parts=parts, statistics=statistics)
-    warn_of_open_energies(data.statistics)
+    _warn(data)
     return data
 
 
-def is_prepared(folder: str | Path) -> bool:
-    """Whether a path looks like a folder that ``prepare`` wrote."""
-    return (Path(folder) / "prepared.json").is_file()
+def prepare_once(config: DataConfig, atomic_energies: AtomicEnergies, folder: Path) -> PreparedData:
+    """Prepared data that are kept in a folder and, the next time, taken from it.
+
+    Where the folder was made with other rows, of other files or of other content, or is damaged,
+    the files are read again and it is replaced.
+
+    Args:
+        config: files, filters, split, cutoff (Å).
+        atomic_energies: as ``compute_statistics`` takes them.
+        folder: made if needed.
+
+    Raises:
+        ConfigError: as ``prepare``.
+        DataError: as ``prepare``.
+        OutputError: as ``prepare``.
+    """
+    if is_prepared(folder):
+        reason = _find_reason(folder, config)
+        if not reason:
+            kept = config.model_copy(update={"path": str(folder)})
+            return open_prepared_for(kept, atomic_energies)
+        logger.info("%s is made anew: %s", folder, reason)
+    fresh = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    data = prepare(config, atomic_energies, fresh)
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
+    return data
+
+
+def _find_reason(folder: Path, config: DataConfig) -> str:
+    """Why a folder is not what a recipe asks for; empty if it is."""
+    try:
+        before = open_prepared(folder).config
+        index = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
+    except DataError as error:
+        return str(error)
+    for name in OF_FILES:
+        if list_paths(getattr(config, name)) != list_paths(getattr(before, name)):
+            return f"data.{name} is another"
+    for path, state in index["files"].items():
+        if Path(path).exists() and list(_state(path)) != state:
+            return f"{path} has changed"
+    return ", ".join(_find_changes(before, config))
+
+
+def _state(path: str) -> tuple[int, int]:
+    """Size and time of change of a file, or of the files in a folder."""
+    place = Path(path)
+    files = sorted(place.rglob("*")) if place.is_dir() else [place]
+    states = [file.stat() for file in files if file.is_file()]
+    return sum(s.st_size for s in states), max((s.st_mtime_ns for s in states), default=0)
 
 
 def _find_changes(prepared: DataConfig, given: DataConfig) -> dict[str, tuple[Any, Any]]:
@@ -173,7 +283,7 @@ def _find_changes(prepared: DataConfig, given: DataConfig) -> dict[str, tuple[An
             if getattr(given, name) is None:  # leaves it to the folder
                 del rows[name]
             else:
-                rows[name] = _list_paths(rows[name])
+                rows[name] = list_paths(rows[name])
         if config.split.from_file:
             rows["split"] = {"from_file": True}  # the others mean nothing then
         trees.append(rows)
@@ -201,75 +311,16 @@ def _upgrade(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _list_paths(paths: str | list[str] | None) -> list[str]:
-    return [paths] if isinstance(paths, str) else paths or []
-
-
-class _Reading:
-    """Structures of all files, one after the other; notes the part of each that was kept."""
-
-    def __init__(self, config: DataConfig) -> None:
-        self.config = config
-        self.files = [_list_paths(p) for p in (config.path, config.validation, config.test)]
-        self.part: list[int] = []  # of each kept structure; -1: to be split
-        self.reports: dict[str, CurationReport] = {}
-        self._check_files()
-
-    def _check_files(self) -> None:
-        if not self.config.path:
-            raise ConfigError("no data set is given; name its file: --set data.path=FILE")
-        for path in itertools.chain(*self.files):
-            if is_prepared(path):
-                raise DataError(
-                    f"{path} is a folder of prepared data; it can only stand alone, as data.path"
-                )
-            if Path(path).is_dir():
-                raise DataError(f"{path} is a folder; name the files in it")
-            if not Path(path).is_file():
-                raise DataError(f"there is no data file {path}")
-
-    def structures(self) -> Iterator[LabeledStructure]:
-        """What passes the filters, file by file."""
-        config, seen = self.config, dict[int, str]()
-        filters = make_filters(config.curate)
-        for part, paths in enumerate(self.files):
-            for path in paths:
-                report = CurationReport()
-                read = iterate(
-                    path,
-                    on_bad=config.on_bad,
-                    energy_key=config.energy_key,
-                    forces_key=config.forces_key,
-                    seen=seen,
-                )
-                for structure in apply_filters(read, filters, report):
-                    self.part.append(self._part_of(structure, part))
-                    yield structure
-                self.reports[str(path)] = report
-        if not self.part:
-            reports = "; ".join(f"{path}: {report}" for path, report in self.reports.items())
-            raise DataError(f"no structure is left to work with ({reports})")
-
-    def _part_of(self, structure: LabeledStructure, part: int) -> int:
-        if part > 0:
-            return part
-        if not self.config.split.from_file:
-            return -1
-        if not structure.mark:
-            raise DataError(
-                f"{structure.name}: no split is marked here; split by fractions instead"
-            )
-        return SPLITS.index(structure.mark)
-
-
-def _part(store: GraphStore, reading: _Reading, atomic_energies: AtomicEnergies) -> PreparedData:
+def _part(store: GraphStore, reading: Reading, atomic_energies: AtomicEnergies) -> PreparedData:
     """The parts of a store with everything that was read, and their statistics."""
-    part = np.array(reading.part)
+    part = np.delete(np.array(reading.part), sorted(reading.dropped))
     free = np.flatnonzero(part < 0)
+    merged = merge_groups(reading.molecules)
     if len(free):
-        groups = [store.groups[k] for k in free.tolist()]
+        groups = [merged[store.groups[k]] for k in free.tolist()]
         own_files = [name for k, name in enumerate(SPLITS) if k and reading.files[k]]
         part[free] = split_groups(groups, reading.config.split, own_files)
+    overlap = find_overlap([merged[group] for group in store.groups], part)
     rows = {name: np.flatnonzero(part == k) for k, name in enumerate(SPLITS)}
     stores = {name: store.subset(r) for name, r in rows.items() if len(r)}
     if "train" not in stores:
@@ -277,9 +328,12 @@ def _part(store: GraphStore, reading: _Reading, atomic_energies: AtomicEnergies)
     train = stores["train"]
     present = [z for z, n in zip(train.elements, train.compositions.sum(0), strict=True) if n]
     stores = {name: part.with_elements(present) for name, part in stores.items()}
-    statistics = compute_statistics(stores["train"], atomic_energies)
+    statistics = compute_statistics(stores["train"], atomic_energies, reading.isolated)
     parts = {name: _labeled(part, statistics) for name, part in stores.items()}
-    return PreparedData(parts, statistics, reading.reports, reading.config)
+    findings = tuple(judge(reading.sample.frames()))
+    reports, config = reading.reports, reading.config
+    return PreparedData(parts, statistics, reports, config, reading.isolated, findings, overlap,
+                        reading.rejected.records)  # fmt: skip
 
 
 def _labeled(store: GraphStore, statistics: Statistics) -> GraphStore:
@@ -299,5 +353,9 @@ def _write(folder: Path, data: PreparedData, store: GraphStore) -> None:
         "data": data.config.model_dump(mode="json"),
         "statistics": data.statistics.to_dict(),
         "curation": {path: dataclasses.asdict(r) for path, r in data.curation.items()},
+        "isolated": data.isolated.to_dict(),
+        "overlap": list(data.overlap),
+        "files": {path: _state(path) for path in data.curation},
+        "findings": [dataclasses.asdict(finding) for finding in data.findings],
     }
     write_text(folder / "prepared.json", json.dumps(index, indent=1))

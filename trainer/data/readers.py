@@ -7,6 +7,7 @@ an error that names file, key and index; nothing is ever filled in.
 from __future__ import annotations
 
 import ast
+import bz2
 import contextlib
 import functools
 import gzip
@@ -14,12 +15,14 @@ import io
 import itertools
 import json
 import logging
+import lzma
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO, cast
 
 import ase
+import ase.db
 import ase.io
 import ase.units
 import h5py
@@ -27,16 +30,23 @@ import numpy as np
 
 from mlip_md.constants import ANGSTROM_PER_NM, BOHR, HARTREE, KJ_PER_KCAL, KJ_PER_MOL_PER_EV, SPLITS
 from mlip_md.elements import MAX_ATOMIC_NUMBER
-from mlip_md.errors import DataError
-from mlip_md.trainer.data.structures import LabeledStructure, refusing_unreadable
+from mlip_md.errors import ConfigError, DataError
+from mlip_md.trainer.data.arrays import is_deepmd, iterate_deepmd, iterate_npz
+from mlip_md.trainer.data.isolated import IsolatedAtoms
+from mlip_md.trainer.data.labels import LabelKeys, read_labels
+from mlip_md.trainer.data.rejected import Rejected
+from mlip_md.trainer.data.structures import (
+    Fields,
+    LabeledStructure,
+    Source,
+    refusing_unreadable,
+)
+from mlip_md.trainer.recipe.schema import to_atomic_number
 
 logger = logging.getLogger(__name__)
 
-ENERGY_KEYS = ("REF_energy", "energy", "Energy")
-FORCES_KEYS = ("REF_forces", "forces", "Forces")
-STRESS_KEYS = ("REF_stress", "stress")
-VIRIAL_KEYS = ("REF_virial", "REF_virials", "virial", "virials")
-GROUP_KEYS = ("smiles", "SMILES", "group", "molecule")
+SMILES_KEYS = ("smiles", "SMILES")
+GROUP_KEYS = (*SMILES_KEYS, "group", "molecule")
 
 LENGTH_UNITS = {"bohr": BOHR, "angstrom": 1.0, "nanometer": ANGSTROM_PER_NM}
 ENERGY_UNITS = {
@@ -64,9 +74,6 @@ ATOMIC_ENERGY_ATTRIBUTES = {
 }
 """Root attributes of an HDF5 file with energies of isolated atoms, and their units in eV."""
 
-Fields = dict[str, Any]
-Source = Generator[Fields | DataError, None, None]
-
 
 def read(path: str | Path, **options: Any) -> list[LabeledStructure]:
     """All structures of a file at once; options and errors as for ``iterate``."""
@@ -78,23 +85,27 @@ def iterate(
     *,
     split: str | None = None,
     on_bad: str = "error",
+    keys: LabelKeys | None = None,
     energy_key: str | None = None,
     forces_key: str | None = None,
     seen: dict[int, str] | None = None,
+    rejected: Rejected | None = None,
 ) -> Iterator[LabeledStructure]:
     """Yield the labeled structures of a file one by one, in its order.
 
     Args:
         path: SPICE HDF5 (one group per molecule, bohr and hartree), curated HDF5 (one group per
-            structure, Å and eV) or extended XYZ (Å and eV), the latter also gzipped. The
-            ``units`` attributes of HDF5 data sets are followed where there are any; the unit of
-            an attribute such as ``energy`` may stand beside it, as ``energy_units``.
+            structure, Å and eV), extended XYZ (Å and eV), also packed, or another of ``FORMATS``.
+            The ``units`` attributes of HDF5 data sets are followed where there are any; the unit
+            of an attribute such as ``energy`` may stand beside it, as ``energy_units``.
         split: only structures that the file itself marks "train", "validation" or "test"; there
             may be none. None reads all, marked or not.
         on_bad: "error", or "skip" to leave out unusable structures (logged and counted).
-        energy_key: extxyz: name of the energy; None tries ``REF_energy``, ``energy``, ``Energy``.
+        keys: extxyz: names of labels; None tries the usual ones.
+        energy_key: extxyz: name of the energy alone, where no ``keys`` are given.
         forces_key: extxyz: name of the forces, likewise.
         seen: remembers structures: given to several calls, duplicates are found across their files.
+        rejected: takes all unusable structures, whatever ``on_bad`` says; None obeys it.
 
     Raises:
         DataError: if the file is not readable, or, naming ``file:key[index]``, on missing labels,
@@ -104,14 +115,19 @@ def iterate(
     _check_choice("on_bad", on_bad, ("error", "skip"))
     if split is not None:
         _check_choice("split", split, SPLITS)
-    source = FORMATS[recognize(path)].iterate(path, split, energy_key, forces_key)
+    source = FORMATS[recognize(path)].iterate(
+        path, split, keys or LabelKeys(energy_key, forces_key)
+    )
     seen = {} if seen is None else seen
     count = skipped = 0
     with contextlib.closing(source):  # an error would keep the file open until it is forgotten
-        for fields in source:
+        for fields in source if rejected is None else _to_the_end(source, rejected):
             try:
                 structure = _structure(fields, seen)
             except DataError as error:
+                if rejected is not None:
+                    rejected.add(error)
+                    continue
                 if on_bad == "error":
                     raise
                 skipped += 1
@@ -121,29 +137,82 @@ def iterate(
             yield structure
     if skipped:
         logger.warning("%s: %d unusable structures were skipped", path, skipped)
-    if count == 0 and split is None:
+    if count == 0 and split is None and rejected is None:
         raise DataError(f"{path}: it holds no usable structure")
 
 
+def _to_the_end(source: Source, rejected: Rejected) -> Iterator[Fields | DataError]:
+    """What a source yields, counted; where it breaks off is a bad record, too."""
+    try:
+        for fields in source:
+            rejected.examined += 1
+            yield fields
+    except DataError as error:
+        rejected.examined += 1
+        rejected.add(error)
+
+
+MAGIC = ((0, b"SQLite format 3", "db"), (0, b"- of Ulm", "traj"), (0, b"PK\x03\x04", "npz"))
+"""Place and bytes by which binary files are known."""
+FOREIGN = (
+    (16, b"\xde\xc0\xef\xbe", "an LMDB database, as fairchem writes them; read it there with ASE "
+     "(fairchem's or ase-db-backends' reader) and write an ASE database or extended XYZ"),
+    (0, b"\x93NUMPY", "a single array of NumPy; a data set is an npz file or a DeePMD folder"),
+    *((0, bytes((0x80, protocol)), "a pickle of Python; reading one runs what is in it, so write "
+       "extended XYZ with the program that made it") for protocol in range(2, 6)),
+)  # fmt: skip
+"""Place and bytes of files that are not read, and what to do."""
+KNOWN = (
+    "extended XYZ, SPICE and curated HDF5, ASE databases and trajectories, npz (rMD17, 3BPA), "
+    "folders of DeePMD-kit, OUTCAR and vasprun.xml of VASP"
+)
+
+NAMED_BY_GROUPS = ("spice", "curated")
+"""Formats in which a molecule is known by the name of its group only, if no SMILES is stated."""
+
+
 def recognize(path: str | Path) -> str:
-    """Format of a data file by its content: "spice", "curated" or "extxyz" (see ``FORMATS``).
+    """Format of a data file, or of a folder of DeePMD-kit, by its content (see ``FORMATS``).
 
     Raises:
-        DataError: if there is no such file, or its content is none of the three.
+        DataError: if there is no such file, or its content is of no known format; it says what it
+            is, where that can be told.
     """
     path = Path(path)
+    if path.is_dir() and is_deepmd(path):
+        return "deepmd"
     if not path.is_file():
         raise DataError(f"{path}: there is no such file")
     if h5py.is_hdf5(path):
         with _open_hdf5(path) as file:
             return _recognize_hdf5(file, path)
+    with refusing_unreadable(path), open(path, "rb") as binary:
+        start = binary.read(64)
+    for place, magic, kind in MAGIC:
+        if start[place:].startswith(magic):
+            return kind
+    for place, magic, words in FOREIGN:
+        if start[place:].startswith(magic):
+            raise DataError(f"{path}: {words}")
+    if not start.strip():
+        raise DataError(f"{path}: the file is empty")
     with refusing_unreadable(path, "neither HDF5 nor text"), _open_text(path) as stream:
-        first = stream.readline().strip()
-    if first.isdecimal():
-        return "extxyz"
+        first = next(filter(None, map(str.strip, stream)), "")
+        return "extxyz" if first.isdecimal() else _recognize_text(first, stream, path)
+
+
+def _recognize_text(first: str, stream: TextIO, path: Path) -> str:
+    """Format by the first line that is not empty, and some that follow."""
+    lines = [first, *itertools.islice(stream, 60)]
+    if first.startswith("<?xml") and any("<modeling" in line for line in lines):
+        return "vasprun"
+    if first.startswith("vasp."):
+        return "outcar"
+    if first.startswith("{") and any('"ids"' in line or '"1": {' in line for line in lines):
+        return "db"
     raise DataError(
         f"{path}: not a known format; its first line {first[:40]!r} is no number of atoms "
-        "(extended XYZ), and it is not an HDF5 file"
+        f"(extended XYZ). Known are {KNOWN}; ase.io.write(..., format='extxyz') writes the first"
     )
 
 
@@ -152,13 +221,47 @@ def read_atomic_energies(path: str | Path) -> dict[int, float] | None:
 
     They are looked for in the attributes ``atomic_energies`` (eV), ``atomic_energies_hartree`` and
     ``atom_reference_energies_hartree`` of an HDF5 file (JSON maps of atomic number to energy), and
-    in the one-atom structures without periodicity of an extended XYZ file.
+    in the neutral structures of one atom without periodicity of other files.
 
     Raises:
         DataError: if the file or the attribute is not readable.
     """
     path = Path(path)
+    kind = recognize(path)
+    stated = FORMATS[kind].read_atomic_energies(path)
+    if stated is not None or kind in NAMED_BY_GROUPS:
+        return stated
+    atoms = IsolatedAtoms()
+    for _ in atoms.part_from((s for s in iterate(path) if s.cell is None), 1.0):
+        pass
+    return {z: energy for z, ((energy, _), *_) in atoms.found.items()} or None
+
+
+def read_stated_energies(path: str | Path) -> dict[int, float] | None:
+    """Energies that a file states beside its structures, as ``read_atomic_energies`` has them."""
+    path = Path(path)
     return FORMATS[recognize(path)].read_atomic_energies(path)
+
+
+def read_energy_file(path: str | Path) -> dict[int, float]:
+    """E0 (eV) by atomic number from a file of their own.
+
+    Args:
+        path: a JSON map, ``{"H": -13.6}``, by symbol or atomic number; or a data file with isolated
+            atoms, see ``read_atomic_energies``.
+
+    Raises:
+        DataError: if it is not readable or has no energies of atoms.
+    """
+    path = Path(path)
+    with refusing_unreadable(path, "no file of atomic energies"):
+        content = path.read_bytes()
+        if content.lstrip().startswith(b"{"):
+            return _parse_energies(content.decode(), 1.0, str(path))
+    energies = read_atomic_energies(path)
+    if energies is None:
+        raise DataError(f'{path}: it holds no isolated atoms; write a JSON map: {{"H": -13.6}}')
+    return energies
 
 
 def formal_charge(smiles: str) -> int:
@@ -173,8 +276,16 @@ def formal_charge(smiles: str) -> int:
 
 
 def _open_text(path: Path) -> TextIO:
-    opener = gzip.open if path.suffix == ".gz" else open
-    return cast(TextIO, opener(path, "rt", encoding="utf-8"))
+    """A text file, also packed (whatever its name) and with a byte order mark."""
+    with open(path, "rb") as file:
+        start = file.read(6)
+    openers: dict[bytes, Callable[..., Any]] = {
+        b"\x1f\x8b": gzip.open,
+        b"BZh": bz2.open,
+        b"\xfd7zXZ\x00": lzma.open,
+    }
+    opener = next((opener for magic, opener in openers.items() if start.startswith(magic)), open)
+    return cast(TextIO, opener(path, "rt", encoding="utf-8-sig"))
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -186,12 +297,14 @@ def _structure(fields: Fields | DataError, seen: dict[int, str]) -> LabeledStruc
     if isinstance(fields, DataError):
         raise fields
     structure = LabeledStructure(**fields)
+    if len(structure) == 1 and structure.cell is None:
+        return structure  # its place says nothing; ``IsolatedAtoms`` looks at its energy
     content = structure.atomic_numbers.tobytes() + structure.positions.tobytes()
     key = hash(content + (b"" if structure.cell is None else structure.cell.tobytes()))
     if key in seen:
         raise DataError(
             f"{structure.name}: a duplicate, with the same atoms at the same positions as "
-            f"{seen[key]}; remove one of them, or read with on_bad='skip'"
+            f"{seen[key]}; remove one of them"
         )
     seen[key] = structure.name
     return structure
@@ -211,10 +324,10 @@ def _parse_energies(text: str, unit: float, name: str) -> dict[int, float]:
     plain = re.sub(r"array\(([^()]*)\)", r"\1", text)  # files written with repr() of NumPy numbers
     try:
         values = json.loads(plain) if plain.lstrip().startswith('{"') else ast.literal_eval(plain)
-        energies = {int(z): float(energy) * unit for z, energy in values.items()}
+        energies = {to_atomic_number(z): float(energy) * unit for z, energy in values.items()}
     except (
-        ValueError, SyntaxError, AttributeError, TypeError, ArithmeticError, RecursionError,
-        MemoryError,
+        ConfigError, ValueError, SyntaxError, AttributeError, TypeError, ArithmeticError,
+        RecursionError, MemoryError,
     ) as error:  # fmt: skip
         raise DataError(
             f"{name}: not a map of atomic number to energy: {text[:60]!r} ({error})"
@@ -271,7 +384,7 @@ def _iterate_hdf5(
     fields_of: Callable[[_Group, str], Iterator[Fields]],
     path: Path,
     split: str | None,
-    *_: str | None,
+    _: LabelKeys,
 ) -> Source:
     with _open_hdf5(path) as file:
         for key, group in _groups(file, path):
@@ -435,6 +548,7 @@ def _spice_group(group: _Group, key: str) -> Iterator[Fields]:
         "charge": _charge(group, smiles),
         "group": key if smiles is None else _molecule_key(smiles),
         "subset": group.text("subset") or "",
+        "smiles": smiles or "",
     }
     for index, energy in enumerate(energies):
         yield {
@@ -489,21 +603,69 @@ def _curated_group(group: _Group, key: str) -> Iterator[Fields]:
         # conformers of one molecule differ in the last number of the name
         "group": re.sub(r"_\d+$", "", key) if smiles is None else _molecule_key(smiles),
         "subset": key.split("-", 1)[0] if "-" in key else "",
+        "smiles": smiles or "",
         "name": group.name,
     }
+
+
+# Files of ASE and VASP
+
+
+def _iterate_atoms(kind: str, path: Path, split: str | None, keys: LabelKeys) -> Source:
+    """Frames that ASE reads; what is wrong with a file has no error class of its own there."""
+    frames = enumerate(READ_BY_ASE[kind](path))
+    while True:
+        try:
+            index, atoms = next(frames)
+        except StopIteration:
+            return
+        except Exception as error:
+            yield DataError(f"{path}: not readable as {kind} by ASE ({error})")
+            return
+        yield from _of_atoms(atoms, f"{path}:[{index}]", split, keys)
+
+
+def _of_atoms(atoms: ase.Atoms, name: str, split: str | None, keys: LabelKeys) -> Source:
+    """The frame, if it is of the wanted part."""
+    mark = _mark(atoms.info.get("split"), split, name)
+    if split is not None and mark != split:
+        return
+    try:
+        yield {**_fields_of_atoms(atoms, name, keys), "mark": mark}
+    except DataError as error:
+        yield error
+
+
+def _read_database(path: Path) -> Iterator[ase.Atoms]:
+    with open(path, "rb") as file:
+        kind = "db" if file.read(6) == b"SQLite" else "json"
+    with ase.db.connect(path, type=kind) as database:
+        for row in database.select():
+            atoms = row.toatoms()
+            atoms.info.update(row.key_value_pairs)
+            yield atoms
+
+
+def _read_vasp(path: Path, kind: str) -> Iterator[ase.Atoms]:
+    """Ionic steps of a run of VASP, each with the free energy, whose slope its forces are."""
+    for atoms in ase.io.iread(path, index=":", format=kind):
+        results = atoms.calc.results
+        results["energy"] = results.get("free_energy", results.get("energy"))
+        yield atoms
+
+
+READ_BY_ASE: Mapping[str, Callable[[Path], Iterator[ase.Atoms]]] = {
+    "traj": lambda path: ase.io.iread(path, index=":", format="traj"),
+    "db": _read_database,
+    "outcar": lambda path: _read_vasp(path, "vasp-out"),
+    "vasprun": lambda path: _read_vasp(path, "vasp-xml"),
+}
 
 
 # Extended XYZ
 
 
-def _atomic_energies_extxyz(path: Path) -> dict[int, float] | None:
-    atoms = [s for s in iterate(path) if len(s) == 1 and s.cell is None and s.charge == 0]
-    return {int(s.atomic_numbers[0]): s.energy for s in atoms} or None
-
-
-def _iterate_extxyz(
-    path: Path, split: str | None, energy_key: str | None, forces_key: str | None
-) -> Source:
+def _iterate_extxyz(path: Path, split: str | None, keys: LabelKeys) -> Source:
     for index, text in enumerate(_frames(path)):
         name = f"{path}:[{index}]"
         try:
@@ -511,13 +673,7 @@ def _iterate_extxyz(
         except Exception as error:  # the parser has no error class of its own
             yield DataError(f"{name}: not readable as extended XYZ ({error})")
             continue
-        mark = _mark(atoms.info.get("split"), split, name)
-        if split is not None and mark != split:
-            continue
-        try:
-            yield {**_extxyz_fields(atoms, name, energy_key, forces_key), "mark": mark}
-        except DataError as error:
-            yield error
+        yield from _of_atoms(atoms, name, split, keys)
 
 
 def _frames(path: Path) -> Iterator[str]:
@@ -529,26 +685,7 @@ def _frames(path: Path) -> Iterator[str]:
             yield line + "".join(itertools.islice(stream, int(line) + 1))
 
 
-def _label(atoms: ase.Atoms, keys: tuple[str, ...]) -> Any:
-    results = atoms.calc.results if atoms.calc is not None else {}
-    places = (atoms.info, atoms.arrays, results)
-    return next((place[key] for key in keys for place in places if key in place), None)
-
-
-def _extxyz_fields(
-    atoms: ase.Atoms, name: str, energy_key: str | None, forces_key: str | None
-) -> Fields:
-    energy_keys = (energy_key,) if energy_key else ENERGY_KEYS
-    forces_keys = (forces_key,) if forces_key else FORCES_KEYS
-    energy, forces = _label(atoms, energy_keys), _label(atoms, forces_keys)
-    if forces is None and len(atoms) == 1 and not atoms.pbc.any():
-        forces = np.zeros((1, 3))  # exact: nothing acts on a single atom
-    for what, value, keys in (("energy", energy, energy_keys), ("forces", forces, forces_keys)):
-        if value is None:
-            there = sorted({*atoms.info, *atoms.arrays} - {"numbers", "positions"})
-            raise DataError(
-                f"{name}: no {what} under {' or '.join(keys)}; it has {', '.join(there) or 'none'}"
-            )
+def _fields_of_atoms(atoms: ase.Atoms, name: str, keys: LabelKeys) -> Fields:
     periodic = bool(atoms.pbc.any())
     given = next((key for key in GROUP_KEYS if key in atoms.info), None)
     molecule = None if given is None else _text(atoms.info[given], f"{name}: {given}")
@@ -556,50 +693,36 @@ def _extxyz_fields(
     return {
         "atomic_numbers": atoms.numbers,
         "positions": atoms.positions,
-        "energy": energy,
-        "forces": forces,
-        "stress": _stress(atoms, name),
+        **read_labels(atoms, keys, name),
         "cell": atoms.cell.array if periodic else None,
         "pbc": atoms.pbc,
         "charge": _whole(0 if charge is None else charge, name),
         "group": atoms.get_chemical_formula() if molecule is None else _molecule_key(molecule),
         "subset": str(atoms.info.get("config_type", atoms.info.get("data_id", ""))),
+        "smiles": molecule if molecule is not None and given in SMILES_KEYS else "",
         "name": name,
     }
-
-
-def _stress(atoms: ase.Atoms, name: str) -> np.ndarray | None:
-    """Stress (3, 3) eV/Å³ from a stress label, or from a virial (minus stress times volume)."""
-    stress, factor = _label(atoms, STRESS_KEYS), 1.0
-    if stress is None and atoms.pbc.all():
-        stress, factor = _label(atoms, VIRIAL_KEYS), -1.0 / atoms.cell.volume
-    if stress is None or not atoms.pbc.all():
-        return None
-    with refusing_unreadable(name, "the stress label is no array of numbers"):
-        stress = np.asarray(stress, np.float64)
-    if stress.shape == (6,):  # Voigt order xx yy zz yz xz xy
-        stress = stress[[0, 5, 4, 5, 1, 3, 4, 3, 2]]
-    if stress.size != 9:
-        raise DataError(f"{name}: stress of shape {stress.shape}; it must be (6,), (9,) or (3, 3)")
-    return factor * stress.reshape(3, 3)
 
 
 class Format(NamedTuple):
     """How files of a format are read.
 
     Attributes:
-        iterate: from a path, the split that is wanted, and the keys of energy and forces (each may
-            be None) to the fields of a ``LabeledStructure``, or a DataError for an unusable one.
-        read_atomic_energies: eV by atomic number that a file carries, or None.
+        iterate: from a path, the split that is wanted (or None) and the names of labels to the
+            fields of a ``LabeledStructure``, or a DataError for an unusable one.
+        read_atomic_energies: eV by atomic number that a file states beside its structures, or None.
     """
 
-    iterate: Callable[[Path, str | None, str | None, str | None], Source]
+    iterate: Callable[[Path, str | None, LabelKeys], Source]
     read_atomic_energies: Callable[[Path], dict[int, float] | None]
 
 
 FORMATS = {
     "spice": Format(functools.partial(_iterate_hdf5, _spice_group), _atomic_energies_hdf5),
     "curated": Format(functools.partial(_iterate_hdf5, _curated_group), _atomic_energies_hdf5),
-    "extxyz": Format(_iterate_extxyz, _atomic_energies_extxyz),
+    "extxyz": Format(_iterate_extxyz, lambda _: None),
+    "npz": Format(iterate_npz, lambda _: None),
+    "deepmd": Format(iterate_deepmd, lambda _: None),
+    **{k: Format(functools.partial(_iterate_atoms, k), lambda _: None) for k in READ_BY_ASE},
 }
 """By the word that ``recognize`` gives."""

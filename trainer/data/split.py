@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -63,3 +64,22 @@ def _assign(group: np.ndarray, shares: np.ndarray, split: SplitConfig) -> np.nda
     for p, start, stop in zip(filled, cuts, [*cuts[1:], len(sizes)], strict=True):
         part_of_group[order[start:stop]] = p
     return part_of_group[group]
+
+
+def find_overlap(groups: Sequence[str], part: np.ndarray) -> list[str]:
+    """What parts have in common, a line for each pair of parts that share a molecule.
+
+    Args:
+        groups: (n,) name of each structure's molecule.
+        part: (n,) as ``split_groups`` gives it.
+    """
+    kinds = [{groups[k] for k in np.flatnonzero(part == p).tolist()} for p in range(len(SPLITS))]
+    lines = []
+    for one, other in itertools.combinations(range(len(SPLITS)), 2):
+        shared = sorted(kinds[one] & kinds[other])
+        if shared:
+            lines.append(
+                f"{len(shared)} of {len(kinds[other])} molecules in {SPLITS[other]} are also in "
+                f"{SPLITS[one]}, e.g. {shared[0]}"
+            )
+    return lines

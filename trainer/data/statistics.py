@@ -12,13 +12,16 @@ import numpy as np
 
 from mlip_md.elements import symbol
 from mlip_md.errors import DataError
+from mlip_md.trainer.data.isolated import IsolatedAtoms
+from mlip_md.trainer.data.readers import read_energy_file
 from mlip_md.trainer.data.store import GraphStore
-from mlip_md.trainer.recipe.schema import AtomicEnergies
+from mlip_md.trainer.recipe.schema import ENERGY_WORDS, AtomicEnergies
 
 logger = logging.getLogger(__name__)
 
 FITTED = "fitted to the data"
-"""Source of atomic energies, in ``Statistics``."""
+ISOLATED = "isolated atoms"
+"""Sources of atomic energies, in ``Statistics``."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,7 +31,8 @@ class Statistics:
     Attributes:
         elements: atomic numbers, ascending.
         atomic_energies: (len(elements),) float64 eV, E0.
-        atomic_energies_source: "fitted to the data", "given" or "zero".
+        atomic_energies_source: "fitted to the data", "isolated atoms", "given", "zero" or, with
+            its name, a file.
         undetermined: combinations of E0 that the data leave open, in words; empty when none.
         avg_num_neighbors: mean number of neighbors of the atoms that have any.
         avg_r_min: Å, mean over structures of the shortest distance; None if no structure has edges.
@@ -66,26 +70,32 @@ class Statistics:
 
 
 def compute_statistics(
-    store: GraphStore, atomic_energies: AtomicEnergies = "average"
+    store: GraphStore,
+    atomic_energies: AtomicEnergies = "average",
+    isolated: IsolatedAtoms | None = None,
 ) -> Statistics:
     """Compute the statistics of a training set.
 
     Args:
         store: its graphs.
-        atomic_energies: "average" (or None) fits E0 to the total energies, "zero" sets them to 0,
+        atomic_energies: "average" (or None) fits E0 to the total energies, "isolated" takes those
+            of isolated atoms, "zero" sets them to 0; a file (see ``readers.read_energy_file``) or
             a map of atomic number to eV gives them.
+        isolated: atoms of the data set.
 
     Returns:
         The statistics; where the compositions do not determine every E0, with the solution of
         least norm (see ``warn_of_open_energies``).
 
     Raises:
-        DataError: on elements missing in a given map, or if no atom has a neighbor.
+        DataError: on elements without an energy, or if no atom has a neighbor.
     """
     num_connected, num_edges = int(store.num_connected.sum()), int(store.num_edges.sum())
     if num_connected == 0:
         raise DataError(f"no atom has a neighbor within the cutoff of {store.cutoff} Å")
-    energies, undetermined, source = _choose_energies(store, atomic_energies)
+    energies, undetermined, source = _choose_energies(
+        store, atomic_energies, isolated or IsolatedAtoms()
+    )
     shortest = np.asarray(store.min_distance, np.float64)
     return Statistics(
         elements=store.elements,
@@ -94,7 +104,7 @@ def compute_statistics(
         undetermined=undetermined,
         avg_num_neighbors=num_edges / num_connected,
         avg_r_min=float(shortest[np.isfinite(shortest)].mean()),
-        forces_rms=_forces_rms(store),
+        forces_rms=store.forces_rms(),
         num_structures=len(store),
         num_atoms=int(store.num_atoms.sum()),
         num_edges=num_edges,
@@ -102,19 +112,24 @@ def compute_statistics(
 
 
 def _choose_energies(
-    store: GraphStore, wanted: AtomicEnergies
+    store: GraphStore, wanted: AtomicEnergies, isolated: IsolatedAtoms
 ) -> tuple[np.ndarray, tuple[str, ...], str]:
     """E0 (S,) eV, what the data leave open of them, and their source in words."""
     if wanted is None or wanted == "average":
         fit = fit_atomic_energies(store.compositions, store.energy, store.elements)
         return *fit, FITTED
+    source = "given"
+    if wanted == "isolated":
+        wanted, source = isolated.energies_of(store.elements), ISOLATED
+    elif isinstance(wanted, str) and wanted not in ENERGY_WORDS and "." in wanted:
+        source, wanted = f"of {wanted}", read_energy_file(wanted)
     if not isinstance(wanted, str):
         given = store.with_atomic_energies(wanted)
-        return np.asarray(given.atomic_energies), (), "given"
+        return np.asarray(given.atomic_energies), (), source
     if wanted != "zero":
         raise DataError(
-            f"atomic_energies = {wanted!r} is not allowed; it must be 'average', 'zero', null or a "
-            "map of atomic number to eV"
+            f"atomic_energies = {wanted!r} is not allowed; it must be 'average', 'isolated', "
+            "'zero', null, a file or a map of atomic number to eV"
         )
     return np.zeros(len(store.elements)), (), "zero"
 
@@ -128,13 +143,6 @@ def warn_of_open_energies(statistics: Statistics) -> None:
             "(model.atomic_energies), or add structures of other compositions",
             combination,
         )
-
-
-def _forces_rms(store: GraphStore) -> float:
-    squares = 0.0
-    for _, atoms, _ in store.chunks():
-        squares += float(np.sum(np.square(store.forces[atoms], dtype=np.float64)))
-    return float(np.sqrt(squares / (3 * store.num_atoms.sum())))
 
 
 def fit_atomic_energies(

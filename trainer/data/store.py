@@ -15,7 +15,7 @@ import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from mlip_md.version import __version__
 SHORTEST_DISTANCE = 0.1
 """Å; atoms nearer than this are a mistake (the shortest bond, H-H, is 0.74 Å)."""
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 WRITTEN_BY = f"mlip-md {__version__}"
 CHUNK = 2048
 """Structures handled at a time."""
@@ -39,8 +39,15 @@ CHUNK = 2048
 OF_ATOMS = ("positions", "atomic_numbers", "forces")
 OF_EDGES = ("senders", "receivers", "shifts")
 FLAT = (*OF_ATOMS, *OF_EDGES)
-OPTIONAL = ("shifts", "cell", "stress", "stress_mask")
+OPTIONAL = {
+    "shifts": 0, "cell": 0, "stress": 0, "stress_mask": 0, "forces_mask": 1, "weights": 1,
+}  # fmt: skip
+"""Arrays that a store lacks if all their values are these."""
+NEWER = ("forces_mask", "weights")
+"""Arrays that format version 1 did not have."""
 Arrays = dict[str, np.ndarray]
+Reject = Callable[[int, DataError], None]
+"""Takes the number of a structure and what is wrong with it."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,6 +72,8 @@ class GraphStore:
         energy: (n,) float64 eV, total energies.
         stress: (n, 3, 3) float32 eV/Å³, or None when no structure has a label.
         stress_mask: (n,) bool, where there is a stress label, or None.
+        forces_mask: (n,) bool, where forces are labels (they are 0 elsewhere); None: everywhere.
+        weights: (n, 3) float32, of energy, forces and stress in the loss; None: all are 1.
         min_distance: (n,) float32 Å, shortest edge; infinity without edges.
         num_connected: (n,) int32, atoms with at least one neighbor.
         names: (n,) where each structure came from.
@@ -95,6 +104,8 @@ class GraphStore:
     names: Sequence[str]
     subsets: Sequence[str]
     groups: Sequence[str]
+    forces_mask: np.ndarray | None = None
+    weights: np.ndarray | None = None
     atomic_energies: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -109,6 +120,7 @@ class GraphStore:
         elements: Sequence[int] | None = None,
         atomic_energies: np.ndarray | Mapping[int, float] | None = None,
         folder: str | Path | None = None,
+        reject: Reject | None = None,
     ) -> GraphStore:
         """Make neighbor lists for all structures.
 
@@ -119,6 +131,8 @@ class GraphStore:
             atomic_energies: eV, E0 by species or by atomic number, if known already.
             folder: new folder to keep the arrays in, for ``open_store`` and for data sets larger
                 than the memory; None keeps them in memory.
+            reject: takes the number of an impossible structure, which is left out, and what is
+                wrong with it; None raises that.
 
         Returns:
             The store, in the order of the structures.
@@ -131,10 +145,10 @@ class GraphStore:
         cutoff = check_cutoff(cutoff)
         allowed = None if elements is None else tuple(sorted({int(z) for z in elements}))
         if folder is None:
-            store = _Spool(structures, cutoff, allowed).store()
+            store = _Spool(structures, cutoff, allowed, reject=reject).store()
         else:
             with new_folder(Path(folder)) as partial:
-                _Spool(structures, cutoff, allowed, partial).write(partial)
+                _Spool(structures, cutoff, allowed, partial, reject).write(partial)
             store = open_store(folder)
         return store if atomic_energies is None else store.with_atomic_energies(atomic_energies)
 
@@ -211,6 +225,14 @@ class GraphStore:
             flat = owner * size + self.species_of[self.atomic_numbers[atoms]]
             counts.append(np.bincount(flat, minlength=len(sizes) * size).reshape(-1, size))
         return np.concatenate(counts).astype(np.float64)
+
+    def forces_rms(self) -> float:
+        """Root mean square of the force components that have labels, eV/Å; 0 without any."""
+        squares = 0.0
+        for _, atoms, _ in self.chunks():  # 0 where there is no label
+            squares += float(np.sum(np.square(self.forces[atoms], dtype=np.float64)))
+        mask = slice(None) if self.forces_mask is None else self.forces_mask
+        return float(np.sqrt(squares / max(3 * self.num_atoms[mask].sum(), 1)))
 
     @functools.cached_property
     def interaction_energy(self) -> np.ndarray:
@@ -320,6 +342,8 @@ def _graph(structure: LabeledStructure, cutoff: float, elements: tuple[int, ...]
         "energy": np.array([structure.energy]),
         "stress": stress[None].astype(np.float32),
         "stress_mask": np.array([structure.stress is not None]),
+        "forces_mask": np.array([structure.has_forces]),
+        "weights": np.array([structure.weights], np.float32),
         "min_distance": np.array([shortest], np.float32),
         "num_connected": np.array([np.count_nonzero(np.bincount(edges.receivers))], np.int32),
     }
@@ -334,15 +358,26 @@ class _Spool:
         cutoff: float,
         elements: tuple[int, ...] | None,
         folder: Path | None = None,
+        reject: Reject | None = None,
     ) -> None:
         self.cutoff, self.folder = cutoff, folder
         self.origins: list[tuple[str, str, str]] = []
         self.blocks: dict[str, list[np.ndarray | Path]] = {}
         self.kinds: dict[str, np.dtype] = {}
         present: set[int] = set()
-        iterator = iter(structures)
-        while chunk := list(itertools.islice(iterator, CHUNK)):
-            graphs = [_graph(structure, cutoff, elements) for structure in chunk]
+        iterator = enumerate(structures)
+        while numbered := list(itertools.islice(iterator, CHUNK)):
+            graphs, chunk = [], []
+            for number, structure in numbered:
+                try:
+                    graphs.append(_graph(structure, cutoff, elements))
+                    chunk.append(structure)
+                except DataError as error:
+                    if reject is None:
+                        raise
+                    reject(number, error)
+            if not chunk:
+                continue
             self._add({name: np.concatenate([g[name] for g in graphs]) for name in graphs[0]})
             self.origins += [(s.name, s.subset, s.group) for s in chunk]
             present.update(*(s.atomic_numbers.tolist() for s in chunk))
@@ -355,8 +390,9 @@ class _Spool:
             block["shifts"] = block["shifts"].astype(np.int8)
         for name, array in block.items():
             blocks = self.blocks.setdefault(name, [])
-            if name in OPTIONAL and not array.any():  # a zero that fills the shape without memory
-                blocks.append(np.broadcast_to(np.zeros((), array.dtype), array.shape))
+            if name in OPTIONAL and (array == OPTIONAL[name]).all():  # fills without memory
+                usual = np.full((), OPTIONAL[name], array.dtype)
+                blocks.append(np.broadcast_to(usual, array.shape))
                 continue
             kind = self.kinds.get(name, array.dtype)
             self.kinds[name] = np.promote_types(kind, array.dtype)
@@ -396,7 +432,7 @@ class _Spool:
             stream.writelines(json.dumps(origin) + "\n" for origin in self.origins)
         files = [*(f"{name}.bin" for name in specs), "structures.jsonl"]
         index = {
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if {*NEWER} & {*specs} else 1,
             "written_by": WRITTEN_BY,
             "units": {"length": "Å", "energy": "eV"},
             "elements": self.elements,

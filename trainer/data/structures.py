@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import lzma
+import zipfile
 import zlib
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Generator, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mlip_md.elements import MAX_ATOMIC_NUMBER
 from mlip_md.errors import CapacityError, DataError, StructureError
 from mlip_md.neighbors import check_cell, check_positions, neighbor_list
+
+Fields = dict[str, Any]
+"""What a ``LabeledStructure`` is made of."""
 
 
 @contextlib.contextmanager
@@ -26,7 +31,8 @@ def refusing_unreadable(name: object, what: str = "damaged or not readable") -> 
     except DataError:
         raise
     except (
-        OSError, EOFError, zlib.error, MemoryError, RuntimeError, LookupError, TypeError, ValueError
+        OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, MemoryError,
+        RuntimeError, LookupError, TypeError, ValueError,
     ) as error:  # fmt: skip
         raise DataError(f"{name}: {what} ({error})") from error
 
@@ -61,6 +67,10 @@ class Edges(NamedTuple):
     lengths: np.ndarray
 
 
+Source = Generator[Fields | DataError, None, None]
+"""The structures of a file, or what is wrong with them."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class LabeledStructure:
     """Atoms with the energy and the forces that a reference method gave for them.
@@ -69,7 +79,9 @@ class LabeledStructure:
         atomic_numbers: (n,) int64.
         positions: (n, 3) float64 Å.
         energy: total energy, eV.
-        forces: (n, 3) float64 eV/Å, minus the gradient of the energy.
+        forces: (n, 3) float64 eV/Å, minus the gradient of the energy; None, where they are not
+            labeled, becomes 0.
+        has_forces: whether forces are labels.
         stress: (3, 3) float64 eV/Å³, positive under tension, or None when not labeled.
         cell: (3, 3) float64 Å, rows are lattice vectors, or None without periodicity.
         pbc: (3,) bool, periodic directions.
@@ -77,6 +89,8 @@ class LabeledStructure:
         group: key of the molecule; structures of one group are never parted by a split.
         subset: name of the part of the data set that it comes from.
         mark: "train", "validation" or "test" if its file says so, else empty.
+        weights: of energy, forces and stress in the loss, each at least 0.
+        smiles: of the molecule if its file states it, else empty.
         name: where it was read from, ``file:key[index]``, for messages.
 
     Raises:
@@ -95,6 +109,9 @@ class LabeledStructure:
     group: str = ""
     subset: str = ""
     mark: str = ""
+    smiles: str = ""
+    weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    has_forces: bool = True
     name: str = "structure"
 
     def __post_init__(self) -> None:
@@ -114,9 +131,16 @@ class LabeledStructure:
         set_field(self, "atomic_numbers", numbers.astype(np.int64, copy=False))
         set_field(self, "positions", _array(self.positions, (n, 3), "positions", self.name))
         set_field(self, "energy", float(_array(self.energy, (), "energies", self.name)))
+        if self.forces is None:
+            set_field(self, "forces", np.zeros((n, 3)))
+            set_field(self, "has_forces", False)
         set_field(self, "forces", _array(self.forces, (n, 3), "forces", self.name))
         if self.stress is not None:
             set_field(self, "stress", _array(self.stress, (3, 3), "stresses", self.name))
+        if self.weights != (1.0, 1.0, 1.0):
+            weights = _array(self.weights, (3,), "weights", self.name)
+            if (weights < 0).any():
+                raise DataError(f"{self.name}: weights {self.weights} of labels must be at least 0")
         pbc = np.asarray(self.pbc)
         if pbc.shape != (3,) or pbc.dtype.kind not in "biuf":
             raise DataError(f"{self.name}: pbc is {self.pbc!r}; it must be three of True and False")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +14,19 @@ import numpy as np
 from mlip_md.elements import symbol
 from mlip_md.errors import ConfigError, DataError
 from mlip_md.trainer.data.batching import Batch, BatchBudget, make_batch, plan_epoch
-from mlip_md.trainer.data.prepared import is_prepared, open_prepared_for, prepare
+from mlip_md.trainer.data.prepared import (
+    PreparedData,
+    open_prepared_for,
+    prepare,
+    prepare_once,
+)
+from mlip_md.trainer.data.sources import is_prepared
 from mlip_md.trainer.data.statistics import Statistics
 from mlip_md.trainer.data.store import OF_ATOMS, OF_EDGES, GraphStore
 from mlip_md.trainer.recipe.schema import Recipe
 
+IF_THERE = ("forces_mask", "weights")
+"""Arrays that count in a fingerprint only if there are any, as runs without them began without."""
 OF_STRUCTURES = ("num_atoms", "num_edges", "interaction_energy", "cell", "stress", "stress_mask")
 """Arrays of a store that a training depends on, besides the flat ones."""
 
@@ -33,6 +43,7 @@ class TrainingData:
         budget: shape of all batches.
         on_oversize: "error" or "drop" for structures larger than a batch.
         notes: what reading and curation counted, as plain text.
+        rejected: records that were left out as unusable, and why.
     """
 
     train: GraphStore
@@ -42,10 +53,17 @@ class TrainingData:
     budget: BatchBudget
     on_oversize: str = "error"
     notes: tuple[str, ...] = ()
+    rejected: Sequence[tuple[str, str]] = ()
 
     def plan(self, seed: int, epoch: int) -> list[np.ndarray]:
         """Which structures form which batch of a training epoch, see ``plan_epoch``."""
         return plan_epoch(self.train, self.budget, seed, epoch, on_oversize=self.on_oversize)
+
+    @property
+    def validates_forces(self) -> bool:
+        """Whether any validation structure has force labels."""
+        mask = self.validation.forces_mask
+        return mask is None or bool(mask.any())
 
     def example(self) -> Batch:
         """One batch, to build a network with.
@@ -72,7 +90,8 @@ class TrainingData:
             digest.update(repr((store.cutoff, store.elements)).encode())
             for part, atoms, edges in store.chunks():
                 rows = {**dict.fromkeys(OF_ATOMS, atoms), **dict.fromkeys(OF_EDGES, edges)}
-                for name in (*OF_ATOMS, *OF_EDGES, *OF_STRUCTURES):
+                there = [name for name in IF_THERE if getattr(store, name) is not None]
+                for name in (*OF_ATOMS, *OF_EDGES, *OF_STRUCTURES, *there):
                     array = getattr(store, name)
                     digest.update(f"\0{name}\0".encode())
                     if array is not None:
@@ -116,11 +135,13 @@ class TrainingData:
         )
 
 
-def load_data(recipe: Recipe) -> TrainingData:
+def load_data(recipe: Recipe, keep: Path | None = None) -> TrainingData:
     """Read, curate and split the data set of a recipe, or open the folder that holds it prepared.
 
     Args:
         recipe: its ``data`` and ``model.atomic_energies`` count.
+        keep: folder in which files are kept prepared, and from which they are taken the next time;
+            None keeps them in memory.
 
     Returns:
         The data of the run.
@@ -133,6 +154,8 @@ def load_data(recipe: Recipe) -> TrainingData:
     config, energies = recipe.data, recipe.network.atomic_energies
     if isinstance(config.path, str) and is_prepared(config.path):
         data = open_prepared_for(config, energies)
+    elif keep is not None:
+        data = prepare_once(config, energies, keep)
     else:
         data = prepare(config, energies)
     if "validation" not in data.parts:
@@ -143,6 +166,9 @@ def load_data(recipe: Recipe) -> TrainingData:
     train = data.parts["train"]
     if any(step.value for step in recipe.loss.stress.weight) and train.stress is None:
         raise ConfigError("loss.stress has a weight, but the data set has no stresses")
+    unlabeled = train.forces_mask is not None and not train.forces_mask.any()
+    if any(step.value for step in recipe.loss.forces.weight) and unlabeled:
+        raise ConfigError("loss.forces has a weight, but the data set has no forces")
     return TrainingData(
         train=train,
         validation=data.parts["validation"],
@@ -152,5 +178,46 @@ def load_data(recipe: Recipe) -> TrainingData:
             config.batch_size, config.max_n_node, config.max_n_edge, store=train
         ),
         on_oversize=config.on_oversize,
-        notes=tuple(f"{path}: {report}" for path, report in data.curation.items()),
+        notes=tuple(describe_reading(data)),
+        rejected=data.rejected,
+    )
+
+
+def describe_reading(data: PreparedData) -> list[str]:
+    """What reading, filters and isolated atoms came to, a line each."""
+    notes = []
+    for path, report in data.curation.items():
+        lines = filter(None, (str(report), report.describe_unused()))
+        notes += [f"{path}: {line}" for line in lines]
+    sources, ions = data.isolated.sources(), data.isolated.ions
+    if sources:
+        notes.append(f"isolated atoms, in no part: {sources}")
+    if ions:
+        notes.append(f"single ions, in no part: {len(ions)}, e.g. {ions[0]}")
+    notes += [f"{name}: {text}" for name, part in data.parts.items() if (text := _missing(part))]
+    notes += data.overlap
+    if "train" in data.parts:
+        notes.append(describe_residuals(data.parts["train"]))
+    return notes
+
+
+def _missing(store: GraphStore) -> str:
+    """What labels structures lack and how they are weighted, if not alike."""
+    parts = []
+    if store.forces_mask is not None:
+        parts.append(f"{int((~store.forces_mask).sum())} of {len(store)} structures have no forces")
+    if store.weights is not None:
+        low, high = store.weights.min(), store.weights.max()
+        parts.append(f"weights of single structures run from {low:g} to {high:g}")
+    return ", ".join(parts)
+
+
+def describe_residuals(store: GraphStore) -> str:
+    """How far energies are from E0 alone, and which structures are farthest."""
+    gaps = store.interaction_energy.astype(np.float64) / store.num_atoms
+    far = np.argsort(-np.abs(gaps - np.median(gaps)), kind="stable")[:3].tolist()
+    worst = ", ".join(f"{store.names[k]} ({gaps[k]:+.4g})" for k in far)
+    return (
+        f"energies beyond E0, eV/atom: {np.sqrt(np.mean(gaps**2)):.4g} (root mean square), from "
+        f"{gaps.min():.4g} to {gaps.max():.4g}; farthest {worst}"
     )

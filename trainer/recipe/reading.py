@@ -8,7 +8,9 @@ number, ``No`` is text).
 from __future__ import annotations
 
 import dataclasses
+import glob
 import io
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,12 @@ ALIASES = {
     ("train", "ema_decay_rate"): "ema_decay",
 }
 """Other spellings of keys, among them the published cards' own, and what they mean here."""
+
+
+PATHS = (
+    ("data", "path"), ("data", "validation"), ("data", "test"), ("model", "atomic_energies"),
+)  # fmt: skip
+"""Rows that name files; ``model.atomic_energies`` may."""
 
 
 def recipe_path(name_or_path: str) -> Path:
@@ -74,6 +82,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[Recip
     changed = frozenset(_apply_override(values, override) for override in overrides)
     origins = Origins(path.name, lines, changed)
     _resolve_aliases(values, origins)
+    _resolve_paths(values, path.parent, changed)
     return _validate(values, origins), origins
 
 
@@ -198,6 +207,30 @@ def _resolve_aliases(values: dict[str, Any], origins: Origins) -> None:
                 "too; keep one of them"
             )
         part[name] = part.pop(alias)
+
+
+def _resolve_paths(
+    values: dict[str, Any], folder: Path, changed: frozenset[tuple[str | int, ...]]
+) -> None:
+    """Paths that are not found from here, but from the recipe's folder, are meant from there."""
+    for section, name in PATHS:
+        part = values.get(section)
+        if isinstance(part, dict) and name in part and (section, name) not in changed:
+            given = part[name]
+            several = isinstance(given, list)
+            found = [_find_from(folder, item) for item in (given if several else [given])]
+            part[name] = found if several else found[0]
+
+
+def _find_from(folder: Path, name: Any) -> Any:
+    if not isinstance(name, str) or not name or _is_there(name):
+        return name
+    beside = folder / name
+    return str(beside) if _is_there(str(beside)) else name
+
+
+def _is_there(name: str) -> bool:
+    return os.path.exists(name) or any(glob.iglob(name, recursive=True))
 
 
 def _validate(values: dict[str, Any], origins: Origins) -> Recipe:

@@ -7,14 +7,15 @@ YAML; ``mlip_md.trainer.recipe.reading`` does.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mlip_md.elements import ATOMIC_NUMBERS, MAX_ATOMIC_NUMBER, symbol
 from mlip_md.errors import ConfigError
 from mlip_md.networks.config import CUTOFF, NetworkConfig, config_from_dict, config_to_dict
-from mlip_md.networks.config import AtomicEnergies as AtomicEnergies  # data sees recipes only
+from mlip_md.networks.config import ENERGY_WORDS as ENERGY_WORDS  # data sees recipes only
+from mlip_md.networks.config import AtomicEnergies as AtomicEnergies
 
 MAX_SEED = 2**63 - 1
 """Largest seed that JAX takes."""
@@ -62,14 +63,15 @@ class LossConfig(Section):
     """The loss; its terms are defined in ``mlip_md.trainer.loss``.
 
     Attributes:
-        kind: "mse" or "huber".
+        kind: "mse", "huber", "l1" or "l1-l2".
         delta: of the Huber loss, eV per atom and eV/Å.
-        energy: weight of the squared error per atom, 1/eV².
-        forces: weight of the squared force error, Å²/eV².
-        stress: weight of the squared stress error, Å⁶/eV²; 0 leaves stresses out.
+        energy: weight of the squared error per atom, 1/eV²; of the absolute one, 1/eV.
+        forces: weight of the squared force error, Å²/eV²; of the absolute one, Å/eV.
+        stress: weight of the squared stress error, Å⁶/eV²; of the absolute one, Å³/eV; 0 leaves
+            stresses out.
     """
 
-    kind: Literal["mse", "huber"] = "mse"
+    kind: Literal["mse", "huber", "l1", "l1-l2"] = "mse"
     delta: float = Field(default=0.01, gt=0)
     energy: LossTermConfig = _constant(1.0)
     forces: LossTermConfig = _constant(25.0)
@@ -77,29 +79,54 @@ class LossConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AMSGrad and its learning-rate schedule (steps are batches, from 0).
+    """The optimizer and its learning-rate schedule (steps are batches, from 0).
 
     Attributes:
-        kind: "amsgrad".
+        kind: "amsgrad", "adam", "adamw", "muon" or "schedule-free"; see ``trainer.optimizer``.
+        schedule: how the learning rate goes from its peak to its final value: "linear", "cosine",
+            "exponential", or "plateau", which lowers it when the validation score stands still.
         init_learning_rate: at step 0.
         peak_learning_rate: reached linearly after warmup_steps.
-        final_learning_rate: reached linearly after further transition_steps, then kept.
-        weight_decay: L2 decay added to the gradient before clipping.
+        final_learning_rate: reached after further transition_steps, then kept; a "plateau" lowers
+            to it at most.
+        weight_decay: L2 decay added to the gradient before clipping; with "adamw" and "muon"
+            decoupled from it.
         warmup_steps: length of the warm-up.
-        transition_steps: length of the decay to the final learning rate.
+        warmup_epochs: the same in epochs; takes the place of warmup_steps.
+        transition_steps: length of the way to the final learning rate; "to the end" of train.epochs
+            takes the rest.
+        transition_epochs: the same in epochs; takes the place of transition_steps.
+        plateau_epochs: epochs without a better score after which a "plateau" is lowered.
+        plateau_factor: by which it is.
         grad_norm: global norm to which gradients are clipped.
         num_gradient_accumulation_steps: batches whose gradients are averaged before an update.
+        factors: on the learning rate of parts of the network, by pattern of their names, such as
+            "*/layer_0/*": 0.1; 0 freezes a part. The last pattern that fits counts.
     """
 
-    kind: Literal["amsgrad"] = "amsgrad"
+    kind: Literal["amsgrad", "adam", "adamw", "muon", "schedule-free"] = "amsgrad"
+    schedule: Literal["linear", "cosine", "exponential", "plateau"] = "linear"
     init_learning_rate: float = Field(default=0.01, ge=0, allow_inf_nan=False)
     peak_learning_rate: float = Field(default=0.01, gt=0, allow_inf_nan=False)
     final_learning_rate: float = Field(default=0.01, ge=0, allow_inf_nan=False)
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     warmup_steps: int = Field(default=4000, ge=0)
-    transition_steps: int = Field(default=360000, ge=1)
+    warmup_epochs: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    transition_steps: Annotated[int, Field(ge=1)] | Literal["to the end"] = 360000
+    transition_epochs: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    plateau_epochs: int = Field(default=10, ge=1)
+    plateau_factor: float = Field(default=0.5, gt=0, lt=1)
     grad_norm: float = Field(default=500.0, gt=0)
     num_gradient_accumulation_steps: int = Field(default=1, ge=1)
+    factors: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> OptimizerConfig:
+        if self.schedule == "exponential" and self.final_learning_rate == 0:
+            raise ValueError("an exponential schedule never reaches final_learning_rate: 0")
+        if self.schedule == "plateau" and self.kind == "schedule-free":
+            raise ValueError("schedule-free needs no plateau; use schedule: linear")
+        return self
 
 
 class SplitConfig(Section):
@@ -130,13 +157,14 @@ class SplitConfig(Section):
 
 
 class CurationConfig(Section):
-    """Filters on the structures; null switches one off.
+    """Filters on the structures; null switches one off. Without this section nothing is filtered.
 
     Attributes:
         elements: symbols; keep only structures of these elements.
         neutral_only: keep only structures of total charge 0.
         one_bond_per_hydrogen: keep only structures whose hydrogens have exactly one bond.
         max_net_force: eV/Å, largest allowed norm of the sum of all forces.
+        max_net_force_per_sqrt_atom: eV/Å, the same divided by √N, as the noise of N forces adds up.
         max_force: eV/Å, largest allowed norm of a force.
     """
 
@@ -144,6 +172,7 @@ class CurationConfig(Section):
     neutral_only: bool = True
     one_bond_per_hydrogen: bool = True
     max_net_force: float | None = Field(default=0.1, gt=0)
+    max_net_force_per_sqrt_atom: float | None = Field(default=None, gt=0)
     max_force: float | None = Field(default=15.0, gt=0)
 
     @field_validator("elements")
@@ -166,7 +195,8 @@ class DataConfig(Section):
         validation: file(s) used for validation instead of a split of ``path``.
         test: file(s) used for the final test instead of a split of ``path``.
         split: into training, validation and test set, where no own files are given.
-        curate: filters; null keeps everything readable.
+        curate: filters; null keeps everything readable. A section, even an empty one, switches on
+            those of the SPICE curation that it does not set otherwise.
         cutoff: Å, radius of the neighborhoods.
         max_n_node: atoms per structure for which batches are sized, on average; null: measured.
         max_n_edge: undirected edges per structure, likewise.
@@ -176,13 +206,16 @@ class DataConfig(Section):
         on_bad: what to do with a structure without usable labels: "skip" leaves it out and logs it.
         energy_key: extxyz: name of the energy; null tries REF_energy, energy, Energy.
         forces_key: extxyz: name of the forces, likewise.
+        stress_key: extxyz: name of the stress; null tries REF_stress, stress.
+        virial_key: extxyz: name of the virial (minus stress times volume), read where there is no
+            stress; null tries REF_virial, virial and their plurals.
     """
 
     path: str | list[str] = ""
     validation: str | list[str] | None = None
     test: str | list[str] | None = None
     split: SplitConfig = SplitConfig()
-    curate: CurationConfig | None = CurationConfig()
+    curate: CurationConfig | None = None
     cutoff: float = Field(default=5.0, ge=CUTOFF.lowest, le=CUTOFF.highest)
     max_n_node: int | None = Field(default=None, ge=1)
     max_n_edge: int | None = Field(default=None, ge=1)
@@ -191,6 +224,8 @@ class DataConfig(Section):
     on_bad: Literal["error", "skip"] = "error"
     energy_key: str | None = None
     forces_key: str | None = None
+    stress_key: str | None = None
+    virial_key: str | None = None
 
 
 class TrainConfig(Section):
@@ -202,15 +237,24 @@ class TrainConfig(Section):
         select_energy_weight: 1/Å; the best model has the lowest
             forces_rmse + select_energy_weight · energy_rmse_per_atom on the validation set. The
             search starts anew when the loss weights change.
+        patience: epochs without a better model after which the training ends early, counted in the
+            last stage of the loss weights; null trains to the end.
     """
 
     epochs: int = Field(default=220, ge=1)
     ema_decay: float = Field(default=0.99, ge=0, lt=1)
     select_energy_weight: float = Field(default=10.0, ge=0)
+    patience: int | None = Field(default=None, ge=1)
 
 
 class CheckpointConfig(Section):
-    """When the complete state is written; always at the end of an epoch and on interruption."""
+    """When the complete state is written; always at the end of an epoch and on interruption.
+
+    Attributes:
+        every_steps: batches after which it is.
+        every_minutes: minutes after which it is.
+        keep_latest: number of checkpoints that are kept.
+    """
 
     every_steps: int = Field(default=1000, ge=1)
     every_minutes: float = Field(default=15.0, gt=0)
@@ -218,16 +262,50 @@ class CheckpointConfig(Section):
 
 
 class FaultConfig(Section):
-    """What to do when a step gives NaN or infinity: it is never applied; after so many stop."""
+    """What to do when a step gives NaN or infinity; it is never applied.
+
+    Attributes:
+        max_bad_steps_in_row: after so many, the last batch is written to the run's folder, and the
+            training goes back to its last checkpoint.
+        rollbacks: how often; the next time it ends.
+        rate_factor: on the learning rate after each.
+    """
 
     max_bad_steps_in_row: int = Field(default=5, ge=1)
+    rollbacks: int = Field(default=2, ge=0)
+    rate_factor: float = Field(default=0.5, gt=0, lt=1)
 
 
 class LogConfig(Section):
-    """How often a step is logged, and whether plots are drawn."""
+    """How often a step is logged, and whether plots are drawn.
+
+    Attributes:
+        every_steps: batches of which one is logged.
+        plots: draw learning curves and parity plots at the end.
+        tensorboard: also write the rows of epochs to RUN/tensorboard (extra "tensorboard").
+        wandb: also send them to this project of Weights & Biases (extra "wandb").
+    """
 
     every_steps: int = Field(default=50, ge=1)
     plots: bool = True
+    tensorboard: bool = False
+    wandb: str | None = Field(default=None, min_length=1)
+
+
+class StartConfig(Section):
+    """The potential that a training starts from.
+
+    Attributes:
+        potential: a file, run folder or bundled name; the network and the cutoff are its.
+        atomic_energies: "keep" its E0 and fit those of new elements to what they leave, or "refit":
+            those of the data (model.atomic_energies), and its of elements that these lack.
+        new_elements: weights of elements it does not know: copies of the "nearest" relative's, or
+            "fresh" random ones.
+    """
+
+    potential: str
+    atomic_energies: Literal["keep", "refit"] = "keep"
+    new_elements: Literal["nearest", "fresh"] = "nearest"
 
 
 class Recipe(Section):
@@ -237,8 +315,11 @@ class Recipe(Section):
         name: of the potential; goes into the model file.
         description: free text; goes into the model file.
         seed: of the initial weights and of the order of the structures.
-        model: ``kind`` (mace or nequip) and the hyperparameters of the network; E0 are given by
-            symbol or atomic number, ``atomic_energies: {H: -13.6, 6: -1030.5}`` (eV).
+        start: potential that the weights are taken from; null draws them at random.
+        model: ``kind`` (mace or nequip) and the hyperparameters of the network. E0 are fitted to
+            the data (``atomic_energies: average``), those of its isolated atoms (``isolated``), 0
+            (``zero``), of a file, or given by symbol or atomic number, ``{H: -13.6, 6: -1030.5}``
+            (eV).
         data: data set, cutoff, batches.
         loss: terms and weights.
         optimizer: learning rates, clipping, accumulation.
@@ -251,6 +332,7 @@ class Recipe(Section):
     name: str = "potential"
     description: str = ""
     seed: int = Field(default=42, ge=0, le=MAX_SEED)
+    start: StartConfig | None = None
     model: dict[str, Any] = Field(default_factory=lambda: {"kind": "mace"})
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
@@ -259,6 +341,12 @@ class Recipe(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     faults: FaultConfig = FaultConfig()
     log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _check_averages(self) -> Recipe:
+        if self.optimizer.kind == "schedule-free" and self.train.ema_decay:
+            raise ValueError("schedule-free averages the weights itself; set train.ema_decay to 0")
+        return self
 
     @property
     def network(self) -> NetworkConfig:

@@ -18,8 +18,9 @@ from mlip_md.integrations.md.backends.interface import BAR, Backend, Frame
 from mlip_md.integrations.md.settings import Ensemble, MDSettings
 from mlip_md.integrations.md.structures import Structure
 from mlip_md.integrations.md.velocities import (
+    DEGREES,
     compute_temperature,
-    count_degrees_of_freedom,
+    count_for_run,
     start_velocities,
 )
 from mlip_md.integrations.models import DTYPE_OF_PRECISION
@@ -64,6 +65,7 @@ class ASEBackend(Backend):
         self.atoms.calc = self.calculator
         self.rng = np.random.default_rng(settings.seed)
         self._steps_before = 0
+        self._degrees = 0  # known when the run starts
 
     def warm_up(self) -> None:
         self.atoms.get_potential_energy()
@@ -74,6 +76,7 @@ class ASEBackend(Backend):
 
     def start(self) -> None:
         start_velocities(self.atoms, self.settings, self.rng)
+        self._degrees = count_for_run(self.atoms, self.settings)
         self.dynamics = self._integrator()
 
     def _integrator(self) -> MolecularDynamics:
@@ -120,12 +123,7 @@ class ASEBackend(Backend):
             potential=float(potential),
             kinetic=float(kinetic),
             conserved=conserved,
-            temperature=compute_temperature(
-                kinetic,
-                count_degrees_of_freedom(
-                    atoms, settings.ensemble, drawn=settings.velocities == "draw"
-                ),
-            ),
+            temperature=compute_temperature(kinetic, self._degrees),
             pressure=pressure,
             forces=atoms.get_forces(apply_constraint=False),
         )
@@ -139,7 +137,7 @@ class ASEBackend(Backend):
             "cell": np.array(atoms.cell),
         }
         arrays |= {name: np.array(getattr(*place)) for name, place in self._mtk().items()}
-        return arrays, {"rng": self.rng.bit_generator.state}
+        return arrays, {"rng": self.rng.bit_generator.state, DEGREES: self._degrees}
 
     def _mtk(self) -> dict[str, tuple[Any, str]]:
         """Where the MTK integrator has its variables beyond positions and momenta: attributes."""
@@ -161,6 +159,7 @@ class ASEBackend(Backend):
         self.atoms.set_cell(arrays["cell"])
         self.atoms.set_positions(arrays["positions"])
         self.atoms.set_momenta(arrays["momenta"])
+        self._degrees = count_for_run(self.atoms, self.settings, values)
         self.rng.bit_generator.state = values["rng"]
         self.dynamics = self._integrator()
         self._steps_before = int(values["step"])

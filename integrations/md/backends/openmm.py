@@ -33,8 +33,9 @@ from mlip_md.integrations.md.structures import (
     whole_molecules,
 )
 from mlip_md.integrations.md.velocities import (
+    DEGREES,
     compute_temperature,
-    count_degrees_of_freedom,
+    count_for_run,
     start_velocities,
 )
 from mlip_md.integrations.md.volume_moves import MOVE_INTERVAL, VolumeMoves
@@ -118,6 +119,7 @@ class OpenMMBackend(Backend):
             self.atoms.positions, labels = whole_molecules(self.atoms)
         self._simulation = self._make_simulation()
         self._context = self._simulation.context
+        self._degrees = 0  # known when the run starts
         self._moves: VolumeMoves | None = None
         if labels is not None:
             self._moves = VolumeMoves(
@@ -186,6 +188,7 @@ class OpenMMBackend(Backend):
         atoms = self.atoms.copy()
         atoms.positions = positions * ANGSTROM_PER_NM
         start_velocities(atoms, self.settings, np.random.default_rng(self.settings.seed))
+        self._degrees = count_for_run(atoms, self.settings)
         self._context.setVelocities(atoms.get_velocities() * units.fs / NM_PER_PS)
 
     def advance(self) -> None:
@@ -226,22 +229,12 @@ class OpenMMBackend(Backend):
             potential=potential,
             kinetic=kinetic,
             conserved=potential + kinetic if settings.ensemble == "nve" else None,
-            temperature=compute_temperature(kinetic, self._degrees(positions, velocities)),
+            temperature=compute_temperature(kinetic, self._degrees),
             pressure=pressure,
             forces=np.array(state.getForces(asNumpy=True)._value)
             @ rotation
             / (KJ_PER_MOL_PER_EV * ANGSTROM_PER_NM),
         )
-
-    def _degrees(self, positions: np.ndarray, velocities: np.ndarray) -> int:
-        """Number of free momenta; of velocities of the file also those that are conserved."""
-        settings, atoms = self.settings, self.atoms
-        if settings.velocities == "file":
-            atoms = atoms.copy()
-            atoms.positions = positions
-            atoms.set_velocities(velocities / units.fs)
-        drawn = settings.velocities == "draw"
-        return count_degrees_of_freedom(atoms, settings.ensemble, drawn=drawn)
 
     def _pressure(
         self, positions: np.ndarray, cell: np.ndarray, interaction: float, kinetic: float
@@ -268,6 +261,7 @@ class OpenMMBackend(Backend):
         arrays["checkpoint"] = np.frombuffer(self._context.createCheckpoint(), np.uint8)
         arrays |= {"rotation": self._rotation, "vectors": self._vectors}
         values: dict[str, Any] = {"platform": self._context.getPlatform().getName()}
+        values[DEGREES] = self._degrees
         if self._moves is not None:
             arrays["molecules"] = self._moves.labels
             values["moves"] = self._moves.state()
@@ -289,6 +283,10 @@ class OpenMMBackend(Backend):
             )
             self._restore_motion(arrays, values["step"])
         self._simulation.currentStep = int(values["step"])
+        atoms = self.atoms.copy()
+        atoms.positions = arrays["positions"]
+        atoms.set_velocities(arrays["velocities"] / units.fs)
+        self._degrees = count_for_run(atoms, self.settings, values)
         # Runs of version 0.1.0 stay in the frame that their files have.
         self._rotation = arrays.get("rotation", self._rotation)
         self._vectors = arrays.get("vectors", self._vectors)

@@ -6,6 +6,7 @@ again and again on its way; then it dies near its end, once of each signal.
 
 import contextlib
 import json
+import math
 import random
 import shutil
 import signal
@@ -56,20 +57,18 @@ OF_THE_INVOCATION = {
 """Values of a summary that do not tell of the whole run."""
 
 
-def ignore_hangup():
-    """As ``nohup`` does before it starts a program."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+NOHUP = ("sh", "-c", 'trap "" HUP; exec "$@"', "sh")
+"""Starts a program as ``nohup`` does."""
 
 
 @contextlib.contextmanager
-def running(arguments, **options):
+def running(arguments, before=()):
     """A process of ``mlip-md md``, which does not outlive the test."""
     child = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, "md", *map(str, arguments)],
+        [*before, sys.executable, "-c", PROGRAM, "md", *map(str, arguments)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        **options,
     )
     try:
         yield child
@@ -91,8 +90,10 @@ def count_rows(folder):
     return 0
 
 
-def wait_for_rows(child, folder, number):
-    while child.poll() is None and count_rows(folder) < number:
+def wait_for_rows(child, folder, number, seconds=math.inf):
+    """Wait for rows of the log, so many seconds at most."""
+    until = time.monotonic() + seconds
+    while child.poll() is None and count_rows(folder) < number and time.monotonic() < until:
         time.sleep(0.002)
 
 
@@ -132,7 +133,7 @@ class Case:
 
     def finish(self):
         """Let the rest of the run live, with hangups that are ignored on purpose."""
-        with running(self.arguments(), preexec_fn=ignore_hangup) as child:
+        with running(self.arguments(), NOHUP) as child:
             wait_for_rows(child, self.folder, count_rows(self.folder) + 1)
             child.send_signal(signal.SIGHUP)
             code, told = end(child)
@@ -175,12 +176,17 @@ def test_a_run_that_dies_at_random_moments_equals_one_that_lives(tmp_path, engin
 
     case = Case(structure, engine, tmp_path / "run")
     for name in random_moments.sample(sorted(CODES), len(CODES)):
-        wait = random_moments.uniform(0.0, startup)
-        code, told = case.kill(name, lambda _, wait=wait: time.sleep(wait))
+        rows, wait = count_rows(case.folder) + 3, random_moments.uniform(0.0, startup)
+
+        def moment(child, rows=rows, wait=wait):
+            # A later start may be quicker than the first one.
+            wait_for_rows(child, case.folder, rows, wait)
+
+        code, told = case.kill(name, moment)
         # Before there is something to save, a process dies as any other.
         assert code in (CODES[name], -signal.Signals[name]), (name, wait, told)
     for name in random_moments.sample(sorted(CODES), len(CODES)):
-        rows = count_rows(case.folder) + random_moments.randint(1, 14)
+        rows = count_rows(case.folder) + random_moments.randint(1, 11)
         wait = random_moments.uniform(0.0, 0.05)
 
         def moment(child, rows=rows, wait=wait):

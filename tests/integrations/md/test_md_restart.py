@@ -4,6 +4,7 @@ import json
 import resource
 import sys
 
+import ase
 import ase.io
 import mdtraj
 import numpy as np
@@ -38,6 +39,24 @@ def test_restart_continues_exactly(cluster, crystal, tmp_path, engine, ensemble)
     )
     np.testing.assert_array_equal(first.xyz, second.xyz)
     assert json.loads((half / report.SUMMARY).read_text(encoding="utf-8"))["step"] == total
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("velocities", ["draw", "file"])
+def test_temperatures_of_a_chain_that_bends_do_not_jump_at_a_restart(tmp_path, engine, velocities):
+    """It starts straight, with one momentum more that is free; a run counts them once."""
+    atoms = ase.Atoms("C3", [[0, 0, 0], [2.2, 0, 0], [4.4, 0, 0]])
+    atoms.set_velocities([[0.01, 0, 0], [-0.02, 0.002, 0], [0.01, 0.03, 0]])
+    path = str(tmp_path / "chain.extxyz")
+    atoms.write(path)
+    common = {"engine": engine, "ensemble": "nve", "velocities": velocities, "report_interval": 5}
+    whole = run_md(settings(path, **common), tmp_path / "whole")
+    half = run_md(settings(path, **common | {"steps": 17}), tmp_path / "half")
+    restart_md(half, steps=23)
+    assert (half / files.LOG).read_text() == (whole / files.LOG).read_text()
+    log = files.read_log(whole / files.LOG)
+    free = 2 * log["kinetic_eV"] / (ase.units.kB * log["temperature_K"])
+    np.testing.assert_allclose(free, free[0], rtol=1e-6)
 
 
 def test_restart_drops_what_was_written_after_the_restart_point(cluster, tmp_path):

@@ -1,0 +1,80 @@
+"""The convolution compiled for this processor, where the installation has it.
+
+The library is beside this file if a C++ compiler was present when the package was built. It is
+loaded by its C interface, so that one serves every version of Python, and its handlers become
+targets of ``jax.ffi.ffi_call`` on the platform "cpu". ``networks/native_convolution.py`` says
+whether it is used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+LIBRARY = Path(__file__).with_name("libconvolution.so")
+
+TARGETS = tuple(
+    f"mlip_md_conv_{name}"
+    for name in ("forward", "backward", "second", "table_forward", "table_backward")
+)
+
+
+def register(library: Path = LIBRARY) -> str:
+    """Make a library's handlers known to XLA.
+
+    Args:
+        library: file to load.
+
+    Returns:
+        What went wrong, or nothing.
+    """
+    import jax
+
+    try:
+        functions = handlers(library)
+        for name in TARGETS:
+            capsule = jax.ffi.pycapsule(getattr(functions, name))
+            jax.ffi.register_ffi_target(name, capsule, platform="cpu")
+    except (OSError, AttributeError, RuntimeError, ValueError) as error:
+        return f"{library.name} could not be loaded ({error})"
+    return ""
+
+
+def handlers(library: Path = LIBRARY) -> ctypes.CDLL:
+    """The library's functions in C.
+
+    Args:
+        library: file to load.
+
+    Raises:
+        OSError: if it cannot be loaded.
+    """
+    functions = ctypes.CDLL(str(library))
+    functions.mlip_md_instructions.restype = ctypes.c_char_p
+    return functions
+
+
+def instructions(library: Path = LIBRARY) -> str:
+    """Name of the set of instructions that a library computes with.
+
+    Args:
+        library: file to load.
+
+    Raises:
+        OSError: if it cannot be loaded.
+    """
+    return bytes(handlers(library).mlip_md_instructions()).decode()
+
+
+def describe(library: Path = LIBRARY) -> str:
+    """In words, what this installation computes convolutions with on processors.
+
+    Args:
+        library: file that an installation with it has.
+    """
+    if not library.exists():
+        return "JAX alone: no compiled convolution was built with this installation"
+    try:
+        return f"compiled, {instructions(library)}"
+    except (OSError, AttributeError) as error:
+        return f"JAX alone: {library.name} could not be loaded ({error})"
