@@ -139,8 +139,8 @@ struct Unit {
 // stay in the cache; by a table, where its columns shall stay, a tile is done for many nodes.
 constexpr int64_t kNodes = 4;
 
-// Nodes that a task takes, and where in a table their edges are, by cell: those of a cell share what
-// is read of it.
+// Nodes that a task takes, and where in a table their edges are: those of a cell one after the
+// other, since they share what is read of it.
 template <class T>
 struct Range {
   int64_t begin, end;   // nodes
@@ -173,17 +173,21 @@ void find_spots(const Problem<T>& p, const Order<T>& order, Range<T>& range) {
   for (size_t k = 0; k < spots.size(); ++k) range.spots[next[cells[k]]++] = spots[k];
 }
 
+// Ranges of nodes for so many units; by a table no more than give every thread some tasks.
 template <class T>
-std::vector<Range<T>> cut_nodes(const Problem<T>& p, const Order<T>& order, Team& team) {
+std::vector<Range<T>> cut_nodes(const Problem<T>& p, const Order<T>& order, int64_t units,
+                                Team& team) {
   std::vector<Range<T>> ranges;
-  const int64_t groups = order.first[p.n_nodes], parts = team.threads() == 1 ? 1 : team.threads() * 4;
-  const int64_t most = std::min(kRange / kLanes, groups / parts + 1);
+  const int64_t tasks = team.threads() == 1 ? 1 : team.threads() * 4;
+  const int64_t parts = units ? (tasks + units - 1) / units : 1;
+  const int64_t most = std::min(kRange / kLanes, order.first[p.n_nodes] / parts + 1);
   for (int64_t i = 0; i < p.n_nodes;) {
     int64_t end = i + 1;
     while (end < p.n_nodes && (p.by_table() ? order.first[end + 1] - order.first[i] <= most
                                             : end < i + kNodes))
       ++end;
-    ranges.push_back({i, end, order.first[i] * kLanes, (order.first[end] - order.first[i]) * kLanes, {}});
+    const int64_t groups = order.first[end] - order.first[i];
+    ranges.push_back({i, end, order.first[i] * kLanes, groups * kLanes, {}});
     i = end;
   }
   if (p.by_table())
@@ -200,7 +204,8 @@ struct Workspace {
       gradient{kEdges * kTile}, folds{(kTile + kWidest) * kLargest};
   Buffer<T> packed_x{kEdges * 9 * kWidest}, packed_r{kEdges * kWidest}, packed_g{9 * kWidest},
       packed_gradient{kEdges * kWidest};
-  const T *x[kEdges], *r[kEdges], *px[kEdges], *pr[kEdges], *moved_x[kEdges], *moved_r[kEdges];
+  const T *x[kEdges], *r[kEdges], *px[kEdges], *pr[kEdges];
+  const T *moved_x[kEdges], *moved_r[kEdges];
   T *gr[kEdges], *gy[kEdges], *moved_gr[kEdges];
   T sums[kEdges], ignored[9];
   int64_t rows = 0;  // of value and slope
@@ -325,7 +330,7 @@ class SumPass {
       : p_(p), order_(order), reversed_(reversed), out_(std::move(out)), units_(make_units()) {}
 
   void run(const std::vector<Term<T>>& terms, Team& team) const {
-    for_each_unit(p_, cut_nodes(p_, order_, team), units_, team,
+    for_each_unit(p_, cut_nodes(p_, order_, units_.size(), team), units_, team,
                   [&](const Unit& unit, const Range<T>& range, auto& w) {
                     do_unit(unit, range, terms, w);
                   });
@@ -436,7 +441,7 @@ class ProductPass {
     if (gr_) clear_unread(team);
     const int64_t parts = glengths_ ? int64_t(units_.size()) : 0;
     lengths_.assign(parts * p_.n_edges, T(0));
-    for_each_unit(p_, cut_nodes(p_, order_, team), units_, team,
+    for_each_unit(p_, cut_nodes(p_, order_, units_.size(), team), units_, team,
                   [&](const Unit& unit, const Range<T>& range, auto& w) {
                     for (const Tile& tile : unit.tiles) {
                       weigh(p_, range, tile, glengths_ != nullptr, w);
