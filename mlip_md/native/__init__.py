@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import Literal
 
 LIBRARY = Path(__file__).with_name("libconvolution.so")
 
@@ -49,9 +50,25 @@ def handlers(library: Path = LIBRARY) -> ctypes.CDLL:
     Raises:
         OSError: if it cannot be loaded.
     """
+    if _is_cut(library):  # to load it could end the process
+        raise OSError(f"{library}: its end is missing")
     functions = ctypes.CDLL(str(library))
     functions.mlip_md_instructions.restype = ctypes.c_char_p
     return functions
+
+
+def _is_cut(library: Path) -> bool:
+    """Whether a library for Linux is shorter than its header says (ELF, 64 bits)."""
+    with library.open("rb") as file:
+        head = file.read(64)
+        size = file.seek(0, 2)
+    if len(head) < 64 or head[:5] != b"\x7fELF\x02":
+        return False
+    order: Literal["little", "big"] = "little" if head[5] == 1 else "big"
+    sections, entry, number = (
+        int.from_bytes(head[begin:end], order) for begin, end in ((40, 48), (58, 60), (60, 62))
+    )
+    return size < sections + entry * number
 
 
 def instructions(library: Path = LIBRARY) -> str:

@@ -79,25 +79,7 @@ struct Order {
   std::vector<int32_t> count;   // edges of each node
   std::vector<int32_t> edge;    // (groups * kLanes)
   const int32_t* other;         // node at the other end, by edge
-  std::vector<const T*> cell;   // in a table, by place in a group
-  std::vector<T> where;         // in the cell
 };
-
-template <class T>
-void find_cells(const Problem<T>& p, Order<T>& order) {
-  const int64_t row = (p.degree + 1) * kLanes;
-  order.cell.resize(order.edge.size());
-  order.where.resize(order.edge.size());
-  for (size_t k = 0; k < order.edge.size(); ++k) {
-    if (p.n_edges == 0) break;
-    const int64_t e = order.edge[k];
-    const double s = double(p.lengths[e]) * (double(p.cells) / p.cutoff);
-    const double last = double(p.cells - 1);
-    const double cell = s >= last ? last : s > 0 ? std::floor(s) : 0.0;  // 0 for NaN
-    order.cell[k] = p.table + (p.pairs[e] * p.n_blocks * p.cells + int64_t(cell)) * row;
-    order.where[k] = T(s - cell);
-  }
-}
 
 template <class T>
 Order<T> order_edges(const Problem<T>& p, const int32_t* ends, const int32_t* others) {
@@ -114,7 +96,6 @@ Order<T> order_edges(const Problem<T>& p, const int32_t* ends, const int32_t* ot
   for (int64_t i = 0; i < p.n_nodes; ++i) next[i] = order.first[i] * kLanes;
   for (int64_t e = 0; e < p.n_edges; ++e)
     if (p.counts(e)) order.edge[next[ends[e]]++] = static_cast<int32_t>(e);
-  if (p.by_table()) find_cells(p, order);
   return order;
 }
 
@@ -154,16 +135,80 @@ struct Unit {
   int64_t feature = 0, begin = 0, end = 0;  // channels of a source that it writes
 };
 
+// Nodes per task where all tiles of a node are done together, so that its rows of radial weights
+// stay in the cache; by a table, where its columns shall stay, a tile is done for many nodes.
+constexpr int64_t kNodes = 4;
+
+// Nodes that a task takes, and where in a table their edges are: those of a cell one after the
+// other, since they share what is read of it.
+template <class T>
+struct Range {
+  int64_t begin, end;   // nodes
+  int64_t place, size;  // of their edges in the order
+  std::vector<Spot<T>> spots;
+};
+
+// Edges per range by a table, whose radial weights shall stay in the cache as well as the part of
+// the table that they are made of.
+constexpr int64_t kRange = 4096;
+
+template <class T>
+void find_spots(const Problem<T>& p, const Order<T>& order, Range<T>& range) {
+  const int64_t row = (p.degree + 1) * kLanes, last = p.cells - 1;
+  std::vector<Spot<T>> spots;
+  std::vector<int32_t> cells, next(p.cells + 1);
+  spots.reserve(range.size), cells.reserve(range.size);
+  for (int64_t i = range.begin; i < range.end; ++i)
+    for (int64_t k = 0; k < order.count[i]; ++k) {
+      const int64_t place = order.first[i] * kLanes + k, e = order.edge[place];
+      const double s = double(p.lengths[e]) * (double(p.cells) / p.cutoff);
+      const int64_t cell = s >= double(last) ? last : s > 0 ? int64_t(s) : 0;  // 0 for NaN
+      spots.push_back({p.table + (p.pairs[e] * p.n_blocks * p.cells + cell) * row,
+                       T(s - double(cell)), int32_t(place - range.place)});
+      cells.push_back(int32_t(cell));
+      ++next[cell + 1];
+    }
+  for (int64_t c = 0; c < last; ++c) next[c + 1] += next[c];
+  range.spots.resize(spots.size());
+  for (size_t k = 0; k < spots.size(); ++k) range.spots[next[cells[k]]++] = spots[k];
+}
+
+// Ranges of nodes for so many units; by a table no more than give every thread some tasks.
+template <class T>
+std::vector<Range<T>> cut_nodes(const Problem<T>& p, const Order<T>& order, int64_t units,
+                                Team& team) {
+  std::vector<Range<T>> ranges;
+  const int64_t tasks = team.threads() == 1 ? 1 : team.threads() * 4;
+  const int64_t parts = units ? (tasks + units - 1) / units : 1;
+  const int64_t most = std::min(kRange / kLanes, order.first[p.n_nodes] / parts + 1);
+  for (int64_t i = 0; i < p.n_nodes;) {
+    int64_t end = i + 1;
+    while (end < p.n_nodes && (p.by_table() ? order.first[end + 1] - order.first[i] <= most
+                                            : end < i + kNodes))
+      ++end;
+    const int64_t groups = order.first[end] - order.first[i];
+    ranges.push_back({i, end, order.first[i] * kLanes, groups * kLanes, {}});
+    i = end;
+  }
+  if (p.by_table())
+    team.run(ranges.size(), [&](auto claim) {
+      for (int64_t task; (task = claim()) >= 0;) find_spots(p, order, ranges[task]);
+    });
+  return ranges;
+}
+
 // Memory of one thread.
 template <class T>
 struct Workspace {
-  Buffer<T> turns{kEdges * kLargest}, value{kEdges * kTile}, slope{kEdges * kTile},
+  Buffer<T> turns{kEdges * kLargest}, value, slope,
       gradient{kEdges * kTile}, folds{(kTile + kWidest) * kLargest};
   Buffer<T> packed_x{kEdges * 9 * kWidest}, packed_r{kEdges * kWidest}, packed_g{9 * kWidest},
       packed_gradient{kEdges * kWidest};
-  const T *x[kEdges], *r[kEdges], *cells[kEdges], *px[kEdges], *pr[kEdges], *moved_x[kEdges], *moved_r[kEdges];
+  const T *x[kEdges], *r[kEdges], *px[kEdges], *pr[kEdges];
+  const T *moved_x[kEdges], *moved_r[kEdges];
   T *gr[kEdges], *gy[kEdges], *moved_gr[kEdges];
   T sums[kEdges], ignored[9];
+  int64_t rows = 0;  // of value and slope
 };
 
 // Edges of one node, at most kEdges of them.
@@ -172,27 +217,33 @@ struct Piece {
   int n;
 };
 
-// What both passes do with a tile at a node: radial weights and features of its edges.
+// Radial weights of a tile, by a table, of the edges of some nodes.
 template <class T>
-void point_to(const Problem<T>& p, const Order<T>& order, const Tile& tile, const Piece& piece,
-              const Features<const T>& x, int64_t channel, const T* radial, bool slopes,
-              Workspace<T>& w) {
-  const int32_t* edge = order.edge.data() + piece.place;
-  for (int k = 0; k < piece.n; ++k) w.x[k] = x.at(order.other[edge[k]], channel + tile.begin);
-  if (!p.by_table()) {
-    for (int k = 0; k < piece.n; ++k)
-      w.r[k] = radial + edge[k] * p.columns + tile.path->column + tile.begin;
-    return;
+void weigh(const Problem<T>& p, const Range<T>& range, const Tile& tile, bool slopes,
+           Workspace<T>& w) {
+  if (!p.by_table()) return;
+  if (w.rows < range.size) {
+    w.value = Buffer<T>(range.size * kTile), w.slope = Buffer<T>(range.size * kTile);
+    w.rows = range.size;
   }
   const int64_t block = p.cells * (p.degree + 1) * kLanes;
-  const int64_t skipped = (tile.path->block + tile.begin / kLanes) * block;
+  p.set.evaluate({range.spots.data(), int64_t(range.spots.size()),
+                  (tile.path->block + tile.begin / kLanes) * block, block,
+                  int(tile.width + kLanes - 1) / kLanes, int(p.degree), w.value.data(),
+                  slopes ? w.slope.data() : nullptr});
+}
+
+// What both passes do with a tile at a node: radial weights and features of its edges.
+template <class T>
+void point_to(const Problem<T>& p, const Order<T>& order, const Range<T>& range, const Tile& tile,
+              const Piece& piece, const Features<const T>& x, int64_t channel, const T* radial,
+              Workspace<T>& w) {
+  const int32_t* edge = order.edge.data() + piece.place;
   for (int k = 0; k < piece.n; ++k) {
-    w.cells[k] = order.cell[piece.place + k] + skipped;
-    w.r[k] = w.value.data() + k * kTile;
+    w.x[k] = x.at(order.other[edge[k]], channel + tile.begin);
+    w.r[k] = p.by_table() ? w.value.data() + (piece.place - range.place + k) * kTile
+                          : radial + edge[k] * p.columns + tile.path->column + tile.begin;
   }
-  const int blocks = int(tile.width + kLanes - 1) / kLanes;
-  p.set.evaluate({piece.n, blocks, int(p.degree), w.cells, block, order.where.data() + piece.place,
-                  w.value.data(), slopes ? w.slope.data() : nullptr});
 }
 
 template <class T>
@@ -256,30 +307,18 @@ struct Term {
   const T* radial;
 };
 
-// Nodes per task where all tiles of a node are done together, so that its rows of radial weights
-// stay in the cache; by a table, where its columns shall stay, a tile is done for many nodes.
-constexpr int64_t kNodes = 4;
-
-// Calls work(unit, first node, last node + 1, workspace) for all units and nodes.
+// Calls work(unit, range, workspace) for all units and ranges.
 template <class T, class Work>
-void for_each_unit(const Problem<T>& p, const std::vector<Unit>& units, Team& team,
-                   const Work& work) {
-  int64_t nodes = kNodes;
-  if (p.by_table()) {
-    const int64_t parts = team.threads() == 1 ? 1 : team.threads() * 4;
-    nodes = std::max<int64_t>(kNodes, (p.n_nodes + parts - 1) / parts);
-  }
-  const int64_t blocks = (p.n_nodes + nodes - 1) / nodes;
-  const int64_t turns = p.by_table() ? int64_t(units.size()) : 1;
-  team.run(blocks * turns, [&](auto claim) {
+void for_each_unit(const Problem<T>& p, const std::vector<Range<T>>& ranges,
+                   const std::vector<Unit>& units, Team& team, const Work& work) {
+  const int64_t n = ranges.size(), turns = p.by_table() ? int64_t(units.size()) : 1;
+  team.run(n * turns, [&](auto claim) {
     Workspace<T> w;
-    for (int64_t task; (task = claim()) >= 0;) {
-      const int64_t begin = task % blocks * nodes, end = std::min(p.n_nodes, begin + nodes);
+    for (int64_t task; (task = claim()) >= 0;)
       if (p.by_table())
-        work(units[task / blocks], begin, end, w);
+        work(units[task / n], ranges[task % n], w);
       else
-        for (const Unit& unit : units) work(unit, begin, end, w);
-    }
+        for (const Unit& unit : units) work(unit, ranges[task], w);
   });
 }
 
@@ -291,9 +330,10 @@ class SumPass {
       : p_(p), order_(order), reversed_(reversed), out_(std::move(out)), units_(make_units()) {}
 
   void run(const std::vector<Term<T>>& terms, Team& team) const {
-    for_each_unit(p_, units_, team, [&](const Unit& unit, int64_t begin, int64_t end, auto& w) {
-      do_unit(unit, begin, end, terms, w);
-    });
+    for_each_unit(p_, cut_nodes(p_, order_, units_.size(), team), units_, team,
+                  [&](const Unit& unit, const Range<T>& range, auto& w) {
+                    do_unit(unit, range, terms, w);
+                  });
   }
 
  private:
@@ -332,21 +372,23 @@ class SumPass {
     return (reversed_ ? tile.path->channel : tile.path->position) + tile.begin;
   }
 
-  void do_unit(const Unit& unit, int64_t begin, int64_t end, const std::vector<Term<T>>& terms,
+  void do_unit(const Unit& unit, const Range<T>& range, const std::vector<Term<T>>& terms,
                Workspace<T>& w) const {
     const Features<T>& out = out_[unit.feature];
     // One tile that fills its channels overwrites them.
     const bool alone = unit.tiles.size() == 1;
-    for (int64_t i = begin; i < end; ++i)
+    for (int64_t i = range.begin; i < range.end; ++i)
       if (!alone || order_.count[i] == 0)
         for (int64_t m = 0; m < out.components; ++m)
           std::fill_n(out.at(i, unit.begin) + m * out.channels, unit.end - unit.begin, T(0));
-    for (const Tile& tile : unit.tiles)
-      for (int64_t i = begin; i < end; ++i) do_node(tile, i, terms, alone, w);
+    for (const Tile& tile : unit.tiles) {
+      weigh(p_, range, tile, false, w);
+      for (int64_t i = range.begin; i < range.end; ++i) do_node(range, tile, i, terms, alone, w);
+    }
   }
 
-  void do_node(const Tile& tile, int64_t node, const std::vector<Term<T>>& terms, bool first,
-               Workspace<T>& w) const {
+  void do_node(const Range<T>& range, const Tile& tile, int64_t node,
+               const std::vector<Term<T>>& terms, bool first, Workspace<T>& w) const {
     const Path& path = *tile.path;
     const int from = reversed_ ? path.l3 : path.l1, to = reversed_ ? path.l1 : path.l3;
     const Kernels<T>& kernels = p_.set.couplings[reversed_ ? path.back : path.forth];
@@ -362,7 +404,7 @@ class SumPass {
         const int64_t y_group = p_.harmonics * kLanes;
         kernels.turn(term.y + piece.place / kLanes * y_group + path.degree * path.degree * kLanes,
                      y_group, groups, scale, w.turns.data());
-        point_to(p_, order_, tile, piece, term.x[in], in_channel, term.radial, false, w);
+        point_to(p_, order_, range, tile, piece, term.x[in], in_channel, term.radial, w);
         sum_tile(kernels, piece.n, tile.width, term.x[in].channels, 2 * from + 1,
                  out.at(node, channel(tile)), out.channels, 2 * to + 1, first, w);
         first = false;
@@ -399,10 +441,14 @@ class ProductPass {
     if (gr_) clear_unread(team);
     const int64_t parts = glengths_ ? int64_t(units_.size()) : 0;
     lengths_.assign(parts * p_.n_edges, T(0));
-    for_each_unit(p_, units_, team, [&](const Unit& unit, int64_t begin, int64_t end, auto& w) {
-      for (const Tile& tile : unit.tiles)
-        for (int64_t i = begin; i < end; ++i) do_node(unit, tile, i, terms, w);
-    });
+    for_each_unit(p_, cut_nodes(p_, order_, units_.size(), team), units_, team,
+                  [&](const Unit& unit, const Range<T>& range, auto& w) {
+                    for (const Tile& tile : unit.tiles) {
+                      weigh(p_, range, tile, glengths_ != nullptr, w);
+                      for (int64_t i = range.begin; i < range.end; ++i)
+                        do_node(unit, range, tile, i, terms, w);
+                    }
+                  });
     if (!glengths_) return;
     const T factor = T(double(p_.cells) / p_.cutoff);
     for (int64_t e = 0; e < p_.n_edges; ++e) {
@@ -432,8 +478,8 @@ class ProductPass {
     });
   }
 
-  void do_node(const Unit& unit, const Tile& tile, int64_t node, const std::vector<Term<T>>& terms,
-               Workspace<T>& w) {
+  void do_node(const Unit& unit, const Range<T>& range, const Tile& tile, int64_t node,
+               const std::vector<Term<T>>& terms, Workspace<T>& w) {
     if (order_.count[node] == 0) return;
     const Path& path = *tile.path;
     const auto& kernels = p_.set.couplings[path.forth];
@@ -451,10 +497,9 @@ class ProductPass {
           w.gr[k] = direct ? gr_ + edge[k] * p_.columns + path.column + tile.begin
                            : w.gradient.data() + k * kTile;
         }
-        point_to(p_, order_, tile, piece, term.x[path.source], path.channel, term.radial,
-                 glengths_ != nullptr, w);
+        point_to(p_, order_, range, tile, piece, term.x[path.source], path.channel, term.radial, w);
         multiply(kernels, tile, piece, term, folds, w);
-        if (glengths_) add_lengths(unit, tile, piece, w);
+        if (glengths_) add_lengths(unit, range, tile, piece, w);
         if (gr_ && !direct)
           for (int k = 0; k < piece.n; ++k) {
             T* to = gr_ + edge[k] * p_.columns + path.column + tile.begin;
@@ -519,13 +564,15 @@ class ProductPass {
       for (int64_t i = c; i < tile.width; ++i) w.gr[k][i] = w.moved_gr[k][i - c];
   }
 
-  void add_lengths(const Unit& unit, const Tile& tile, const Piece& piece, Workspace<T>& w) {
+  void add_lengths(const Unit& unit, const Range<T>& range, const Tile& tile, const Piece& piece,
+                   Workspace<T>& w) {
     const int padded = int(tile.width + kLanes - 1) / kLanes * kLanes;
     for (int k = 0; k < piece.n; ++k) {
       w.sums[k] = T(0);
       for (int64_t c = tile.width; c < padded; ++c) w.gradient[k * kTile + c] = T(0);
     }
-    p_.set.multiply(piece.n, padded, w.gradient.data(), w.slope.data(), w.sums);
+    p_.set.multiply(piece.n, padded, w.gradient.data(),
+                    w.slope.data() + (piece.place - range.place) * kTile, w.sums);
     T* to = lengths_.data() + (&unit - units_.data()) * p_.n_edges;
     for (int k = 0; k < piece.n; ++k) to[order_.edge[piece.place + k]] += w.sums[k];
   }

@@ -240,21 +240,29 @@ struct AnyOf {
   }
 };
 
+// While a block of a table is read, what will be read of the next one is fetched from memory.
 template <class T, bool slopes, int D>
 void evaluate(const Polynomials<T>& s) {
   typedef Vector<T, kLanes> V;
-  for (int k = 0; k < s.n; ++k)
-    for (int b = 0; b < s.blocks; ++b) {
-      const T* c = s.cells[k] + b * s.block;
-      const T u = s.u[k];
-      V value = load<V>(c + D * kLanes);
-      V slope = value;
-      for (int d = D - 1; d >= 0; --d) {
-        if (slopes && d < D - 1) slope = slope * u + value;
-        value = value * u + load<V>(c + d * kLanes);
+  const Spot<T>* end = s.spots + s.n;
+  for (int b = 0; b < s.blocks; ++b)
+    for (const Spot<T>* spot = s.spots; spot < end;) {
+      const T* cell = spot->cell + s.skipped + b * s.block;
+      V c[D + 1];
+      for (int d = 0; d <= D; ++d) {
+        c[d] = load<V>(cell + d * kLanes);
+        __builtin_prefetch(cell + s.block + d * kLanes);
       }
-      store(s.value + k * kTile + b * kLanes, value);
-      if (slopes) store(s.slope + k * kTile + b * kLanes, slope);
+      for (const T* same = spot->cell; spot < end && spot->cell == same; ++spot) {
+        const T u = spot->u;
+        V value = c[D], slope = value;
+        for (int d = D - 1; d >= 0; --d) {
+          if (slopes && d < D - 1) slope = slope * u + value;
+          value = value * u + c[d];
+        }
+        store(s.value + spot->row * kTile + b * kLanes, value);
+        if (slopes) store(s.slope + spot->row * kTile + b * kLanes, slope);
+      }
     }
 }
 

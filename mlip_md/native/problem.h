@@ -39,15 +39,23 @@ struct Product : Edges<T> {
   T* const* gy;      // of each edge
 };
 
-// Polynomials of a table at the lengths of some edges.
+// Where in a table an edge is: its cell in the first block, where in the cell, and where its radial
+// weights go.
+template <class T>
+struct Spot {
+  const T* cell;
+  T u;
+  int32_t row;
+};
+
+// Polynomials of a table at some edges, those of the same cell one after the other.
 template <class T>
 struct Polynomials {
-  int n, blocks, degree;
-  const T* const* cells;  // of each edge: its cell in the first block
-  int64_t block;          // from one block to the next
-  const T* u;             // of each edge: where in its cell
-  T* value;               // (edges, kTile)
-  T* slope;               // by u, or none
+  const Spot<T>* spots;
+  int64_t n, skipped, block;  // number of edges; from a first block to the one wanted, to the next
+  int blocks, degree;
+  T* value;                   // (edges, kTile)
+  T* slope;                   // by u, or none
 };
 
 template <class T>

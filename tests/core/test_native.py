@@ -278,6 +278,20 @@ def test_a_damaged_library_is_not_used(tmp_path):
     assert not status.available
 
 
+@pytest.mark.parametrize("kept", [0.001, 0.5, 0.999])
+def test_a_library_that_was_cut_off_is_not_used(tmp_path, kept):
+    # In a process of its own, which loading such a file ended.
+    whole = native.LIBRARY.read_bytes()
+    cut = tmp_path / "cut.so"
+    cut.write_bytes(whole[: int(kept * len(whole))])
+    said = run_python(
+        "from pathlib import Path; from mlip_md.networks.native_convolution import find_native;"
+        f"import sys; sys.stdout.write(str(find_native(Path({str(cut)!r}))))"
+    )
+    assert "available=False" in said
+    assert "RuntimeWarning: the compiled convolution is not used, because cut.so could not" in said
+
+
 def test_no_library_is_no_reason_to_warn(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
