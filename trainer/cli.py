@@ -301,7 +301,7 @@ def prepare_command(
     strict: Strict = False,
 ) -> None:
     """Read, curate and split the data of a recipe once, into a folder that many runs can use."""
-    from mlip_md.trainer.data import describe_reading, prepare
+    from mlip_md.trainer.data import describe_reading, prepare, warn_of_energies
     from mlip_md.trainer.recipe import load_recipe
 
     prepared = load_recipe(recipe, overrides or [])[0]
@@ -309,6 +309,7 @@ def prepare_command(
     _say_reading(prepared.data.path)
     with _listing_rejected(folder.parent / REJECTED) as bad, _plain_warnings(strict):
         data = prepare(prepared.data, prepared.network.atomic_energies, folder)
+        warn_of_energies(data)
         bad += data.rejected
     for line in (*describe_reading(data), *statistics_lines(data.statistics)):
         typer.echo(line)

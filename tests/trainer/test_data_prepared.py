@@ -28,8 +28,8 @@ from mlip_md.trainer.data import (
     prepare,
 )
 from mlip_md.trainer.data import prepared as prepared_module
-from mlip_md.trainer.data.prepared import open_prepared_for
-from mlip_md.trainer.recipe import DataConfig
+from mlip_md.trainer.data.prepared import open_prepared_for, warn_of_energies
+from mlip_md.trainer.recipe import DataConfig, Recipe
 
 NAMES = ("H2O", "CH4", "CO2", "CH3OH", "C2H6", "H2", "C6H6", "CH3COOH")
 SPLIT = {"train": 0.5, "validation": 0.25, "test": 0.25}
@@ -324,16 +324,28 @@ def test_fractions_mean_nothing_beside_marks(tmp_path):
 
 
 def test_a_warning_says_what_the_data_leave_open(tmp_path, caplog):
-    ase.io.write(tmp_path / "water.xyz", frames(("H2O",), 4), format="extxyz")
+    ase.io.write(tmp_path / "a.xyz", frames(("CH3OH", "CH4"), 4), format="extxyz")
     rows = {"split": {"by": "structure"}, "curate": None}
-    prepared(tmp_path / "water.xyz", tmp_path / "prepared", **rows)
+    warn_of_energies(prepared(tmp_path / "a.xyz", tmp_path / "prepared", **rows))
     folder = DataConfig.model_validate({"path": str(tmp_path / "prepared"), "cutoff": 4.0, **rows})
-    open_prepared_for(folder, "average")
+    warn_of_energies(open_prepared_for(folder, "average"))
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2
-    assert all("any multiple of 1 E0(H) - 2 E0(O)" in text for text in said)
-    open_prepared_for(folder, {1: -13.6, 8: -2043.9})
+    assert all("any multiple of 1 E0(H) - 4 E0(C)" in text for text in said)
+    warn_of_energies(open_prepared_for(folder, {1: -13.6, 6: -1030.5, 8: -2043.9}))
     assert len(caplog.records) == 2
+
+
+@pytest.mark.parametrize(
+    ("start", "warnings"),
+    [(None, 1), ({"potential": "p"}, 0), ({"potential": "p", "atomic_energies": "refit"}, 1)],
+)
+def test_e0_that_a_parent_gives_are_not_warned_of(start, warnings, tmp_path, caplog):
+    ase.io.write(tmp_path / "a.xyz", frames(("CH3OH", "CH4"), 4), format="extxyz")
+    values = small_recipe(tmp_path / "a.xyz").plain() | {"start": start}
+    values["data"] |= {"split": {"by": "structure"}, "curate": None, "cutoff": 4.0}
+    load_data(Recipe.model_validate(values))
+    assert len([r for r in caplog.records if "leave E0 open" in r.getMessage()]) == warnings
 
 
 def test_a_training_reads_its_files_once(path, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from mlip_md.trainer.data.labels import LabelKeys as LabelKeys
 from mlip_md.trainer.data.prepared import PreparedData as PreparedData
 from mlip_md.trainer.data.prepared import open_prepared as open_prepared
 from mlip_md.trainer.data.prepared import prepare as prepare
+from mlip_md.trainer.data.prepared import warn_of_energies as warn_of_energies
 from mlip_md.trainer.data.readers import iterate as iterate
 from mlip_md.trainer.data.readers import read as read
 from mlip_md.trainer.data.readers import read_atomic_energies as read_atomic_energies

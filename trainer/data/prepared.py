@@ -88,7 +88,7 @@ def prepare(
     """Read, curate and split files, and make the graphs of all parts.
 
     Files are read piece by piece; with a folder, memory does not grow with their size but for
-    about 1 kB per structure. A warning is logged if the data leave E0 open.
+    about 1 kB per structure.
 
     Args:
         config: files, filters, split, cutoff (Å). Where ``validation`` or ``test`` files are named,
@@ -147,7 +147,7 @@ def _make_graphs(reading: Reading, folder: Path | None) -> GraphStore:
 
 
 def _warn(data: PreparedData) -> None:
-    """Log what is probably wrong with filters, labels and E0."""
+    """Log what is probably wrong with filters and labels."""
     for path, report in data.curation.items():
         report.warn_of_much(path)
     if data.config.split.by == "group" and len({*data.parts["train"].groups}) > 1:
@@ -155,8 +155,12 @@ def _warn(data: PreparedData) -> None:
             logger.warning("%s; errors there look better than they are", line)
     for finding in data.findings:
         logger.warning("%s", finding.text)
-    warn_of_open_energies(data.statistics)
+
+
+def warn_of_energies(data: PreparedData) -> None:
+    """Log what is probably wrong with E0, for a training that takes those of its data."""
     statistics = data.statistics
+    warn_of_open_energies(statistics)
     if statistics.atomic_energies_source == FITTED:
         fitted = zip(statistics.elements, statistics.atomic_energies.tolist(), strict=True)
         data.isolated.warn_if_unused(dict(fitted))

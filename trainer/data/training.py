@@ -19,9 +19,10 @@ from mlip_md.trainer.data.prepared import (
     open_prepared_for,
     prepare,
     prepare_once,
+    warn_of_energies,
 )
 from mlip_md.trainer.data.sources import is_prepared
-from mlip_md.trainer.data.statistics import Statistics
+from mlip_md.trainer.data.statistics import Statistics, describe_open_energies
 from mlip_md.trainer.data.store import OF_ATOMS, OF_EDGES, GraphStore
 from mlip_md.trainer.recipe.schema import Recipe
 
@@ -158,6 +159,8 @@ def load_data(recipe: Recipe, keep: Path | None = None) -> TrainingData:
         data = prepare_once(config, energies, keep)
     else:
         data = prepare(config, energies)
+    if recipe.start is None or recipe.start.atomic_energies != "keep":  # those of the data
+        warn_of_energies(data)
     if "validation" not in data.parts:
         raise DataError(
             "the validation part is empty, but the best model is chosen by it; change data.split, "
@@ -198,7 +201,7 @@ def describe_reading(data: PreparedData) -> list[str]:
     notes += data.overlap
     if "train" in data.parts:
         notes.append(describe_residuals(data.parts["train"]))
-    return notes
+    return notes + describe_open_energies(data.statistics)
 
 
 def _missing(store: GraphStore) -> str:
