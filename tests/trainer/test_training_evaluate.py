@@ -351,7 +351,7 @@ def test_exit_codes_of_the_train_command(status, code, problem, tmp_path, monkey
             assert 0 < 3600 * 23 + 60 * 30 - seconds < 7200  # since the process began
             return Outcome(status, self.folder, 3, {}, problem)
 
-    def load(recipe, keep):
+    def load(recipe, keep, **_):
         assert keep == tmp_path / "prepared"
         logging.getLogger("mlip_md.trainer.data.readers").warning("skipped: %s", "x.xyz:[3]")
         energies = np.array([-13.6, -1030.5, -2043.9])

@@ -5,6 +5,7 @@ from mlip_md.trainer.data.batching import BatchBudget as BatchBudget
 from mlip_md.trainer.data.batching import iterate_batches as iterate_batches
 from mlip_md.trainer.data.batching import make_batch as make_batch
 from mlip_md.trainer.data.batching import plan_epoch as plan_epoch
+from mlip_md.trainer.data.blocks import usable_cores as usable_cores
 from mlip_md.trainer.data.export import write_structures as write_structures
 from mlip_md.trainer.data.filters import CurationReport as CurationReport
 from mlip_md.trainer.data.isolated import IsolatedAtoms as IsolatedAtoms
