@@ -46,21 +46,22 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+def new_folder(path: str | os.PathLike[str], inside: Path | None = None) -> Iterator[Path]:
     """A temporary folder that appears as ``path``, with all in it synced, if nothing fails.
 
     Args:
         path: folder to make, with its parents.
+        inside: folder on the same disk to make the temporary one in; None makes it beside ``path``.
 
     Yields:
-        The temporary folder beside it, to write into.
+        The temporary folder, to write into.
 
     Raises:
         DataError: if there is something of that name.
         OutputError: if the file system refuses.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    temporary = (inside or path.parent) / f".{path.name}.{secrets.token_hex(6)}.tmp"
     try:
         with _explaining(path):
             if path.exists():

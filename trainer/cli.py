@@ -39,6 +39,7 @@ REJECTED = "rejected.csv"
 """Where bad records are listed: in a run's folder, beside a prepared one, or here."""
 
 PREPARED = "prepared"
+TELL_SECONDS = 10.0
 """Folder in a run's folder for the data of files, so that they are read once; may be deleted."""
 
 Strict = Annotated[
@@ -127,7 +128,7 @@ def train_command(
     checked, origins = load_recipe(recipe, [*(overrides or []), *chosen])
     checked, parent = _with_parent(checked)
     from mlip_md.trainer.costs import time_steps
-    from mlip_md.trainer.data import load_data
+    from mlip_md.trainer.data import load_data, usable_cores
     from mlip_md.trainer.train import Trainer
 
     folder = run or Path("runs") / checked.name
@@ -135,7 +136,8 @@ def train_command(
     _say_reading(checked.data.path)
     with _listing_rejected(folder / REJECTED) as bad, _plain_warnings(strict):
         # in memory, where nothing is to be written
-        data = load_data(checked) if dry_run else load_data(checked, folder / PREPARED)
+        kept = None if dry_run else folder / PREPARED
+        data = load_data(checked, kept, workers=usable_cores(), tell=_tell_structures())
         bad += data.rejected
     _say_kept(folder / PREPARED)
     for line in (*data.notes, *statistics_lines(data.statistics)):
@@ -186,6 +188,20 @@ def _say_kept(folder: Path) -> None:
 def _say_reading(paths: str | list[str]) -> None:
     if paths:  # without any, an error says so
         typer.echo(f"reading {paths if isinstance(paths, str) else ', '.join(paths)}")
+
+
+def _tell_structures() -> Callable[[int], None]:
+    """Say how many structures are done: seldom, so that every kind of output can take it."""
+    start = said = time.monotonic()
+
+    def tell(count: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= TELL_SECONDS:
+            said = now
+            typer.echo(f"{count:,} structures done, {count / (now - start):,.0f} a second")
+
+    return tell
 
 
 @contextlib.contextmanager
@@ -240,7 +256,7 @@ def check_command(
     from mlip_md.trainer.train import Trainer
 
     with _listing_rejected(Path(REJECTED)) as bad, _plain_warnings(strict):
-        data = load_data(checked)
+        data = load_data(checked, tell=_tell_structures())
         bad += data.rejected
     trainer = Trainer(checked, data, Path("runs") / checked.name, parent=parent, origins=origins)
     data = trainer.data  # with the elements and E0 of what it starts from
@@ -298,17 +314,27 @@ def prepare_command(
     recipe: Annotated[str, typer.Argument(help="Recipe: a YAML file or a shipped name.")],
     folder: Annotated[Path, typer.Argument(help="New folder; name it as data.path afterwards.")],
     overrides: Overrides = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; the folder is the same. Default: cores.")
+    ] = None,
     strict: Strict = False,
 ) -> None:
-    """Read, curate and split the data of a recipe once, into a folder that many runs can use."""
-    from mlip_md.trainer.data import describe_reading, prepare
+    """Read, curate and split the data of a recipe once, into a folder that many runs can use.
+
+    After a kill or Ctrl-C the same command goes on with what lies in FOLDER.partial.
+    """
+    from mlip_md.trainer.data import describe_reading, prepare, usable_cores, warn_of_energies
     from mlip_md.trainer.recipe import load_recipe
 
     prepared = load_recipe(recipe, overrides or [])[0]
     check_new_folder(folder, "prepare")
     _say_reading(prepared.data.path)
     with _listing_rejected(folder.parent / REJECTED) as bad, _plain_warnings(strict):
-        data = prepare(prepared.data, prepared.network.atomic_energies, folder)
+        data = prepare(
+            prepared.data, prepared.network.atomic_energies, folder,
+            workers=workers or usable_cores(), tell=_tell_structures(),
+        )  # fmt: skip
+        warn_of_energies(data)
         bad += data.rejected
     for line in (*describe_reading(data), *statistics_lines(data.statistics)):
         typer.echo(line)

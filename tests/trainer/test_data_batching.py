@@ -294,7 +294,7 @@ def test_far_from_the_origin_nothing_is_lost(structures):
 
 
 def test_store_in_a_folder(structures, store, budget, tmp_path, monkeypatch):
-    monkeypatch.setattr("mlip_md.trainer.data.store.CHUNK", 7)  # many blocks, some without cells
+    monkeypatch.setattr("mlip_md.trainer.data.blocks.CHUNK", 7)  # many blocks, some without cells
     folder = tmp_path / "graphs"
     made = GraphStore.from_structures(iter(structures), CUTOFF, folder=folder, atomic_energies=E0)
     opened = open_store(folder).with_atomic_energies(E0)

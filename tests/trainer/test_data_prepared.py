@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 
 import ase
 import ase.io
@@ -17,6 +20,7 @@ from typer.testing import CliRunner
 import mlip_md
 from mlip_md.cli import app
 from mlip_md.errors import ConfigError, DataError
+from mlip_md.trainer import cli
 from mlip_md.trainer.data import (
     BatchBudget,
     is_prepared,
@@ -27,9 +31,10 @@ from mlip_md.trainer.data import (
     plan_epoch,
     prepare,
 )
+from mlip_md.trainer.data import blocks as blocks_module
 from mlip_md.trainer.data import prepared as prepared_module
-from mlip_md.trainer.data.prepared import open_prepared_for
-from mlip_md.trainer.recipe import DataConfig
+from mlip_md.trainer.data.prepared import open_prepared_for, warn_of_energies
+from mlip_md.trainer.recipe import DataConfig, Recipe
 
 NAMES = ("H2O", "CH4", "CO2", "CH3OH", "C2H6", "H2", "C6H6", "CH3COOH")
 SPLIT = {"train": 0.5, "validation": 0.25, "test": 0.25}
@@ -324,16 +329,128 @@ def test_fractions_mean_nothing_beside_marks(tmp_path):
 
 
 def test_a_warning_says_what_the_data_leave_open(tmp_path, caplog):
-    ase.io.write(tmp_path / "water.xyz", frames(("H2O",), 4), format="extxyz")
+    ase.io.write(tmp_path / "a.xyz", frames(("CH3OH", "CH4"), 4), format="extxyz")
     rows = {"split": {"by": "structure"}, "curate": None}
-    prepared(tmp_path / "water.xyz", tmp_path / "prepared", **rows)
+    warn_of_energies(prepared(tmp_path / "a.xyz", tmp_path / "prepared", **rows))
     folder = DataConfig.model_validate({"path": str(tmp_path / "prepared"), "cutoff": 4.0, **rows})
-    open_prepared_for(folder, "average")
+    warn_of_energies(open_prepared_for(folder, "average"))
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2
-    assert all("any multiple of 1 E0(H) - 2 E0(O)" in text for text in said)
-    open_prepared_for(folder, {1: -13.6, 8: -2043.9})
+    assert all("any multiple of 1 E0(H) - 4 E0(C)" in text for text in said)
+    warn_of_energies(open_prepared_for(folder, {1: -13.6, 6: -1030.5, 8: -2043.9}))
     assert len(caplog.records) == 2
+
+
+@pytest.mark.parametrize(
+    ("start", "warnings"),
+    [(None, 1), ({"potential": "p"}, 0), ({"potential": "p", "atomic_energies": "refit"}, 1)],
+)
+def test_e0_that_a_parent_gives_are_not_warned_of(start, warnings, tmp_path, caplog):
+    ase.io.write(tmp_path / "a.xyz", frames(("CH3OH", "CH4"), 4), format="extxyz")
+    values = small_recipe(tmp_path / "a.xyz").plain() | {"start": start}
+    values["data"] |= {"split": {"by": "structure"}, "curate": None, "cutoff": 4.0}
+    load_data(Recipe.model_validate(values))
+    assert len([r for r in caplog.records if "leave E0 open" in r.getMessage()]) == warnings
+
+
+CHILD = """
+import sys, time
+from mlip_md.trainer.data import blocks, prepare
+from mlip_md.trainer.recipe import DataConfig
+blocks.CHUNK = 3
+if __name__ == "__main__":
+    path, folder, cutoff, pause, workers = sys.argv[1:]
+    rows = {"path": path, "cutoff": float(cutoff), "curate": None}
+    print("ready", flush=True)
+    prepare(DataConfig.model_validate(rows), folder=folder, workers=int(workers),
+            tell=lambda count: time.sleep(float(pause)))
+"""
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def in_a_child(tmp_path, path, cutoff=4.0, pause=0.0, workers=1):
+    script = tmp_path / "child.py"
+    script.write_text(CHILD)
+    command = [sys.executable, script, path, tmp_path / "prepared", cutoff, pause, workers]
+    return subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE)
+
+
+def kill_with_blocks(tmp_path, path, least, **options):
+    """Start a preparation and kill it when so many blocks are there."""
+    child = in_a_child(tmp_path, path, pause=0.3, **options)
+    blocks = tmp_path / "prepared.partial" / "blocks"
+    end = time.monotonic() + 120
+    while len(list(blocks.glob("[0-9]*.npz"))) < least and time.monotonic() < end:
+        assert child.poll() is None
+        time.sleep(0.01)
+    child.kill()
+    child.communicate()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_work_goes_on_to_the_same_bytes(workers, path, tmp_path, monkeypatch):
+    monkeypatch.setattr("mlip_md.trainer.data.blocks.CHUNK", 3)
+    expected = contents(prepared_folder(path, tmp_path / "whole"))
+    for least in (1, 4):
+        kill_with_blocks(tmp_path, path, least, workers=workers)
+    partial, made = tmp_path / "prepared.partial", []
+    assert not (tmp_path / "prepared").exists()
+    assert not is_prepared(partial)
+    with pytest.raises(DataError, match="unfinished work of mlip-md prepare"):
+        prepared(partial)
+    compute = blocks_module._compute
+    monkeypatch.setattr(blocks_module, "_compute", lambda *a: made.append(1) or compute(*a))
+    assert contents(prepared_folder(path, tmp_path / "prepared")) == expected
+    assert 0 < len(made) <= 4  # of eight
+    assert not partial.exists()
+    assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("change", ["cutoff", "content", "damage"])
+def test_unfinished_work_of_other_data_is_begun_anew(change, path, tmp_path, monkeypatch):
+    monkeypatch.setattr("mlip_md.trainer.data.blocks.CHUNK", 3)
+    kill_with_blocks(tmp_path, path, 2)
+    rows = {"cutoff": 1.5} if change == "cutoff" else {}  # fewer edges in the first blocks
+    if change == "content":
+        ase.io.write(path, frames(seed=5), format="extxyz")
+    if change == "damage":
+        block = tmp_path / "prepared.partial" / "blocks" / "000000.npz"
+        block.write_bytes(block.read_bytes()[:-100])
+    found = contents(prepared_folder(path, tmp_path / "prepared", **rows))
+    assert found == contents(prepared_folder(path, tmp_path / "whole", **rows))
+
+
+def prepared_folder(path, folder, **rows):
+    prepared(path, folder, **rows)
+    return folder
+
+
+def test_bytes_do_not_depend_on_the_number_of_workers(path, tmp_path, monkeypatch):
+    monkeypatch.setattr("mlip_md.trainer.data.blocks.CHUNK", 3)
+    whole = contents(prepared_folder(path, tmp_path / "whole"))
+    assert in_a_child(tmp_path, path, workers=2).wait(120) == 0
+    assert contents(tmp_path / "prepared") == whole
+
+
+def test_a_folder_of_somebody_else_is_not_taken_for_unfinished_work(path, tmp_path):
+    (tmp_path / "prepared.partial").mkdir()
+    (tmp_path / "prepared.partial" / "thesis.txt").write_text("mine")
+    with pytest.raises(DataError, match="is something else; move it"):
+        prepared(path, tmp_path / "prepared")
+    assert (tmp_path / "prepared.partial" / "thesis.txt").read_text() == "mine"
+
+
+def test_the_command_takes_workers_and_tells_how_far_it_is(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "TELL_SECONDS", 0.0)
+    recipe = small_recipe(path, data={"max_n_node": None, "max_n_edge": None, "split": SPLIT})
+    (tmp_path / "train.yaml").write_text(json.dumps(recipe.plain()))
+    command = ["prepare", str(tmp_path / "train.yaml"), str(tmp_path / "prepared")]
+    result = CliRunner().invoke(app, [*command, "--workers", "1"])
+    assert result.exit_code == 0, result.exception
+    assert "24 structures done" in result.stdout
 
 
 def test_a_training_reads_its_files_once(path, tmp_path, monkeypatch):

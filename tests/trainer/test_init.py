@@ -64,6 +64,16 @@ def test_molecules_by_group_and_without_atoms():
     assert check().stderr == ""
 
 
+@pytest.mark.parametrize("which", ["one molecule", "water"])
+def test_a_clean_set_of_one_composition_passes_strictly(which):
+    """E0 are open there, which matters for no structure like these."""
+    write("set.xyz", SETS["one molecule"] if which == "one molecule" else springs("H2O", 60))
+    assert run("init", "set.xyz").exit_code == 0
+    result = run("check", "train.yaml", "--strict")
+    assert (result.exit_code, result.stderr) == (0, ""), result.exception
+    assert "all structures have one formula, so E0 are open" in result.stdout
+
+
 def test_crystals_with_stress(tmp_path):
     random, frames = np.random.default_rng(0), []
     for k in range(40):

@@ -351,12 +351,12 @@ def test_exit_codes_of_the_train_command(status, code, problem, tmp_path, monkey
             assert 0 < 3600 * 23 + 60 * 30 - seconds < 7200  # since the process began
             return Outcome(status, self.folder, 3, {}, problem)
 
-    def load(recipe, keep):
+    def load(recipe, keep, **_):
         assert keep == tmp_path / "prepared"
         logging.getLogger("mlip_md.trainer.data.readers").warning("skipped: %s", "x.xyz:[3]")
-        energies = np.array([-13.6, -2043.9])
+        energies = np.array([-13.6, -1030.5, -2043.9])
         statistics = Statistics(
-            (1, 8), energies, "given", ("1 E0(H) - 2 E0(O)",), 9.5, 1.0, 0.5, 7, 20, 190
+            (1, 6, 8), energies, "given", ("1 E0(H) - 2 E0(O)",), 9.5, 1.0, 0.5, 7, 20, 190
         )
         warn_of_open_energies(statistics)
         notes = ("a.h5: kept 7 of 9 structures",)
@@ -374,7 +374,7 @@ def test_exit_codes_of_the_train_command(status, code, problem, tmp_path, monkey
     assert result.exit_code == code
     lines = result.stdout.splitlines()
     assert lines[:2] == ["reading organics-gfn2.hdf5", "a.h5: kept 7 of 9 structures"]
-    assert lines[2] == "E0 (given), eV: H -13.6000, O -2043.9000"
+    assert lines[2] == "E0 (given), eV: H -13.6000, C -1030.5000, O -2043.9000"
     assert lines[-1] == "compiling the network"
     skipped, energies = result.stderr.splitlines()
     assert skipped == "Warning: skipped: x.xyz:[3]"

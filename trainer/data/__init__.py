@@ -5,6 +5,7 @@ from mlip_md.trainer.data.batching import BatchBudget as BatchBudget
 from mlip_md.trainer.data.batching import iterate_batches as iterate_batches
 from mlip_md.trainer.data.batching import make_batch as make_batch
 from mlip_md.trainer.data.batching import plan_epoch as plan_epoch
+from mlip_md.trainer.data.blocks import usable_cores as usable_cores
 from mlip_md.trainer.data.export import write_structures as write_structures
 from mlip_md.trainer.data.filters import CurationReport as CurationReport
 from mlip_md.trainer.data.isolated import IsolatedAtoms as IsolatedAtoms
@@ -12,6 +13,7 @@ from mlip_md.trainer.data.labels import LabelKeys as LabelKeys
 from mlip_md.trainer.data.prepared import PreparedData as PreparedData
 from mlip_md.trainer.data.prepared import open_prepared as open_prepared
 from mlip_md.trainer.data.prepared import prepare as prepare
+from mlip_md.trainer.data.prepared import warn_of_energies as warn_of_energies
 from mlip_md.trainer.data.readers import iterate as iterate
 from mlip_md.trainer.data.readers import read as read
 from mlip_md.trainer.data.readers import read_atomic_energies as read_atomic_energies

@@ -6,11 +6,12 @@ one that was made in another way than a recipe says.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,21 @@ import numpy as np
 
 from mlip_md.constants import SPLITS
 from mlip_md.elements import symbol
-from mlip_md.errors import ConfigError, DataError, RejectedError
+from mlip_md.errors import ConfigError, DataError, OutputError, RejectedError
 from mlip_md.files import new_folder, write_text
+from mlip_md.ownership import owning
 from mlip_md.trainer.data.filters import CurationReport
 from mlip_md.trainer.data.identity import merge_groups
 from mlip_md.trainer.data.isolated import IsolatedAtoms
 from mlip_md.trainer.data.judgement import Finding, describe_findings, judge
-from mlip_md.trainer.data.sources import Reading, is_prepared, list_paths
+from mlip_md.trainer.data.sources import (
+    BLOCKS,
+    PARTIAL,
+    Reading,
+    is_prepared,
+    is_unfinished,
+    list_paths,
+)
 from mlip_md.trainer.data.split import find_overlap, split_groups
 from mlip_md.trainer.data.statistics import (
     FITTED,
@@ -84,18 +93,25 @@ def prepare(
     config: DataConfig,
     atomic_energies: AtomicEnergies = "average",
     folder: str | Path | None = None,
+    *,
+    workers: int = 1,
+    tell: Callable[[int], None] | None = None,
 ) -> PreparedData:
     """Read, curate and split files, and make the graphs of all parts.
 
     Files are read piece by piece; with a folder, memory does not grow with their size but for
-    about 1 kB per structure. A warning is logged if the data leave E0 open.
+    about 1 kB per structure.
 
     Args:
         config: files, filters, split, cutoff (Å). Where ``validation`` or ``test`` files are named,
             the fraction of that part goes to training.
         atomic_energies: as ``compute_statistics`` takes them.
         folder: new folder, to be named as ``data.path`` of later runs; None keeps everything in
-            memory.
+            memory. What is done of it lies in ``FOLDER.partial`` meanwhile. After a kill or Ctrl-C
+            it stays there, and the next call goes on with what still fits.
+        workers: processes that make neighbor lists while this one reads. More than one are started
+            by spawn: a script needs its ``if __name__ == "__main__"``. The folder is the same.
+        tell: called with the number of structures that are done, again and again.
 
     Returns:
         The parts and their statistics.
@@ -106,10 +122,12 @@ def prepare(
             training part, elements that only validation or test structures have, or if the folder
             exists.
         OutputError: if the folder cannot be written.
+        OwnershipError: if another process prepares it.
     """
     reading = Reading(config)
+    work = _Work(workers, tell)
     try:
-        data = _prepare(reading, atomic_energies, folder)
+        data = _prepare(reading, atomic_energies, folder, work)
     except DataError as error:  # labels in other units end in many ways
         findings = judge(reading.sample.frames())
         if not findings:
@@ -120,25 +138,62 @@ def prepare(
     return data
 
 
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """How graphs are made: processes, who hears of it, where finished blocks are kept."""
+
+    workers: int
+    tell: Callable[[int], None] | None
+    keep: Path | None = None
+
+
 def _prepare(
-    reading: Reading, atomic_energies: AtomicEnergies, folder: str | Path | None
+    reading: Reading, atomic_energies: AtomicEnergies, folder: str | Path | None, work: _Work
 ) -> PreparedData:
     """``prepare`` of what is being read."""
     if folder is None:
-        return _part(_make_graphs(reading, None), reading, atomic_energies)
-    with new_folder(Path(folder)) as partial:
-        store = _make_graphs(reading, partial / "graphs")
+        return _part(_make_graphs(reading, None, work), reading, atomic_energies)
+    folder = Path(folder)
+    with _unfinished(folder) as place, new_folder(folder, place) as partial:
+        work = dataclasses.replace(work, keep=place / BLOCKS)
+        store = _make_graphs(reading, partial / "graphs", work)
         data = _part(store, reading, atomic_energies)
         _write(partial, data, store)
     return dataclasses.replace(open_prepared(folder), rejected=data.rejected)
 
 
-def _make_graphs(reading: Reading, folder: Path | None) -> GraphStore:
+@contextlib.contextmanager
+def _unfinished(folder: Path) -> Iterator[Path]:
+    """``FOLDER.partial``, ours alone; it outlives a kill, Ctrl-C and a full disk only."""
+    place = folder.with_name(folder.name + PARTIAL)
+    if folder.exists():
+        raise DataError(f"{folder} exists already; remove it or choose another folder")
+    if place.exists() and not is_unfinished(place):
+        raise DataError(f"{place}, where unfinished work would lie, is something else; move it")
+    try:
+        (place / BLOCKS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{place} could not be made ({error.strerror}); name another") from error
+    with owning(place):
+        for stale in place.glob(".*.tmp"):
+            shutil.rmtree(stale, ignore_errors=True)
+        try:
+            yield place
+        except (OutputError, KeyboardInterrupt):
+            raise
+        except Exception:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def _make_graphs(reading: Reading, folder: Path | None, work: _Work) -> GraphStore:
     config, rejected = reading.config, reading.rejected
     try:
         store = GraphStore.from_structures(
-            reading.structures(), config.cutoff, folder=folder, reject=reading.reject
-        )
+            reading.structures(), config.cutoff, folder=folder, reject=reading.reject,
+            workers=work.workers, keep=work.keep, tell=work.tell,
+        )  # fmt: skip
     except DataError:
         rejected.check(config.on_bad)  # says more than that nothing was left
         raise
@@ -147,7 +202,7 @@ def _make_graphs(reading: Reading, folder: Path | None) -> GraphStore:
 
 
 def _warn(data: PreparedData) -> None:
-    """Log what is probably wrong with filters, labels and E0."""
+    """Log what is probably wrong with filters and labels."""
     for path, report in data.curation.items():
         report.warn_of_much(path)
     if data.config.split.by == "group" and len({*data.parts["train"].groups}) > 1:
@@ -155,8 +210,12 @@ def _warn(data: PreparedData) -> None:
             logger.warning("%s; errors there look better than they are", line)
     for finding in data.findings:
         logger.warning("%s", finding.text)
-    warn_of_open_energies(data.statistics)
+
+
+def warn_of_energies(data: PreparedData) -> None:
+    """Log what is probably wrong with E0, for a training that takes those of its data."""
     statistics = data.statistics
+    warn_of_open_energies(statistics)
     if statistics.atomic_energies_source == FITTED:
         fitted = zip(statistics.elements, statistics.atomic_energies.tolist(), strict=True)
         data.isolated.warn_if_unused(dict(fitted))
@@ -220,7 +279,14 @@ def open_prepared_for(config: DataConfig, atomic_energies: AtomicEnergies) -> Pr
     return data
 
 
-def prepare_once(config: DataConfig, atomic_energies: AtomicEnergies, folder: Path) -> PreparedData:
+def prepare_once(
+    config: DataConfig,
+    atomic_energies: AtomicEnergies,
+    folder: Path,
+    *,
+    workers: int = 1,
+    tell: Callable[[int], None] | None = None,
+) -> PreparedData:
     """Prepared data that are kept in a folder and, the next time, taken from it.
 
     Where the folder was made with other rows, of other files or of other content, or is damaged,
@@ -230,6 +296,8 @@ def prepare_once(config: DataConfig, atomic_energies: AtomicEnergies, folder: Pa
         config: files, filters, split, cutoff (Å).
         atomic_energies: as ``compute_statistics`` takes them.
         folder: made if needed.
+        workers: as ``prepare`` takes them.
+        tell: as ``prepare`` takes it.
 
     Raises:
         ConfigError: as ``prepare``.
@@ -244,7 +312,7 @@ def prepare_once(config: DataConfig, atomic_energies: AtomicEnergies, folder: Pa
         logger.info("%s is made anew: %s", folder, reason)
     fresh = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
-    data = prepare(config, atomic_energies, fresh)
+    data = prepare(config, atomic_energies, fresh, workers=workers, tell=tell)
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
     return data

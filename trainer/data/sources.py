@@ -26,6 +26,15 @@ def list_paths(paths: str | list[str] | None) -> list[str]:
     return [paths] if isinstance(paths, str) else paths or []
 
 
+PARTIAL, BLOCKS = ".partial", "blocks"
+"""Ending of a folder that ``prepare`` has not finished, and the folder in it that says so."""
+
+
+def is_unfinished(folder: str | Path) -> bool:
+    """Whether a path is a folder that ``prepare`` has begun and not finished."""
+    return str(folder).endswith(PARTIAL) and (Path(folder) / BLOCKS).is_dir()
+
+
 def is_prepared(folder: str | Path) -> bool:
     """Whether a path looks like a folder that ``prepare`` wrote."""
     return (Path(folder) / "prepared.json").is_file()
@@ -47,6 +56,11 @@ def find_files(path: str) -> list[str]:
     place = Path(path)
     if place.is_file():
         return [path]
+    if is_unfinished(place):
+        raise DataError(
+            f"{path} is unfinished work of mlip-md prepare; give its command again, which "
+            "finishes it"
+        )
     if place.is_dir():
         systems = find_deepmd(place)
         files = systems or sorted(f for f in place.iterdir() if f.is_file() and f.name[0] != ".")

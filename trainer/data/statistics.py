@@ -135,14 +135,36 @@ def _choose_energies(
 
 
 def warn_of_open_energies(statistics: Statistics) -> None:
-    """Log a warning for every combination of E0 that the data leave open."""
-    for combination in statistics.undetermined:
+    """Log a warning for every combination of E0 that the data leave open.
+
+    None where all structures are multiples of one formula, see ``describe_open_energies``.
+    """
+    for combination in () if _has_one_formula(statistics) else statistics.undetermined:
         logger.warning(
             "the data leave E0 open by any multiple of %s. Energies of other compositions and of "
             "broken bonds mean nothing; give energies of isolated atoms of the same method "
             "(model.atomic_energies), or add structures of other compositions",
             combination,
         )
+
+
+def describe_open_energies(statistics: Statistics) -> list[str]:
+    """A note on E0 of data that hold one formula and its multiples only: one molecule, water.
+
+    Every such set leaves E0 open, and no energy of that formula depends on how.
+    """
+    if not _has_one_formula(statistics):
+        return []
+    return [
+        f"all structures have one formula, so E0 are open by any multiple of "
+        f"{', '.join(statistics.undetermined)}: energies of other compositions and of broken bonds "
+        "mean nothing, unless model.atomic_energies gives those of isolated atoms"
+    ]
+
+
+def _has_one_formula(statistics: Statistics) -> bool:
+    open_ones = len(statistics.undetermined)
+    return open_ones > 0 and open_ones == len(statistics.elements) - 1
 
 
 def fit_atomic_energies(

@@ -9,11 +9,12 @@ then neither making nor using them needs more memory than some thousand structur
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,27 +26,22 @@ from mlip_md.elements import MAX_ATOMIC_NUMBER, symbol
 from mlip_md.errors import DataError
 from mlip_md.files import new_folder, write_text
 from mlip_md.neighbors import check_cutoff
+from mlip_md.trainer.data.blocks import (
+    CHUNK,
+    FLAT,
+    OPTIONAL,
+    Block,
+    Making,
+    make_blocks,
+    unknown_elements,
+)
 from mlip_md.trainer.data.structures import LabeledStructure, refusing_unreadable
 from mlip_md.version import __version__
 
-SHORTEST_DISTANCE = 0.1
-"""Å; atoms nearer than this are a mistake (the shortest bond, H-H, is 0.74 Å)."""
-
 FORMAT_VERSION = 2
 WRITTEN_BY = f"mlip-md {__version__}"
-CHUNK = 2048
-"""Structures handled at a time."""
-
-OF_ATOMS = ("positions", "atomic_numbers", "forces")
-OF_EDGES = ("senders", "receivers", "shifts")
-FLAT = (*OF_ATOMS, *OF_EDGES)
-OPTIONAL = {
-    "shifts": 0, "cell": 0, "stress": 0, "stress_mask": 0, "forces_mask": 1, "weights": 1,
-}  # fmt: skip
-"""Arrays that a store lacks if all their values are these."""
 NEWER = ("forces_mask", "weights")
 """Arrays that format version 1 did not have."""
-Arrays = dict[str, np.ndarray]
 Reject = Callable[[int, DataError], None]
 """Takes the number of a structure and what is wrong with it."""
 
@@ -121,6 +117,9 @@ class GraphStore:
         atomic_energies: np.ndarray | Mapping[int, float] | None = None,
         folder: str | Path | None = None,
         reject: Reject | None = None,
+        workers: int = 1,
+        keep: Path | None = None,
+        tell: Callable[[int], None] | None = None,
     ) -> GraphStore:
         """Make neighbor lists for all structures.
 
@@ -132,7 +131,11 @@ class GraphStore:
             folder: new folder to keep the arrays in, for ``open_store`` and for data sets larger
                 than the memory; None keeps them in memory.
             reject: takes the number of an impossible structure, which is left out, and what is
-                wrong with it; None raises that.
+                wrong with it; None raises that. Called when all structures are read.
+            workers: processes that make neighbor lists, see ``make_blocks``.
+            keep: folder in which finished parts of the work are kept, and from which they are
+                taken where they fit; None keeps them while it works.
+            tell: called with the number of structures that are done.
 
         Returns:
             The store, in the order of the structures.
@@ -144,11 +147,14 @@ class GraphStore:
         """
         cutoff = check_cutoff(cutoff)
         allowed = None if elements is None else tuple(sorted({int(z) for z in elements}))
+        making = Making(cutoff, allowed, reject is None)
         if folder is None:
-            store = _Spool(structures, cutoff, allowed, reject=reject).store()
+            store = _Spool(make_blocks(structures, making, workers), making, reject, tell).store()
         else:
-            with new_folder(Path(folder)) as partial:
-                _Spool(structures, cutoff, allowed, partial, reject).write(partial)
+            with new_folder(Path(folder)) as partial, _keeping(keep, partial) as place:
+                making = dataclasses.replace(making, keep=place)
+                blocks = make_blocks(structures, making, workers)
+                _Spool(blocks, making, reject, tell).write(partial)
             store = open_store(folder)
         return store if atomic_energies is None else store.with_atomic_energies(atomic_energies)
 
@@ -197,7 +203,7 @@ class GraphStore:
         for column, number in enumerate(self.elements):
             holders = np.flatnonzero(counts[:, column])
             if number not in kinds and len(holders):
-                raise _unknown_elements(self.names[int(holders[0])], [number], kinds)
+                raise unknown_elements(self.names[int(holders[0])], [number], kinds)
         return dataclasses.replace(self, elements=kinds, atomic_energies=None)
 
     @functools.cached_property
@@ -306,113 +312,61 @@ def ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 # Making graphs
 
 
-def _unknown_elements(name: str, unknown: Iterable[int], known: Iterable[int]) -> DataError:
-    return DataError(
-        f"{name}: {', '.join(symbol(z) for z in unknown)} is not among the elements "
-        f"{', '.join(symbol(z) for z in known)} of the training set; leave such structures out "
-        "(filter by elements)"
-    )
-
-
-def _graph(structure: LabeledStructure, cutoff: float, elements: tuple[int, ...] | None) -> Arrays:
-    if elements is not None:
-        unknown = {int(z) for z in structure.atomic_numbers} - set(elements)
-        if unknown:
-            raise _unknown_elements(structure.name, sorted(unknown), elements)
-    cell = np.zeros((3, 3)) if structure.cell is None else structure.cell
-    edges = structure.find_edges(cutoff)
-    shortest = float(edges.lengths.min()) if len(edges.lengths) else np.inf
-    if shortest < SHORTEST_DISTANCE:
-        raise DataError(
-            f"{structure.name}: two atoms are {shortest:.4f} Å apart, less than "
-            f"{SHORTEST_DISTANCE} Å; are the positions in Å?"
-        )
-    stress = np.zeros((3, 3)) if structure.stress is None else structure.stress
-    index = np.uint16 if len(structure) <= 2**16 else np.int32
-    return {
-        "positions": (structure.positions - structure.positions.mean(0)).astype(np.float32),
-        "atomic_numbers": structure.atomic_numbers.astype(np.uint8),
-        "forces": structure.forces.astype(np.float32),
-        "senders": edges.senders.astype(index),
-        "receivers": edges.receivers.astype(index),
-        "shifts": edges.shifts,
-        "num_atoms": np.array([len(structure)]),
-        "num_edges": np.array([len(edges.senders)]),
-        "cell": cell[None].astype(np.float32),
-        "energy": np.array([structure.energy]),
-        "stress": stress[None].astype(np.float32),
-        "stress_mask": np.array([structure.stress is not None]),
-        "forces_mask": np.array([structure.has_forces]),
-        "weights": np.array([structure.weights], np.float32),
-        "min_distance": np.array([shortest], np.float32),
-        "num_connected": np.array([np.count_nonzero(np.bincount(edges.receivers))], np.int32),
-    }
+@contextlib.contextmanager
+def _keeping(keep: Path | None, partial: Path) -> Iterator[Path]:
+    """The folder for finished blocks; one that is gone afterwards if none is given."""
+    place = partial / "blocks" if keep is None else keep
+    place.mkdir(exist_ok=True)
+    yield place
+    if keep is None:
+        shutil.rmtree(place)
 
 
 class _Spool:
-    """Collects arrays block by block, in memory or in files, and makes a store of them."""
+    """Collects blocks of graphs, and makes a store of them."""
 
     def __init__(
         self,
-        structures: Iterable[LabeledStructure],
-        cutoff: float,
-        elements: tuple[int, ...] | None,
-        folder: Path | None = None,
-        reject: Reject | None = None,
+        blocks: Iterable[Block],
+        making: Making,
+        reject: Reject | None,
+        tell: Callable[[int], None] | None,
     ) -> None:
-        self.cutoff, self.folder = cutoff, folder
+        self.cutoff = making.cutoff
         self.origins: list[tuple[str, str, str]] = []
-        self.blocks: dict[str, list[np.ndarray | Path]] = {}
+        self.blocks: list[Block] = []
         self.kinds: dict[str, np.dtype] = {}
+        bad: list[tuple[int, str]] = []
         present: set[int] = set()
-        iterator = enumerate(structures)
-        while numbered := list(itertools.islice(iterator, CHUNK)):
-            graphs, chunk = [], []
-            for number, structure in numbered:
-                try:
-                    graphs.append(_graph(structure, cutoff, elements))
-                    chunk.append(structure)
-                except DataError as error:
-                    if reject is None:
-                        raise
-                    reject(number, error)
-            if not chunk:
-                continue
-            self._add({name: np.concatenate([g[name] for g in graphs]) for name in graphs[0]})
-            self.origins += [(s.name, s.subset, s.group) for s in chunk]
-            present.update(*(s.atomic_numbers.tolist() for s in chunk))
+        count = 0
+        for block in blocks:
+            bad += [(count + number, text) for number, text in block.bad]
+            count += len(block)
+            if block.origins:
+                self._add(block)
+            present.update(block.elements)
+            if tell is not None:
+                tell(count)
+        for number, text in bad:  # after all that reading finds, however many processes work
+            if reject is not None:
+                reject(number, DataError(text))
         if not self.origins:
             raise DataError("there are no structures to make graphs of")
-        self.elements = elements or tuple(sorted(present))
+        self.elements = making.elements or tuple(sorted(present))
 
-    def _add(self, block: Arrays) -> None:
-        if np.abs(block["shifts"]).max(initial=0) < 128:
-            block["shifts"] = block["shifts"].astype(np.int8)
-        for name, array in block.items():
-            blocks = self.blocks.setdefault(name, [])
-            if name in OPTIONAL and (array == OPTIONAL[name]).all():  # fills without memory
-                usual = np.full((), OPTIONAL[name], array.dtype)
-                blocks.append(np.broadcast_to(usual, array.shape))
-                continue
-            kind = self.kinds.get(name, array.dtype)
-            self.kinds[name] = np.promote_types(kind, array.dtype)
-            if self.folder is None or name not in FLAT:
-                blocks.append(array)
-            else:
-                path = self.folder / f"{name}.{len(blocks)}.npy"
-                np.save(path, array)
-                blocks.append(path)
+    def _add(self, block: Block) -> None:
+        self.origins += [_origin(*origin) for origin in block.origins]
+        for name, kind in block.kinds.items():
+            known = self.kinds.get(name, np.dtype(kind))
+            self.kinds[name] = np.promote_types(known, np.dtype(kind))
+        self.blocks.append(dataclasses.replace(block, origins=[]))
 
-    def _block(self, name: str, block: np.ndarray | Path) -> np.ndarray:
-        array = np.load(block) if isinstance(block, Path) else block
-        return np.ascontiguousarray(array, self.kinds[name])
+    def _arrays(self, name: str) -> Iterator[np.ndarray]:
+        return (block.array(name, self.kinds[name]) for block in self.blocks)
 
     def store(self) -> GraphStore:
         """The store, in memory."""
-        arrays = {
-            name: np.concatenate([self._block(name, block) for block in self.blocks.pop(name)])
-            for name in self.kinds
-        }
+        arrays = {name: np.concatenate(list(self._arrays(name))) for name in self.kinds}
         return _store(arrays, self.origins, self.elements, self.cutoff)
 
     def write(self, folder: Path) -> None:
@@ -421,12 +375,9 @@ class _Spool:
         for name, kind in self.kinds.items():
             length, shape = 0, ()
             with open(folder / f"{name}.bin", "wb") as file:
-                for block in self.blocks[name]:
-                    array = self._block(name, block)
+                for array in self._arrays(name):
                     array.tofile(file)
                     length, shape = length + len(array), array.shape[1:]
-                    if isinstance(block, Path):
-                        block.unlink()
             specs[name] = {"dtype": kind.str, "shape": [length, *shape]}
         with open(folder / "structures.jsonl", "w", encoding="utf-8") as stream:
             stream.writelines(json.dumps(origin) + "\n" for origin in self.origins)

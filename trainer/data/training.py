@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,17 @@ import numpy as np
 from mlip_md.elements import symbol
 from mlip_md.errors import ConfigError, DataError
 from mlip_md.trainer.data.batching import Batch, BatchBudget, make_batch, plan_epoch
+from mlip_md.trainer.data.blocks import OF_ATOMS, OF_EDGES
 from mlip_md.trainer.data.prepared import (
     PreparedData,
     open_prepared_for,
     prepare,
     prepare_once,
+    warn_of_energies,
 )
 from mlip_md.trainer.data.sources import is_prepared
-from mlip_md.trainer.data.statistics import Statistics
-from mlip_md.trainer.data.store import OF_ATOMS, OF_EDGES, GraphStore
+from mlip_md.trainer.data.statistics import Statistics, describe_open_energies
+from mlip_md.trainer.data.store import GraphStore
 from mlip_md.trainer.recipe.schema import Recipe
 
 IF_THERE = ("forces_mask", "weights")
@@ -135,13 +137,21 @@ class TrainingData:
         )
 
 
-def load_data(recipe: Recipe, keep: Path | None = None) -> TrainingData:
+def load_data(
+    recipe: Recipe,
+    keep: Path | None = None,
+    *,
+    workers: int = 1,
+    tell: Callable[[int], None] | None = None,
+) -> TrainingData:
     """Read, curate and split the data set of a recipe, or open the folder that holds it prepared.
 
     Args:
         recipe: its ``data`` and ``model.atomic_energies`` count.
         keep: folder in which files are kept prepared, and from which they are taken the next time;
             None keeps them in memory.
+        workers: as ``prepare`` takes them, for what is kept.
+        tell: as ``prepare`` takes it.
 
     Returns:
         The data of the run.
@@ -155,9 +165,11 @@ def load_data(recipe: Recipe, keep: Path | None = None) -> TrainingData:
     if isinstance(config.path, str) and is_prepared(config.path):
         data = open_prepared_for(config, energies)
     elif keep is not None:
-        data = prepare_once(config, energies, keep)
+        data = prepare_once(config, energies, keep, workers=workers, tell=tell)
     else:
-        data = prepare(config, energies)
+        data = prepare(config, energies, tell=tell)
+    if recipe.start is None or recipe.start.atomic_energies != "keep":  # those of the data
+        warn_of_energies(data)
     if "validation" not in data.parts:
         raise DataError(
             "the validation part is empty, but the best model is chosen by it; change data.split, "
@@ -198,7 +210,7 @@ def describe_reading(data: PreparedData) -> list[str]:
     notes += data.overlap
     if "train" in data.parts:
         notes.append(describe_residuals(data.parts["train"]))
-    return notes
+    return notes + describe_open_energies(data.statistics)
 
 
 def _missing(store: GraphStore) -> str:
