@@ -22,7 +22,7 @@ from mlip_md.signals import EXIT_KEYBOARD, EXIT_SAVED
 if TYPE_CHECKING:
     from mlip_md.potential import Potential
     from mlip_md.trainer.data import Statistics
-    from mlip_md.trainer.evaluate import Evaluation
+    from mlip_md.trainer.evaluation import Evaluation
     from mlip_md.trainer.recipe import Recipe
 
 
@@ -348,7 +348,7 @@ def evaluate_command(
     """Errors of a potential on a data set, whole and by subset."""
     import mlip_md
     from mlip_md.trainer.data import LabelKeys
-    from mlip_md.trainer.evaluate import evaluate, read_graphs, write_errors
+    from mlip_md.trainer.evaluation import evaluate, read_graphs, write_errors
 
     if output is not None:
         check_new_file(output, "--output")

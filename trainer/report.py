@@ -10,7 +10,7 @@ import numpy as np
 
 from mlip_md.files import replacing
 from mlip_md.formats import own
-from mlip_md.trainer.evaluate import Evaluation, evaluate_in_detail, write_errors
+from mlip_md.trainer.evaluation import Evaluation, evaluate_in_detail, write_errors
 from mlip_md.trainer.runlog import RunLog
 from mlip_md.trainer.step import EvalStep
 

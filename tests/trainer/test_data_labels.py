@@ -29,7 +29,7 @@ from mlip_md.trainer.data import (
     prepare,
     read,
 )
-from mlip_md.trainer.evaluate import evaluate
+from mlip_md.trainer.evaluation import evaluate
 from mlip_md.trainer.loss import LossWeights, batch_loss, structure_losses
 from mlip_md.trainer.metrics import error_sums, mean_errors
 from mlip_md.trainer.recipe import LossConfig

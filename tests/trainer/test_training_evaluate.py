@@ -1,10 +1,13 @@
 """Errors of a potential on labeled structures, the report of a run, and the training commands."""
 
 import errno
+import importlib.util
 import json
 import logging
 import os
+import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import ase
@@ -17,12 +20,13 @@ from pair_potential import PairPotential, pair_potential
 from training_cases import E0, molecules, small_recipe, write_data_set
 from typer.testing import CliRunner
 
+from mlip_md import trainer
 from mlip_md.cli import EXIT_CODES
 from mlip_md.errors import ConfigError, DataError, OutputError
 from mlip_md.trainer import cli
 from mlip_md.trainer.data import LabeledStructure, Statistics, load_data, prepare, read
 from mlip_md.trainer.data.statistics import warn_of_open_energies
-from mlip_md.trainer.evaluate import evaluate, write_errors
+from mlip_md.trainer.evaluation import evaluate, write_errors
 from mlip_md.trainer.recipe import (
     RECIPES,
     DataConfig,
@@ -82,6 +86,26 @@ def test_errors_are_those_put_into_the_labels(potential, labeled):
     assert result.overall["forces_mae"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_what_the_package_offers_is_what_its_modules_hold():
+    """No name is that of a module, which an import would put in its place."""
+    for name in trainer.__all__:
+        offered = getattr(trainer, name)
+        assert callable(offered)
+        assert offered is getattr(sys.modules[offered.__module__], name)
+        assert importlib.util.find_spec(f"mlip_md.trainer.{name}") is None
+    assert trainer.evaluate is evaluate
+
+
+def test_the_program_of_the_page_on_evaluation_runs(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    [program] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    write_data_set(tmp_path / "test.hdf5", 20)
+    (tmp_path / "train.yaml").write_text(json.dumps(small_recipe("test.hdf5").plain()))
+    exec(program, {})
+    assert 0.01 < float(capsys.readouterr().out) < 100.0
+
+
 def test_errors_do_not_depend_on_the_batch_size(potential, labeled):
     few, many = evaluate(potential, labeled, batch_size=2), evaluate(potential, labeled, 12)
     for name, value in few.overall.items():
@@ -135,7 +159,7 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(
     def full(evaluation, path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mlip_md.trainer.evaluate.write_errors", full)
+    monkeypatch.setattr("mlip_md.trainer.evaluation.write_errors", full)
     result = run_evaluate(tmp_path / "set.xyz", "--output", tmp_path / "errors.json")
     assert isinstance(result.exception, OSError)
     assert "F RMSE" in result.output

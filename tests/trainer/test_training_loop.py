@@ -27,7 +27,7 @@ from mlip_md.trainer import train
 from mlip_md.trainer.checkpoint import leaves_by_path, state_hash
 from mlip_md.trainer.costs import time_steps
 from mlip_md.trainer.data import load_data
-from mlip_md.trainer.evaluate import evaluate_store
+from mlip_md.trainer.evaluation import evaluate_store
 from mlip_md.trainer.loss import weights_at
 from mlip_md.trainer.optimizer import learning_rate_schedule
 from mlip_md.trainer.resume import check_same, identify
