@@ -1,19 +1,20 @@
-"""Errors of a potential on a data set, whole and by subset, and the numbers behind them."""
+"""Errors of a potential on a data set, whole and in parts, and the numbers behind them."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mlip_md.elements import symbol
 from mlip_md.errors import DataError
 from mlip_md.files import write_text
-from mlip_md.graph import Array
-from mlip_md.potential import Params, Potential
+from mlip_md.potential import Params, Potential, Prediction
 from mlip_md.trainer import metrics
 from mlip_md.trainer.data import (
     Batch,
@@ -28,8 +29,30 @@ from mlip_md.trainer.data import (
     open_prepared,
     open_store,
     plan_epoch,
+    write_structures,
 )
+from mlip_md.trainer.data.store import ranges
+from mlip_md.trainer.metrics import Errors
 from mlip_md.trainer.step import EvalStep, make_eval_step
+
+WORST = 5
+"""Structures with the largest errors that are named unless one asks for more."""
+
+
+class Predictions(NamedTuple):
+    """What a potential says of the n structures of a store, N atoms in all.
+
+    Attributes:
+        indices: (n,) of the structures in their store; those that fit into no batch are missing.
+        energy: (n,) eV, total energies.
+        forces: n arrays (n_atoms, 3), eV/Å.
+        stress: (n, 3, 3) eV/Å³, positive under tension; 0 without a volume.
+    """
+
+    indices: np.ndarray
+    energy: np.ndarray
+    forces: Sequence[np.ndarray]
+    stress: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,14 +62,44 @@ class Evaluation:
     Attributes:
         overall: errors as defined in ``mlip_md.trainer.metrics``, and ``structures``, their number.
         by_subset: the same by name of the subset.
+        by_element: errors of forces by symbol, and ``atoms``, their number.
+        by_structure: errors of each structure, in the order of ``predictions``.
         energies: (n_structures, 2) eV/atom, reference and predicted interaction energy.
         forces: (n_components, 2) eV/Å, reference and predicted.
+        stresses: (n_components, 2) eV/Å³, reference and predicted.
+        predictions: for every structure, also without labels of forces or stress.
+        store: the structures.
     """
 
-    overall: dict[str, float]
-    by_subset: dict[str, dict[str, float]]
+    overall: Errors
+    by_subset: dict[str, Errors]
+    by_element: dict[str, Errors]
+    by_structure: Sequence[Errors]
     energies: np.ndarray
     forces: np.ndarray
+    stresses: np.ndarray
+    predictions: Predictions
+    store: GraphStore
+
+    def worst(self, count: int = WORST) -> list[dict[str, Any]]:
+        """Name, subset and errors of the structures with the largest errors, the largest first.
+
+        They are ordered as models are chosen, by forces_rmse + 10 · energy_rmse_per_atom (eV/Å),
+        see ``metrics.selection_score``.
+
+        Args:
+            count: how many at most.
+        """
+        scores = [
+            metrics.selection_score(errors, with_forces=not math.isnan(errors["forces_rmse"]))
+            for errors in self.by_structure
+        ]
+        rows = []
+        for k in np.argsort(np.negative(scores), kind="stable")[:count].tolist():
+            index = int(self.predictions.indices[k])
+            origin = {"name": self.store.names[index], "subset": self.store.subsets[index]}
+            rows.append({**origin, **self.by_structure[k]})
+        return rows
 
 
 def evaluate_store(
@@ -88,38 +141,80 @@ def evaluate_in_detail(
     *,
     on_oversize: str = "error",
 ) -> Evaluation:
-    """Errors whole and by subset, with every prediction; arguments as for ``evaluate_store``."""
-    total: dict[str, float] = {}
-    by_subset: dict[str, dict[str, float]] = {}
-    energies, forces = [np.zeros((0, 2))], [np.zeros((0, 2))]
+    """All errors, with every prediction; arguments as for ``evaluate_store``."""
+    collection = _Collection(store)
     for indices, batch in _batches(store, budget, on_oversize):
-        prediction, _ = step(params, batch)
+        collection.add(indices, batch, step(params, batch)[0])
+    return collection.evaluation()
+
+
+class _Collection:
+    """Errors and predictions while batch after batch is computed."""
+
+    def __init__(self, store: GraphStore) -> None:
+        self.store = store
+        self.total: dict[str, float] = {}
+        self.by_subset: dict[str, dict[str, float]] = {}
+        self.by_structure: list[Errors] = []
+        self.indices: list[int] = []
+        # for each structure: reference and prediction in the last axis
+        self.energies: list[np.ndarray] = []
+        self.forces: list[np.ndarray] = []
+        self.stresses: list[np.ndarray] = []
+
+    def add(self, indices: np.ndarray, batch: Batch, prediction: Prediction) -> None:
+        """Take in the structures of a batch."""
         energy = np.stack([batch.energy, prediction.energy], -1)[: len(indices)].astype(float)
         force = np.stack([batch.forces, prediction.forces], -1).astype(float)
-        starts = np.concatenate([[0], np.cumsum(store.num_atoms[indices])])
-        for k, index in enumerate(indices):
-            part = force[starts[k] : starts[k + 1]]
-            labeled = store.forces_mask is None or bool(store.forces_mask[index])
-            error = float(np.diff(energy[k])[0])
-            stress = _stress_error(store, int(index), prediction.stress[k])
-            sums = metrics.structure_sums(error, np.diff(part)[..., 0], labeled, stress)
-            metrics.add_sums(total, sums)
-            metrics.add_sums(by_subset.setdefault(store.subsets[int(index)] or "unnamed", {}), sums)
-            energies.append(energy[k : k + 1] / len(part))
-            forces.append(part.reshape(-1, 2) if labeled else np.zeros((0, 2)))
-    return Evaluation(
-        _with_count(total),
-        {name: _with_count(sums) for name, sums in sorted(by_subset.items())},
-        np.concatenate(energies),
-        np.concatenate(forces),
-    )
+        reference = np.zeros_like(prediction.stress) if batch.stress is None else batch.stress
+        stress = np.stack([reference, prediction.stress], -1).astype(float)
+        starts = np.concatenate([[0], np.cumsum(self.store.num_atoms[indices])])
+        for k, index in enumerate(indices.tolist()):
+            self._add(index, energy[k], force[starts[k] : starts[k + 1]], stress[k])
 
+    def _add(self, index: int, energy: np.ndarray, forces: np.ndarray, stress: np.ndarray) -> None:
+        store = self.store
+        sums = metrics.structure_sums(
+            float(np.diff(energy)[0]),
+            np.diff(forces)[..., 0],
+            store.has_forces(index),
+            np.diff(stress)[..., 0] if store.has_stress(index) else None,
+        )
+        metrics.add_sums(self.total, sums)
+        subset = store.subsets[index] or "unnamed"
+        metrics.add_sums(self.by_subset.setdefault(subset, {}), sums)
+        self.by_structure.append(metrics.mean_errors(sums))
+        self.indices.append(index)
+        self.energies.append(energy)
+        self.forces.append(forces)
+        self.stresses.append(stress)
 
-def _stress_error(store: GraphStore, index: int, predicted: Array) -> np.ndarray | None:
-    """Error of a stress (3, 3) eV/Å³, where there is a label."""
-    if store.stress is None or store.stress_mask is None or not store.stress_mask[index]:
-        return None
-    return np.asarray(predicted, np.float64) - store.stress[index]
+    def evaluation(self) -> Evaluation:
+        """All that was taken in."""
+        store, indices = self.store, np.array(self.indices, np.int64)
+        energies = np.array(self.energies).reshape(-1, 2)
+        stresses = np.array(self.stresses).reshape(-1, 3, 3, 2)
+        labeled = [k for k, index in enumerate(self.indices) if store.has_forces(index)]
+        forces = np.concatenate([np.zeros((0, 3, 2)), *(self.forces[k] for k in labeled)])
+        rows = indices[labeled]
+        numbers = store.atomic_numbers[ranges(store.first_atom[rows], store.num_atoms[rows])]
+        elements = metrics.element_errors(numbers, np.diff(forces)[..., 0])
+        isolated = 0.0 if store.atomic_energies is None else store.atomic_energies
+        e0 = (store.compositions[indices] * isolated).sum(axis=1)
+        with_stress = [k for k, index in enumerate(self.indices) if store.has_stress(index)]
+        return Evaluation(
+            overall=_with_count(self.total),
+            by_subset={name: _with_count(sums) for name, sums in sorted(self.by_subset.items())},
+            by_element={symbol(z): errors for z, errors in elements.items()},
+            by_structure=self.by_structure,
+            energies=energies / store.num_atoms[indices][:, None],
+            forces=forces.reshape(-1, 2),
+            stresses=stresses[with_stress].reshape(-1, 2),
+            predictions=Predictions(
+                indices, energies[:, 1] + e0, [f[..., 1] for f in self.forces], stresses[..., 1]
+            ),
+            store=store,
+        )
 
 
 def _with_count(sums: dict[str, float]) -> dict[str, float]:
@@ -229,7 +324,7 @@ def evaluate(
         batch_size: structures per batch.
 
     Returns:
-        Errors whole and by subset, and the predictions.
+        Errors whole, by subset, by element and by structure, and the predictions.
 
     Raises:
         DataError: if there is no structure, or an element that the potential does not know.
@@ -242,7 +337,55 @@ def evaluate(
     return evaluate_in_detail(step, potential.params, store, budget)
 
 
-def write_errors(evaluation: Evaluation, path: Path) -> None:
-    """Write the errors (not the predictions) as JSON."""
-    values = {"overall": evaluation.overall, "by_subset": evaluation.by_subset}
-    write_text(path, json.dumps(values, indent=1) + "\n")
+def write_errors(evaluation: Evaluation, path: Path, worst: int = WORST) -> None:
+    """Write the errors (not the predictions) as JSON; what there are no labels for is null.
+
+    Args:
+        evaluation: errors whole, by subset and by element.
+        path: of the file.
+        worst: how many of the structures with the largest errors to name.
+
+    Raises:
+        OutputError: if the file cannot be written.
+    """
+    values = {
+        "overall": evaluation.overall,
+        "by_subset": evaluation.by_subset,
+        "by_element": evaluation.by_element,
+        "worst": evaluation.worst(worst),
+    }
+    write_text(path, json.dumps(_without_nan(values), indent=1) + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    """A tree with None for NaN, which JSON has not."""
+    if isinstance(value, dict):
+        return {name: _without_nan(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(part) for part in value]
+    return None if value != value else value
+
+
+def write_predictions(evaluation: Evaluation, path: Path) -> None:
+    """Write the structures with labels and predictions as extended XYZ, in the order of the store.
+
+    Labels are ``REF_energy``, ``REF_forces`` and ``REF_stress``, predictions ``mlip_md_energy``,
+    ``mlip_md_forces`` and, of structures with a volume, ``mlip_md_stress``; eV, eV/Å, eV/Å³.
+
+    Args:
+        evaluation: with its structures.
+        path: of the file.
+
+    Raises:
+        OutputError: if the file cannot be written.
+    """
+    indices, energy, forces, stress = evaluation.predictions
+    cell, place = evaluation.store.cell, {index: k for k, index in enumerate(indices.tolist())}
+
+    def predicted(index: int) -> dict[str, Any]:
+        k = place[index]
+        values = {"energy": float(energy[k]), "forces": forces[k]}
+        has_volume = cell is not None and bool(np.linalg.det(cell[index]))
+        return {**values, "stress": stress[k]} if has_volume else values
+
+    write_structures(evaluation.store, np.sort(indices), path, predicted)

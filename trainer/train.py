@@ -434,11 +434,19 @@ class Trainer:
             "seconds": round(sums.get("seconds", 0.0), 3),
             "structures_per_second": sums.get("structures", 0.0)
             / (sums.get("seconds") or math.nan),
-            "score": metrics.selection_score(
-                errors, self.recipe.train.select_energy_weight, self.data.validates_forces
-            ),
+            "score": self._score(errors),
             **{f"validation_{name}": value for name, value in errors.items()},
         }
+
+    def _score(self, errors: Mapping[str, float]) -> float:
+        """Of the weights with these validation errors; the lowest is the best model's."""
+        settings, trained = self.recipe.train, self.recipe.loss.trains_stress
+        return metrics.selection_score(
+            errors,
+            settings.select_energy_weight,
+            self.data.validates_forces,
+            settings.select_stress_weight if trained else 0.0,
+        )
 
     def _finish_epoch(self) -> None:
         progress, epoch = self.progress, self.progress.epoch
