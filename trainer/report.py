@@ -1,4 +1,4 @@
-"""Pictures and tables of a run: learning curves, parity plots, errors by subset."""
+"""What a finished run leaves: errors in every way, learning curves, parity plots, its card."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import numpy as np
 
 from mlip_md.files import replacing
 from mlip_md.formats import own
+from mlip_md.trainer.card import write_card
+from mlip_md.trainer.data import BatchBudget, GraphStore
 from mlip_md.trainer.evaluation import Evaluation, evaluate_in_detail, write_errors
-from mlip_md.trainer.runlog import RunLog
+from mlip_md.trainer.runlog import RunLog, describe_environment
 from mlip_md.trainer.step import EvalStep
 
 if TYPE_CHECKING:
@@ -26,13 +28,22 @@ FEW_POINTS = 10_000
 """With fewer, points are larger than a pixel."""
 
 
-def write_report(folder: Path, step: EvalStep, data: TrainingData) -> None:
-    """Write ``report/`` of a run: curves.png, parity.png, errors.json.
+def write_report(
+    folder: Path, step: EvalStep, data: TrainingData, plots: bool = True, problem: str = ""
+) -> tuple[str, Evaluation]:
+    """Evaluate the model of a finished run, and write ``card.md`` and ``report/`` to its folder.
+
+    ``report/`` holds errors-PART.json and, with plots, parity.png and curves.png.
 
     Args:
         folder: of the run, with ``metrics.csv`` and ``model.safetensors``.
         step: the compiled evaluation of the run's network.
         data: of the run; its test part is evaluated, without one the validation part.
+        plots: whether to draw.
+        problem: why the model is of no use, for the card; empty if it is.
+
+    Returns:
+        Name of the part, and its evaluation.
 
     Raises:
         OutputError: if a file cannot be written.
@@ -41,13 +52,25 @@ def write_report(folder: Path, step: EvalStep, data: TrainingData) -> None:
     store = data.parts()[part]
     potential = own.load(folder / "model.safetensors")
     evaluation = evaluate_in_detail(
-        step, potential.params, store, data.budget, on_oversize=data.on_oversize
+        step, potential.params, store, _room_for(store, data), on_oversize=data.on_oversize
     )
     report = folder / "report"
     report.mkdir(exist_ok=True)
     write_errors(evaluation, report / f"errors-{part}.json")
-    draw_parity(evaluation, report / "parity.png", part)
-    draw_curves(RunLog(folder).rows(), report / "curves.png")
+    if plots:
+        draw_parity(evaluation, report / "parity.png", part)
+        draw_curves(RunLog(folder).rows(), report / "curves.png")
+    shown = ("report/curves.png", "report/parity.png") if plots else ()
+    environment = describe_environment()
+    write_card(folder / "card.md", potential, part, evaluation, environment, shown, problem)
+    return part, evaluation
+
+
+def _room_for(store: GraphStore, data: TrainingData) -> BatchBudget:
+    """Batches that hold every structure; at the end of a training none must be too large."""
+    if data.on_oversize == "drop" or data.budget.fits(store).all():
+        return data.budget
+    return BatchBudget.from_card(data.budget.n_graph - 1, store=store)
 
 
 def draw_curves(rows: list[dict[str, float]], path: Path) -> None:

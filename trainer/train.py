@@ -45,6 +45,7 @@ from mlip_md.trainer.loggers import Logger, open_loggers
 from mlip_md.trainer.loss import stage_at, weights_at
 from mlip_md.trainer.optimizer import learning_rate_schedule, lowered_rate, settle_steps
 from mlip_md.trainer.recipe import Origins, Recipe, StartConfig, dump_resolved, find_differences
+from mlip_md.trainer.report import write_report
 from mlip_md.trainer.resume import TrainingProgress, check_same, identify, with_defaults
 from mlip_md.trainer.runlog import (
     Echo,
@@ -52,6 +53,7 @@ from mlip_md.trainer.runlog import (
     changed_versions,
     describe_environment,
     describe_epoch,
+    describe_errors,
 )
 from mlip_md.trainer.step import (
     StepLog,
@@ -99,6 +101,7 @@ class Outcome:
         epoch: last epoch that was validated.
         errors: validation errors of the model in ``model.safetensors``.
         problem: why the model of a training that is done is of no use; empty if it is.
+        test: errors on the test part of a training that is done; empty without one.
     """
 
     status: Literal["done", "terminated", "hangup", "keyboard", "time"]
@@ -106,6 +109,7 @@ class Outcome:
     epoch: int
     errors: Mapping[str, float]
     problem: str = ""
+    test: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def _start(recipe: Recipe) -> StartConfig:
@@ -536,21 +540,30 @@ class Trainer:
 
     def _finish(self) -> Outcome:
         best = self.progress.last_best()
-        reached = best["errors"].get("forces_rmse", math.nan)  # without labels of forces
         self.log.line(
             f"done; the best model of the last stage is of epoch {best['epoch']}, "
             f"in {self.folder / 'model.safetensors'}"
         )
-        if self.recipe.log.plots:
-            from mlip_md.trainer.report import write_report
-
-            write_report(self.folder, self.eval_step, self.data)
-        problem = ""
-        if reached >= (nothing := self.data.validation.forces_rms()) > 0:
-            problem = (
-                f"the best model's forces are {1e3 * reached:.0f} meV/Å wrong (rmse, validation); "
-                f"forces of zero would be {1e3 * nothing:.0f}. The network learned nothing: look "
-                "at the learning rates, the weights of the loss and the labels' units"
-            )
+        problem = self._judge_model(best["errors"])
+        if problem:
             self.log.line(f"Warning: {problem}")
-        return Outcome("done", self.folder, self.progress.validated, best["errors"], problem)
+        part, evaluation = write_report(
+            self.folder, self.eval_step, self.data, self.recipe.log.plots, problem
+        )
+        test = evaluation.overall if part == "test" else {}
+        if test:
+            errors = " ".join(describe_errors(test).split())
+            self.log.line(f"test errors of {int(test['structures'])} structures: {errors}")
+        self.log.line(f"errors, data and use of the model are in {self.folder / 'card.md'}")
+        return Outcome("done", self.folder, self.progress.validated, best["errors"], problem, test)
+
+    def _judge_model(self, errors: Mapping[str, float]) -> str:
+        """Why a model with these validation errors is of no use; empty if it is."""
+        reached = errors.get("forces_rmse", math.nan)  # without labels of forces
+        if not reached >= (nothing := self.data.validation.forces_rms()) > 0:
+            return ""
+        return (
+            f"the best model's forces are {1e3 * reached:.0f} meV/Å wrong (rmse, validation); "
+            f"forces of zero would be {1e3 * nothing:.0f}. The network learned nothing: look "
+            "at the learning rates, the weights of the loss and the labels' units"
+        )

@@ -67,6 +67,7 @@ def saved():
         patch.setattr(train, "make_train_step", compiled_once)
         patch.setattr(train, "make_eval_step", lambda apply: evaluation)
         patch.setattr(train.own, "save", save)
+        patch.setattr(train.own, "load", lambda path: models[-1][1])
         yield models
 
 
@@ -649,3 +650,25 @@ def test_other_versions_than_before_are_told(recipe, data, tmp_path):
     Trainer(recipe, data, tmp_path).run()
     log = (tmp_path / "log.txt").read_text(encoding="utf-8")
     assert f"other versions than before: jax 0.1 -> {jax.__version__}\n" in log
+
+
+def test_a_finished_run_leaves_the_errors_of_its_test_part_and_a_card(finished, data):
+    """Those of the weights in the model file, in the outcome, the log and the card."""
+    trainer, outcome, models = finished
+    params = models[-1][1].params
+    errors = evaluate_store(trainer.eval_step, params, data.test, data.budget)
+    assert outcome.test["structures"] == len(data.test)
+    assert outcome.test["forces_rmse"] == pytest.approx(errors["forces_rmse"], rel=1e-5)
+    shown = f"{1000 * errors['forces_rmse']:.2f} meV/Å"
+    log = (trainer.folder / "log.txt").read_text(encoding="utf-8")
+    [line] = [line for line in log.splitlines() if "test errors of" in line]
+    assert shown in line
+    card = (trainer.folder / "card.md").read_text(encoding="utf-8")
+    assert card.startswith("# small\n")
+    for text in (
+        f"| test | {len(data.test)} |", f"{1000 * errors['forces_rmse']:.3f} |",
+        f"| validation | {len(data.validation)} |", "By element, test", "fitted to the data",
+        "MLIPCalculator", "createSystem", "energy 40 from epoch 1, 1000 from epoch 3",
+    ):  # fmt: skip
+        assert text in card
+    assert "report/" not in card
