@@ -544,6 +544,7 @@ class Trainer:
             f"done; the best model of the last stage is of epoch {best['epoch']}, "
             f"in {self.folder / 'model.safetensors'}"
         )
+        self._compare_stages(best)
         problem = self._judge_model(best["errors"])
         if problem:
             self.log.line(f"Warning: {problem}")
@@ -556,6 +557,17 @@ class Trainer:
             self.log.line(f"test errors of {int(test['structures'])} structures: {errors}")
         self.log.line(f"errors, data and use of the model are in {self.folder / 'card.md'}")
         return Outcome("done", self.folder, self.progress.validated, best["errors"], problem, test)
+
+    def _compare_stages(self, last: Mapping[str, Any]) -> None:
+        """Say so where an earlier stage of the loss weights had a better model than the last."""
+        stage, best = min(self.progress.best.items(), key=lambda item: float(item[1]["score"]))
+        if best["score"] < last["score"]:
+            self.log.line(
+                f"stage {stage} had a better one by its score, {best['score']:.4g} eV/Å (epoch "
+                f"{best['epoch']}) against {last['score']:.4g}; the last stage counts, because its "
+                f"weights of the loss are those meant for the end. The other is in "
+                f"{self.folder / f'best-stage{stage}.safetensors'}"
+            )
 
     def _judge_model(self, errors: Mapping[str, float]) -> str:
         """Why a model with these validation errors is of no use; empty if it is."""

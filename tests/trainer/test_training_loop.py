@@ -672,3 +672,23 @@ def test_a_finished_run_leaves_the_errors_of_its_test_part_and_a_card(finished, 
     ):  # fmt: skip
         assert text in card
     assert "report/" not in card
+
+
+@pytest.mark.parametrize(("first", "told"), [(0.1, True), (9.0, False)])
+def test_a_better_model_of_an_earlier_stage_is_told(first, told, recipe, data, tmp_path):
+    trainer = Trainer(changed(recipe, train={"epochs": 3}), data, tmp_path)
+    stop_at_step(trainer, 17)  # in the last epoch
+    trainer = Trainer(changed(recipe, train={"epochs": 3}), data, tmp_path)
+    score = trainer._score
+    trainer._score = lambda errors: 1.0 if trainer.progress.epoch == 3 else score(errors)
+    take_up = trainer._take_up
+
+    def with_other_best(state, saved):
+        take_up(state, saved)
+        trainer.progress.best["1"]["score"] = first
+
+    trainer._take_up = with_other_best
+    trainer.run()
+    log = (tmp_path / "log.txt").read_text(encoding="utf-8")
+    assert ("stage 1 had a better one by its score, 0.1 eV/Å" in log) == told
+    assert ("best-stage1.safetensors" in log) == told
