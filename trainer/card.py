@@ -18,6 +18,7 @@ from mlip_md.formats.soundness import flatten
 from mlip_md.potential import Potential
 from mlip_md.trainer.evaluation import Evaluation
 from mlip_md.trainer.metrics import Errors
+from mlip_md.trainer.resume import with_defaults
 
 COLUMNS = {
     "energy_mae_per_atom": "E MAE", "energy_rmse_per_atom": "E RMSE", "forces_mae": "F MAE",
@@ -58,7 +59,7 @@ def write_card(
     sections = {
         "What it is": _describe_network(potential),
         "Trained on": _describe_data(potential),
-        "Training": _describe_training(info["recipe"], info["training"]),
+        "Training": _describe_training(with_defaults(info["recipe"]), info["training"]),
         "Errors": _describe_errors(info, part, evaluation),
         "Plots": [f"![{Path(plot).stem}]({plot})" for plot in plots],
         "Use": _describe_use(path.parent),
@@ -105,7 +106,7 @@ def _describe_network(potential: Potential) -> list[str]:
 
 
 def _describe_data(potential: Potential) -> list[str]:
-    data, rows = potential.info["data"], potential.info["recipe"]["data"]
+    data, rows = potential.info["data"], with_defaults(potential.info["recipe"])["data"]
     statistics = data["statistics"]
     files = {name: rows[name] for name in ("path", "validation", "test") if rows[name]}
     split = {"split": ", ".join(f"{name} {value}" for name, value in rows["split"].items())}
@@ -113,7 +114,7 @@ def _describe_data(potential: Potential) -> list[str]:
     energies = zip(potential.elements, potential.atomic_energies.tolist(), strict=True)
     return [
         *_rows({**files, **split, "structures": counts}),
-        *(f"- {_cell(note)}" for note in data["notes"]),
+        *(f"- {_cell(note)}" for note in data.get("notes", ())),
         "",
         f"Energies of atoms (E0), {statistics['atomic_energies_source']}:",
         "",
