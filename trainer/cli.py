@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -22,7 +22,7 @@ from mlip_md.signals import EXIT_KEYBOARD, EXIT_SAVED
 if TYPE_CHECKING:
     from mlip_md.potential import Potential
     from mlip_md.trainer.data import Statistics
-    from mlip_md.trainer.evaluate import Evaluation
+    from mlip_md.trainer.evaluation import Evaluation
     from mlip_md.trainer.recipe import Recipe
 
 
@@ -367,17 +367,28 @@ def evaluate_command(
         str | None, typer.Option(help="Extended XYZ: name of the virial, likewise.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Structures per batch.")] = 16,
+    worst: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Structures with the largest errors to name.")
+    ] = 5,
     output: Annotated[
         Path | None, typer.Option(help="Also write the errors as JSON to this file.")
     ] = None,
+    extxyz: Annotated[
+        Path | None,
+        typer.Option(help="Also write the structures, predictions beside labels, to this file."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw predictions against labels to this PNG.")
+    ] = None,
 ) -> None:
-    """Errors of a potential on a data set, whole and by subset."""
+    """Errors of a potential on a data set: whole, by subset, by element, the worst structures."""
     import mlip_md
     from mlip_md.trainer.data import LabelKeys
-    from mlip_md.trainer.evaluate import evaluate, read_graphs, write_errors
+    from mlip_md.trainer.evaluation import evaluate, read_graphs
 
-    if output is not None:
-        check_new_file(output, "--output")
+    for path, option in ((output, "--output"), (extxyz, "--extxyz"), (plot, "--plot")):
+        if path is not None:
+            check_new_file(path, option)
     potential = mlip_md.load(model)
     with _plain_warnings():
         store, left_out = read_graphs(
@@ -390,9 +401,23 @@ def evaluate_command(
     if left_out:
         typer.echo(f"{left_out} structures of other elements were left out", err=True)
     result = evaluate(potential, store, batch_size)
-    Console().print(error_table(result))
+    tables = error_table(result), element_table(result), worst_table(result, worst)
+    Console().print(*(table for table in tables if table.row_count))
+    _write_evaluation(result, worst, output, extxyz, plot)
+
+
+def _write_evaluation(
+    result: Evaluation, worst: int, output: Path | None, extxyz: Path | None, plot: Path | None
+) -> None:
+    from mlip_md.trainer.evaluation import write_errors, write_predictions
+    from mlip_md.trainer.report import draw_parity
+
     if output is not None:
-        write_errors(result, output)
+        write_errors(result, output, worst)
+    if extxyz is not None:
+        write_predictions(result, extxyz)
+    if plot is not None:
+        draw_parity(result, plot, f"{len(result.energies)} structures")
 
 
 def error_table(result: Evaluation) -> Table:
@@ -408,9 +433,35 @@ def error_table(result: Evaluation) -> Table:
     subsets = result.by_subset if len(result.by_subset) > 1 else {}
     for name, errors in {**subsets, "all": result.overall}.items():
         count = str(int(errors.get("structures", len(result.energies))))
-        values = (1000 * errors.get(column, math.nan) for column in columns)
-        table.add_row(name, count, *("-" if math.isnan(v) else f"{v:.3f}" for v in values))
+        table.add_row(name, count, *_in_milli(errors, columns))
     return table
+
+
+def element_table(result: Evaluation) -> Table:
+    """Force errors by element, in meV/Å; no row where there is only one, or no label of forces."""
+    table = Table("element", "atoms", "F MAE", "F RMSE")
+    elements = result.by_element if len(result.by_element) > 1 else {}
+    for name, errors in elements.items():
+        columns = ["forces_mae", "forces_rmse"]
+        table.add_row(name, str(int(errors["atoms"])), *_in_milli(errors, columns))
+    return table
+
+
+def worst_table(result: Evaluation, count: int) -> Table:
+    """The structures with the largest errors, in meV/atom, meV/Å and meV/Å³."""
+    table = Table("largest errors", "|ΔE|/atom", "F RMSE")
+    columns = ["energy_mae_per_atom", "forces_rmse"]
+    if "stress_rmse" in result.overall:
+        table.add_column("S RMSE")
+        columns.append("stress_rmse")
+    for row in result.worst(count):
+        table.add_row(row["name"], *_in_milli(row, columns))
+    return table
+
+
+def _in_milli(errors: Mapping[str, float], columns: list[str]) -> list[str]:
+    values = (1000 * errors.get(column, math.nan) for column in columns)
+    return ["-" if math.isnan(value) else f"{value:.3f}" for value in values]
 
 
 def parse_duration(text: str | None) -> float:

@@ -9,6 +9,8 @@ With ΔE_g = E - E_ref of structure g (eV), N_g its atoms, ΔF_ic one force comp
 * stress_mae, stress_rmse: over the nine components of the structures with a stress label, eV/Å³;
   only where there are such labels.
 
+Of an element, forces_mae and forces_rmse are over the components of its atoms.
+
 Roots are taken last, of sums over the whole data set; how it was batched cannot matter. (The logs
 behind the published cards average such force errors per batch, weighted by its structures, so they
 depend slightly on the batching; for one batch the numbers are the same.)
@@ -28,6 +30,8 @@ from mlip_md.potential import Prediction
 from mlip_md.trainer.data.batching import Batch
 
 Sums = dict[str, jax.Array]
+Errors = dict[str, float]
+"""Errors by the names above."""
 
 
 def error_sums(prediction: Prediction, batch: Batch) -> Sums:
@@ -101,6 +105,27 @@ def structure_sums(
     }
 
 
+def element_errors(atomic_numbers: np.ndarray, force_errors: np.ndarray) -> dict[int, Errors]:
+    """Force errors by element.
+
+    Args:
+        atomic_numbers: (n,) of atoms with force labels.
+        force_errors: ΔF (n, 3), eV/Å.
+
+    Returns:
+        By atomic number: atoms (their number), forces_mae and forces_rmse, eV/Å.
+    """
+    errors = {}
+    for z in np.unique(atomic_numbers).tolist():
+        part = force_errors[atomic_numbers == z]
+        errors[z] = {
+            "atoms": float(len(part)),
+            "forces_mae": float(np.abs(part).mean()),
+            "forces_rmse": float(np.sqrt(np.square(part).mean())),
+        }
+    return errors
+
+
 def add_sums(total: dict[str, float], sums: Mapping[str, object]) -> None:
     """Add a batch's sums to running totals, in double precision."""
     for name, value in sums.items():
@@ -129,12 +154,17 @@ def mean_errors(total: Mapping[str, float]) -> dict[str, float]:
 
 
 def selection_score(
-    values: Mapping[str, float], energy_weight: float, with_forces: bool = True
+    values: Mapping[str, float],
+    energy_weight: float = 10.0,
+    with_forces: bool = True,
+    stress_weight: float = 0.0,
 ) -> float:
     """The number by which the best model is chosen, eV/Å; it knows no loss weights.
 
-    score = forces_rmse + energy_weight · energy_rmse_per_atom, energy_weight in 1/Å. The default
-    of 10/Å makes 1 meV/atom as important as 10 meV/Å, about the ratio that good potentials reach.
+    score = forces_rmse + energy_weight · energy_rmse_per_atom + stress_weight · stress_rmse, where
+    there are labels of stress; energy_weight in 1/Å, stress_weight in Å². The default of 10/Å makes
+    1 meV/atom as important as 10 meV/Å, about the ratio that good potentials reach.
     """
     forces = values["forces_rmse"] if with_forces else 0.0
-    return forces + energy_weight * values["energy_rmse_per_atom"]
+    stress = stress_weight * values.get("stress_rmse", 0.0) if stress_weight else 0.0
+    return forces + energy_weight * values["energy_rmse_per_atom"] + stress

@@ -1,4 +1,4 @@
-"""Pictures and tables of a run: learning curves, parity plots, errors by subset."""
+"""What a finished run leaves: errors in every way, learning curves, parity plots, its card."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import numpy as np
 
 from mlip_md.files import replacing
 from mlip_md.formats import own
-from mlip_md.trainer.evaluate import Evaluation, evaluate_in_detail, write_errors
-from mlip_md.trainer.runlog import RunLog
+from mlip_md.trainer.card import write_card
+from mlip_md.trainer.data import BatchBudget, GraphStore
+from mlip_md.trainer.evaluation import Evaluation, evaluate_in_detail, write_errors
+from mlip_md.trainer.runlog import RunLog, describe_environment
 from mlip_md.trainer.step import EvalStep
 
 if TYPE_CHECKING:
@@ -22,15 +24,26 @@ if TYPE_CHECKING:
 
 MAX_POINTS = 50_000
 """Points of a parity plot; of more, evenly spaced ones are drawn."""
+FEW_POINTS = 10_000
+"""With fewer, points are larger than a pixel."""
 
 
-def write_report(folder: Path, step: EvalStep, data: TrainingData) -> None:
-    """Write ``report/`` of a run: curves.png, parity.png, errors.json.
+def write_report(
+    folder: Path, step: EvalStep, data: TrainingData, plots: bool = True, problem: str = ""
+) -> tuple[str, Evaluation]:
+    """Evaluate the model of a finished run, and write ``card.md`` and ``report/`` to its folder.
+
+    ``report/`` holds errors-PART.json and, with plots, parity.png and curves.png.
 
     Args:
         folder: of the run, with ``metrics.csv`` and ``model.safetensors``.
         step: the compiled evaluation of the run's network.
         data: of the run; its test part is evaluated, without one the validation part.
+        plots: whether to draw.
+        problem: why the model is of no use, for the card; empty if it is.
+
+    Returns:
+        Name of the part, and its evaluation.
 
     Raises:
         OutputError: if a file cannot be written.
@@ -39,13 +52,25 @@ def write_report(folder: Path, step: EvalStep, data: TrainingData) -> None:
     store = data.parts()[part]
     potential = own.load(folder / "model.safetensors")
     evaluation = evaluate_in_detail(
-        step, potential.params, store, data.budget, on_oversize=data.on_oversize
+        step, potential.params, store, _room_for(store, data), on_oversize=data.on_oversize
     )
     report = folder / "report"
     report.mkdir(exist_ok=True)
     write_errors(evaluation, report / f"errors-{part}.json")
-    draw_parity(evaluation, report / "parity.png", part)
-    draw_curves(RunLog(folder).rows(), report / "curves.png")
+    if plots:
+        draw_parity(evaluation, report / "parity.png", part)
+        draw_curves(RunLog(folder).rows(), report / "curves.png")
+    shown = ("report/curves.png", "report/parity.png") if plots else ()
+    environment = describe_environment()
+    write_card(folder / "card.md", potential, part, evaluation, environment, shown, problem)
+    return part, evaluation
+
+
+def _room_for(store: GraphStore, data: TrainingData) -> BatchBudget:
+    """Batches that hold every structure; at the end of a training none must be too large."""
+    if data.on_oversize == "drop" or data.budget.fits(store).all():
+        return data.budget
+    return BatchBudget.from_card(data.budget.n_graph - 1, store=store)
 
 
 def draw_curves(rows: list[dict[str, float]], path: Path) -> None:
@@ -60,26 +85,29 @@ def draw_curves(rows: list[dict[str, float]], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    panels = figure.subplots(1, 3)
     epochs = [row["epoch"] for row in rows]
-    curves = (
+    curves = [
         ("loss", 1.0, "training loss"),
         ("validation_energy_rmse_per_atom", 1e3, "energy RMSE (meV/atom), validation"),
         ("validation_forces_rmse", 1e3, "force RMSE (meV/Å), validation"),
-    )
+    ]
+    if rows and "validation_stress_rmse" in rows[0]:
+        curves.append(("validation_stress_rmse", 1e3, "stress RMSE (meV/Å³), validation"))
+    figure = Figure(figsize=(3.3 * len(curves), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(curves))
     changes = [b["epoch"] for a, b in itertools.pairwise(rows) if a["stage"] != b["stage"]]
     for panel, (name, factor, label) in zip(panels, curves, strict=True):
         panel.semilogy(epochs, [factor * row[name] for row in rows], ".-")
         for epoch in changes:
             panel.axvline(epoch - 0.5, color="gray", linestyle="--")
-        panel.set(xlabel="epoch", title=label)
+        panel.set(xlabel="epoch")
+        panel.set_title(label, fontsize="small")
         panel.grid(alpha=0.3)
     _save(figure, path)
 
 
 def draw_parity(evaluation: Evaluation, path: Path, part: str) -> None:
-    """Draw predicted against reference energies and forces.
+    """Draw predicted against reference energies, forces and, where there are labels, stresses.
 
     Args:
         evaluation: predictions and labels.
@@ -91,13 +119,18 @@ def draw_parity(evaluation: Evaluation, path: Path, part: str) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
     errors = evaluation.overall
-    _parity(left, evaluation.energies, "interaction energy (eV/atom)")
-    left.set_title(f"{part}: RMSE {1e3 * errors['energy_rmse_per_atom']:.2f} meV/atom")
-    _parity(right, evaluation.forces, "force component (eV/Å)")
-    right.set_title(f"{part}: RMSE {1e3 * errors['forces_rmse']:.1f} meV/Å")
+    shown = [
+        (evaluation.energies, "interaction energy", "eV/atom", "energy_rmse_per_atom"),
+        (evaluation.forces, "force component", "eV/Å", "forces_rmse"),
+        (evaluation.stresses, "stress component", "eV/Å³", "stress_rmse"),
+    ]
+    shown = [panel for panel in shown if len(panel[0])]
+    figure = Figure(figsize=(4 * len(shown), 4), layout="constrained")
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for panel, (pairs, what, unit, name) in zip(panels, shown, strict=True):
+        _parity(panel, pairs, f"{what} ({unit})")
+        panel.set_title(f"{part}: RMSE {1e3 * errors[name]:.3g} m{unit}")
     _save(figure, path)
 
 
@@ -107,12 +140,10 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _parity(panel: Axes, pairs: np.ndarray, what: str) -> None:
-    if not len(pairs):
-        panel.set_axis_off()  # no labels
-        return
     pairs = pairs[:: 1 + len(pairs) // MAX_POINTS]
-    limits = (float(pairs[:, 0].min()), float(pairs[:, 0].max()))
+    limits = (float(pairs.min()), float(pairs.max()))
     panel.plot(limits, limits, color="gray", linewidth=1)
-    panel.plot(pairs[:, 0], pairs[:, 1], ",", rasterized=True)
-    panel.set(xlabel=f"reference {what}", ylabel=f"predicted {what}")
+    few = len(pairs) < FEW_POINTS
+    panel.plot(pairs[:, 0], pairs[:, 1], "." if few else ",", alpha=0.5, rasterized=True)
+    panel.set(xlabel=f"reference {what}", ylabel=f"predicted {what}", aspect="equal")
     panel.grid(alpha=0.3)

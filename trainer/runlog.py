@@ -146,15 +146,26 @@ def changed_versions(before: Path) -> list[str]:
     return [f"{name} {flat.get(name)} -> {v}" for name, v in now.items() if v != flat.get(name)]
 
 
-def describe_epoch(row: Mapping[str, float]) -> str:
-    """The line of ``log.txt`` for a row of ``metrics.csv``."""
+def describe_errors(values: Mapping[str, float], prefix: str = "") -> str:
+    """Root mean square errors in words.
+
+    Args:
+        values: as ``metrics`` defines them.
+        prefix: of their names.
+    """
     meV = 1000.0
     errors = (
-        f"energy {meV * row['validation_energy_rmse_per_atom']:8.3f} meV/atom  "
-        f"forces {meV * row['validation_forces_rmse']:8.2f} meV/Å (rmse)"
+        f"energy {meV * values[f'{prefix}energy_rmse_per_atom']:8.3f} meV/atom  "
+        f"forces {meV * values[f'{prefix}forces_rmse']:8.2f} meV/Å (rmse)"
     )
-    if "validation_stress_rmse" in row:
-        errors += f"  stress {meV * row['validation_stress_rmse']:8.3f} meV/Å³"
+    if f"{prefix}stress_rmse" in values:
+        errors += f"  stress {meV * values[f'{prefix}stress_rmse']:8.3f} meV/Å³"
+    return errors
+
+
+def describe_epoch(row: Mapping[str, float]) -> str:
+    """The line of ``log.txt`` for a row of ``metrics.csv``."""
+    errors = describe_errors(row, "validation_")
     if row["epoch"] == 0:
         return f"epoch    0  before training: {errors}"
     return (

@@ -39,12 +39,13 @@ from mlip_md.signals import ENDINGS, Interruptions
 from mlip_md.trainer import metrics
 from mlip_md.trainer.checkpoint import CheckpointFolder
 from mlip_md.trainer.data import TrainingData, iterate_batches, write_structures
-from mlip_md.trainer.evaluate import evaluate_store
+from mlip_md.trainer.evaluation import evaluate_store
 from mlip_md.trainer.finetune import adopt_elements, describe_parent, starting_weights
 from mlip_md.trainer.loggers import Logger, open_loggers
 from mlip_md.trainer.loss import stage_at, weights_at
 from mlip_md.trainer.optimizer import learning_rate_schedule, lowered_rate, settle_steps
 from mlip_md.trainer.recipe import Origins, Recipe, StartConfig, dump_resolved, find_differences
+from mlip_md.trainer.report import write_report
 from mlip_md.trainer.resume import TrainingProgress, check_same, identify, with_defaults
 from mlip_md.trainer.runlog import (
     Echo,
@@ -52,6 +53,7 @@ from mlip_md.trainer.runlog import (
     changed_versions,
     describe_environment,
     describe_epoch,
+    describe_errors,
 )
 from mlip_md.trainer.step import (
     StepLog,
@@ -99,6 +101,7 @@ class Outcome:
         epoch: last epoch that was validated.
         errors: validation errors of the model in ``model.safetensors``.
         problem: why the model of a training that is done is of no use; empty if it is.
+        test: errors on the test part of a training that is done; empty without one.
     """
 
     status: Literal["done", "terminated", "hangup", "keyboard", "time"]
@@ -106,6 +109,7 @@ class Outcome:
     epoch: int
     errors: Mapping[str, float]
     problem: str = ""
+    test: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def _start(recipe: Recipe) -> StartConfig:
@@ -434,11 +438,19 @@ class Trainer:
             "seconds": round(sums.get("seconds", 0.0), 3),
             "structures_per_second": sums.get("structures", 0.0)
             / (sums.get("seconds") or math.nan),
-            "score": metrics.selection_score(
-                errors, self.recipe.train.select_energy_weight, self.data.validates_forces
-            ),
+            "score": self._score(errors),
             **{f"validation_{name}": value for name, value in errors.items()},
         }
+
+    def _score(self, errors: Mapping[str, float]) -> float:
+        """Of the weights with these validation errors; the lowest is the best model's."""
+        settings, trained = self.recipe.train, self.recipe.loss.trains_stress
+        return metrics.selection_score(
+            errors,
+            settings.select_energy_weight,
+            self.data.validates_forces,
+            settings.select_stress_weight if trained else 0.0,
+        )
 
     def _finish_epoch(self) -> None:
         progress, epoch = self.progress, self.progress.epoch
@@ -528,21 +540,42 @@ class Trainer:
 
     def _finish(self) -> Outcome:
         best = self.progress.last_best()
-        reached = best["errors"].get("forces_rmse", math.nan)  # without labels of forces
         self.log.line(
             f"done; the best model of the last stage is of epoch {best['epoch']}, "
             f"in {self.folder / 'model.safetensors'}"
         )
-        if self.recipe.log.plots:
-            from mlip_md.trainer.report import write_report
-
-            write_report(self.folder, self.eval_step, self.data)
-        problem = ""
-        if reached >= (nothing := self.data.validation.forces_rms()) > 0:
-            problem = (
-                f"the best model's forces are {1e3 * reached:.0f} meV/Å wrong (rmse, validation); "
-                f"forces of zero would be {1e3 * nothing:.0f}. The network learned nothing: look "
-                "at the learning rates, the weights of the loss and the labels' units"
-            )
+        self._compare_stages(best)
+        problem = self._judge_model(best["errors"])
+        if problem:
             self.log.line(f"Warning: {problem}")
-        return Outcome("done", self.folder, self.progress.validated, best["errors"], problem)
+        part, evaluation = write_report(
+            self.folder, self.eval_step, self.data, self.recipe.log.plots, problem
+        )
+        test = evaluation.overall if part == "test" else {}
+        if test:
+            errors = " ".join(describe_errors(test).split())
+            self.log.line(f"test errors of {int(test['structures'])} structures: {errors}")
+        self.log.line(f"errors, data and use of the model are in {self.folder / 'card.md'}")
+        return Outcome("done", self.folder, self.progress.validated, best["errors"], problem, test)
+
+    def _compare_stages(self, last: Mapping[str, Any]) -> None:
+        """Say so where an earlier stage of the loss weights had a better model than the last."""
+        stage, best = min(self.progress.best.items(), key=lambda item: float(item[1]["score"]))
+        if best["score"] < last["score"]:
+            self.log.line(
+                f"stage {stage} had a better one by its score, {best['score']:.4g} eV/Å (epoch "
+                f"{best['epoch']}) against {last['score']:.4g}; the last stage counts, because its "
+                f"weights of the loss are those meant for the end. The other is in "
+                f"{self.folder / f'best-stage{stage}.safetensors'}"
+            )
+
+    def _judge_model(self, errors: Mapping[str, float]) -> str:
+        """Why a model with these validation errors is of no use; empty if it is."""
+        reached = errors.get("forces_rmse", math.nan)  # without labels of forces
+        if not reached >= (nothing := self.data.validation.forces_rms()) > 0:
+            return ""
+        return (
+            f"the best model's forces are {1e3 * reached:.0f} meV/Å wrong (rmse, validation); "
+            f"forces of zero would be {1e3 * nothing:.0f}. The network learned nothing: look "
+            "at the learning rates, the weights of the loss and the labels' units"
+        )

@@ -29,7 +29,7 @@ from mlip_md.trainer.data import (
     prepare,
     read,
 )
-from mlip_md.trainer.evaluate import evaluate
+from mlip_md.trainer.evaluation import evaluate
 from mlip_md.trainer.loss import LossWeights, batch_loss, structure_losses
 from mlip_md.trainer.metrics import error_sums, mean_errors
 from mlip_md.trainer.recipe import LossConfig
@@ -272,9 +272,15 @@ def test_errors_of_stress_count_where_there_are_labels(tmp_path):
         frames.append(atoms)
     ase.io.write(tmp_path / "a.xyz", frames, format="extxyz")
     recipe = small(tmp_path / "a.xyz", curate=None)
+    loss = recipe.loss.model_copy(update={"stress": LossConfig().energy})
+    chosen = recipe.train.model_copy(update={"select_stress_weight": 5.0})
+    recipe = recipe.model_copy(update={"loss": loss, "train": chosen})
     outcome = Trainer(recipe, load_data(recipe), tmp_path / "run").run()
     row = RunLog(tmp_path / "run").rows()[-1]
     assert row["validation_stress_rmse"] == pytest.approx(outcome.errors["stress_rmse"])
+    parts = row["validation_forces_rmse"] + 10 * row["validation_energy_rmse_per_atom"]
+    stress = 5 * row["validation_stress_rmse"]
+    assert row["score"] == pytest.approx(parts + stress)
     assert "meV/Å³" in (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
     file = str(tmp_path / "errors.json")
     command = ["evaluate", str(tmp_path / "run"), str(tmp_path / "a.xyz"), "--output", file]

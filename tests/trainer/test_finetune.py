@@ -121,7 +121,7 @@ def test_it_starts_with_the_parents_errors_and_ends_with_smaller_ones(trained, t
     )
     assert [line.partition(" is")[0] for line in changes] == ["model.num_channels", "data.cutoff"]
     outcome = trainer.run()
-    from mlip_md.trainer.evaluate import evaluate
+    from mlip_md.trainer.evaluation import evaluate
 
     potential = mlip_md.load(trained)
     judged = evaluate(potential, trainer.data.validation, 8).overall
@@ -186,7 +186,7 @@ def test_a_scaled_parent_keeps_its_scaling(trained, tmp_path):
     data = write_data_set(tmp_path / "set.hdf5")
     trainer, _ = begin(data, tmp_path / "scaled.safetensors", tmp_path / "run", train={"epochs": 1})
     trainer.run()
-    from mlip_md.trainer.evaluate import evaluate
+    from mlip_md.trainer.evaluation import evaluate
 
     judged = evaluate(scaled, trainer.data.validation, 8).overall
     start = float(first_row(tmp_path / "run")["validation_energy_rmse_per_atom"])

@@ -1,13 +1,19 @@
 """Errors of a potential on labeled structures, the report of a run, and the training commands."""
 
+import dataclasses
 import errno
+import importlib.util
 import json
 import logging
+import math
 import os
+import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import ase
+import ase.io
 import numpy as np
 import pytest
 import typer
@@ -17,12 +23,14 @@ from pair_potential import PairPotential, pair_potential
 from training_cases import E0, molecules, small_recipe, write_data_set
 from typer.testing import CliRunner
 
+from mlip_md import trainer
 from mlip_md.cli import EXIT_CODES
+from mlip_md.engine import Engine
 from mlip_md.errors import ConfigError, DataError, OutputError
 from mlip_md.trainer import cli
 from mlip_md.trainer.data import LabeledStructure, Statistics, load_data, prepare, read
 from mlip_md.trainer.data.statistics import warn_of_open_energies
-from mlip_md.trainer.evaluate import evaluate, write_errors
+from mlip_md.trainer.evaluation import evaluate, write_errors
 from mlip_md.trainer.recipe import (
     RECIPES,
     DataConfig,
@@ -82,6 +90,103 @@ def test_errors_are_those_put_into_the_labels(potential, labeled):
     assert result.overall["forces_mae"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_errors_of_elements_are_those_of_their_atoms(potential, labeled):
+    """Half of the oxygens are wrong by 1 eV/Å more along x."""
+    off = [dataclasses.replace(s, forces=s.forces.copy(), subset="") for s in labeled]
+    before, wrong = evaluate(potential, off).by_element, 0
+    for structure in off[::2]:
+        oxygens = structure.atomic_numbers == 8
+        structure.forces[oxygens, 0] += 1.0
+        wrong += int(oxygens.sum())
+    result = evaluate(potential, off)
+    assert list(result.by_element) == ["H", "C", "O"]
+    for name in "HC":
+        assert result.by_element[name] == before[name]
+    numbers = np.concatenate([s.atomic_numbers for s in labeled])
+    counts = {name: errors["atoms"] for name, errors in result.by_element.items()}
+    assert counts == {n: float((numbers == z).sum()) for n, z in zip("HCO", E0, strict=True)}
+    gaps = np.concatenate([s.forces for s in off])[numbers == 8]
+    gaps -= np.concatenate(result.predictions.forces)[numbers == 8]
+    assert result.by_element["O"]["forces_mae"] == pytest.approx(np.abs(gaps).mean(), rel=1e-5)
+    expected = np.sqrt(np.square(gaps).mean())
+    assert result.by_element["O"]["forces_rmse"] == pytest.approx(expected, rel=1e-5)
+    assert wrong
+    assert before["O"]["forces_rmse"] != pytest.approx(expected, rel=1e-2)
+
+
+def test_the_worst_structures_are_named(potential, labeled):
+    """By their forces and energies; one without labels of forces by its energy alone."""
+    named = [dataclasses.replace(s, name=f"s{k}") for k, s in enumerate(labeled)]
+    named[3] = dataclasses.replace(named[3], energy=named[3].energy - 5.0 * len(named[3]))
+    named[7] = dataclasses.replace(named[7], forces=named[7].forces + 9.0)
+    named[9] = dataclasses.replace(
+        named[9], forces=None, has_forces=True, energy=named[9].energy - 2.0 * len(named[9])
+    )
+    result = evaluate(potential, named)
+    first, second, third, *others = result.worst(12)
+    assert [first["name"], second["name"], third["name"]] == ["s3", "s9", "s7"]
+    assert first["subset"] == "A"
+    assert first["energy_mae_per_atom"] == pytest.approx(5.0 + 0.3 / len(named[3]), rel=1e-4)
+    assert math.isnan(second["forces_rmse"])
+    assert third["forces_rmse"] == pytest.approx(9.2, rel=0.05)
+    assert {row["name"] for row in others} == {f"s{k}" for k in range(12)} - {"s3", "s7", "s9"}
+    assert len(result.worst()) == 5
+
+
+def test_predictions_are_written_beside_labels(run_evaluate, potential, labeled, tmp_path):
+    """In the order of the file, with totals, and with everything that has no label left out."""
+    frames = [frame(s, config_type=s.subset) for s in labeled[:5]]
+    del frames[2].calc.results["forces"]
+    for k in (1, 3):
+        frames[k].set_cell(6 * np.eye(3))
+        frames[k].set_pbc(True)
+    frames[3].calc.results["stress"] = np.arange(6) / 100
+    write(tmp_path / "set.xyz", frames, format="extxyz")
+    files = ("--extxyz", tmp_path / "out.xyz", "--plot", tmp_path / "out.png")
+    result = run_evaluate(tmp_path / "set.xyz", *files, "--output", tmp_path / "out.json")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
+    written = ase.io.read(tmp_path / "out.xyz", ":")
+    engine = Engine(potential)
+    for k, (before, after) in enumerate(zip(frames, written, strict=True)):
+        here = engine.evaluate(before.positions, before.numbers, before.cell.array, before.pbc)
+        assert after.info["REF_energy"] == pytest.approx(labeled[k].energy)
+        assert after.info["mlip_md_energy"] == pytest.approx(here.energy, abs=1e-3)
+        np.testing.assert_allclose(after.arrays["mlip_md_forces"], here.forces, atol=1e-4)
+        assert ("REF_forces" in after.arrays) == (k != 2)
+        assert ("REF_stress" in after.info) == (k == 3)
+        assert ("mlip_md_stress" in after.info) == (k in (1, 3))
+        assert after.info["subset"] == "A"
+    stress = np.array([[0, 5, 4], [5, 1, 3], [4, 3, 2]]) / 100
+    np.testing.assert_allclose(written[3].info["REF_stress"], stress, atol=1e-7)
+    errors = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    gap = written[3].info["mlip_md_stress"] - stress
+    assert errors["overall"]["stress_mae"] == pytest.approx(np.abs(gap).mean(), rel=1e-4)
+    assert [row["name"].rpartition("[")[2] for row in errors["worst"]] != []
+    [unlabeled] = [row for row in errors["worst"] if row["forces_rmse"] is None]
+    assert unlabeled["name"].endswith("[2]")
+
+
+def test_what_the_package_offers_is_what_its_modules_hold():
+    """No name is that of a module, which an import would put in its place."""
+    for name in trainer.__all__:
+        offered = getattr(trainer, name)
+        assert callable(offered)
+        assert offered is getattr(sys.modules[offered.__module__], name)
+        assert importlib.util.find_spec(f"mlip_md.trainer.{name}") is None
+    assert trainer.evaluate is evaluate
+
+
+def test_the_program_of_the_page_on_evaluation_runs(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    [program] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    write_data_set(tmp_path / "test.hdf5", 20)
+    (tmp_path / "train.yaml").write_text(json.dumps(small_recipe("test.hdf5").plain()))
+    exec(program, {})
+    assert 0.01 < float(capsys.readouterr().out) < 100.0
+
+
 def test_errors_do_not_depend_on_the_batch_size(potential, labeled):
     few, many = evaluate(potential, labeled, batch_size=2), evaluate(potential, labeled, 12)
     for name, value in few.overall.items():
@@ -132,10 +237,10 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(
         assert isinstance(result.exception, ConfigError)
         assert message in str(result.exception)
 
-    def full(evaluation, path):
+    def full(evaluation, path, worst):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mlip_md.trainer.evaluate.write_errors", full)
+    monkeypatch.setattr("mlip_md.trainer.evaluation.write_errors", full)
     result = run_evaluate(tmp_path / "set.xyz", "--output", tmp_path / "errors.json")
     assert isinstance(result.exception, OSError)
     assert "F RMSE" in result.output

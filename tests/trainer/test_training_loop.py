@@ -27,7 +27,7 @@ from mlip_md.trainer import train
 from mlip_md.trainer.checkpoint import leaves_by_path, state_hash
 from mlip_md.trainer.costs import time_steps
 from mlip_md.trainer.data import load_data
-from mlip_md.trainer.evaluate import evaluate_store
+from mlip_md.trainer.evaluation import evaluate_store
 from mlip_md.trainer.loss import weights_at
 from mlip_md.trainer.optimizer import learning_rate_schedule
 from mlip_md.trainer.resume import check_same, identify
@@ -67,6 +67,7 @@ def saved():
         patch.setattr(train, "make_train_step", compiled_once)
         patch.setattr(train, "make_eval_step", lambda apply: evaluation)
         patch.setattr(train.own, "save", save)
+        patch.setattr(train.own, "load", lambda path: models[-1][1])
         yield models
 
 
@@ -649,3 +650,45 @@ def test_other_versions_than_before_are_told(recipe, data, tmp_path):
     Trainer(recipe, data, tmp_path).run()
     log = (tmp_path / "log.txt").read_text(encoding="utf-8")
     assert f"other versions than before: jax 0.1 -> {jax.__version__}\n" in log
+
+
+def test_a_finished_run_leaves_the_errors_of_its_test_part_and_a_card(finished, data):
+    """Those of the weights in the model file, in the outcome, the log and the card."""
+    trainer, outcome, models = finished
+    params = models[-1][1].params
+    errors = evaluate_store(trainer.eval_step, params, data.test, data.budget)
+    assert outcome.test["structures"] == len(data.test)
+    assert outcome.test["forces_rmse"] == pytest.approx(errors["forces_rmse"], rel=1e-5)
+    shown = f"{1000 * errors['forces_rmse']:.2f} meV/Å"
+    log = (trainer.folder / "log.txt").read_text(encoding="utf-8")
+    [line] = [line for line in log.splitlines() if "test errors of" in line]
+    assert shown in line
+    card = (trainer.folder / "card.md").read_text(encoding="utf-8")
+    assert card.startswith("# small\n")
+    for text in (
+        f"| test | {len(data.test)} |", f"{1000 * errors['forces_rmse']:.3f} |",
+        f"| validation | {len(data.validation)} |", "By element, test", "fitted to the data",
+        "MLIPCalculator", "createSystem", "energy 40 from epoch 1, 1000 from epoch 3",
+    ):  # fmt: skip
+        assert text in card
+    assert "report/" not in card
+
+
+@pytest.mark.parametrize(("first", "told"), [(0.1, True), (9.0, False)])
+def test_a_better_model_of_an_earlier_stage_is_told(first, told, recipe, data, tmp_path):
+    trainer = Trainer(changed(recipe, train={"epochs": 3}), data, tmp_path)
+    stop_at_step(trainer, 17)  # in the last epoch
+    trainer = Trainer(changed(recipe, train={"epochs": 3}), data, tmp_path)
+    score = trainer._score
+    trainer._score = lambda errors: 1.0 if trainer.progress.epoch == 3 else score(errors)
+    take_up = trainer._take_up
+
+    def with_other_best(state, saved):
+        take_up(state, saved)
+        trainer.progress.best["1"]["score"] = first
+
+    trainer._take_up = with_other_best
+    trainer.run()
+    log = (tmp_path / "log.txt").read_text(encoding="utf-8")
+    assert ("stage 1 had a better one by its score, 0.1 eV/Å" in log) == told
+    assert ("best-stage1.safetensors" in log) == told

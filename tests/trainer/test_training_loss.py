@@ -165,3 +165,7 @@ def test_errors_do_not_depend_on_the_batching():
     assert math.isnan(metrics.mean_errors({})["forces_mae"])
     score = metrics.selection_score(errors, 10.0)
     assert score == errors["forces_rmse"] + 10.0 * errors["energy_rmse_per_atom"]
+    stressed = {**errors, "stress_rmse": 0.01}
+    assert metrics.selection_score(stressed, 10.0) == score
+    assert metrics.selection_score(stressed, 10.0, stress_weight=20.0) == pytest.approx(score + 0.2)
+    assert metrics.selection_score(errors, 10.0, stress_weight=20.0) == score

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ase.io
 import numpy as np
@@ -12,12 +13,17 @@ from ase import Atoms
 from mlip_md.files import replacing
 from mlip_md.trainer.data.store import GraphStore
 
-Columns = Mapping[str, np.ndarray]
-"""More values of a structure by name: of its atoms (N, …), or one (1,)."""
+PREFIX = "mlip_md_"
+"""Of the names of predictions, beside ``REF_`` of labels."""
+
+Predicted = Callable[[int], Mapping[str, Any]]
+"""Values of the structure of an index by name: a number, forces (n, 3) or a stress (3, 3)."""
 
 
 def to_atoms(store: GraphStore, index: int) -> Atoms:
-    """A structure with its labels, as ``REF_energy`` and ``REF_forces``, and where it came from.
+    """A structure with its labels, as far as it has them, and where it came from.
+
+    Labels are ``REF_energy``, ``REF_forces`` and ``REF_stress``.
 
     Args:
         store: graphs and labels.
@@ -35,7 +41,10 @@ def to_atoms(store: GraphStore, index: int) -> Atoms:
     atoms.info |= {"REF_energy": float(store.energy[index]), "name": store.names[index]}
     if store.subsets[index]:
         atoms.info["subset"] = store.subsets[index]
-    atoms.arrays["REF_forces"] = np.asarray(store.forces[rows])
+    if store.has_forces(index):
+        atoms.arrays["REF_forces"] = np.asarray(store.forces[rows])
+    if store.has_stress(index) and store.stress is not None:
+        atoms.info["REF_stress"] = np.asarray(store.stress[index])
     return atoms
 
 
@@ -43,7 +52,7 @@ def write_structures(
     store: GraphStore,
     indices: Sequence[int] | np.ndarray,
     path: Path,
-    more: Mapping[int, Columns] | None = None,
+    predicted: Predicted | None = None,
 ) -> Path:
     """Write structures with their labels.
 
@@ -51,7 +60,8 @@ def write_structures(
         store: graphs and labels.
         indices: which structures, in which order.
         path: extended XYZ to write.
-        more: further values by structure, such as predictions.
+        predicted: gives further values of a structure; "forces" become a column of its atoms under
+            ``mlip_md_forces``, others lie beside the energy, likewise named.
 
     Returns:
         The path.
@@ -63,11 +73,9 @@ def write_structures(
     def all_atoms() -> Iterator[Atoms]:
         for index in indices:
             atoms = to_atoms(store, int(index))
-            for name, values in (more or {}).get(int(index), {}).items():
-                if len(values) == 1 != len(atoms):
-                    atoms.info[name] = float(values[0])
-                else:
-                    atoms.arrays[name] = np.asarray(values)
+            for name, values in (predicted(int(index)) if predicted else {}).items():
+                columns = atoms.arrays if name == "forces" else atoms.info
+                columns[f"{PREFIX}{name}"] = values
             yield atoms
 
     with replacing(path) as temporary:

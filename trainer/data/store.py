@@ -232,6 +232,14 @@ class GraphStore:
             counts.append(np.bincount(flat, minlength=len(sizes) * size).reshape(-1, size))
         return np.concatenate(counts).astype(np.float64)
 
+    def has_forces(self, index: int) -> bool:
+        """Whether a structure has force labels."""
+        return self.forces_mask is None or bool(self.forces_mask[index])
+
+    def has_stress(self, index: int) -> bool:
+        """Whether a structure has a stress label."""
+        return self.stress_mask is not None and bool(self.stress_mask[index])
+
     def forces_rms(self) -> float:
         """Root mean square of the force components that have labels, eV/Å; 0 without any."""
         squares = 0.0

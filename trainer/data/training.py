@@ -176,7 +176,7 @@ def load_data(
             "or name a file in data.validation"
         )
     train = data.parts["train"]
-    if any(step.value for step in recipe.loss.stress.weight) and train.stress is None:
+    if recipe.loss.trains_stress and train.stress is None:
         raise ConfigError("loss.stress has a weight, but the data set has no stresses")
     unlabeled = train.forces_mask is not None and not train.forces_mask.any()
     if any(step.value for step in recipe.loss.forces.weight) and unlabeled:

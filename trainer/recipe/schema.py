@@ -77,6 +77,11 @@ class LossConfig(Section):
     forces: LossTermConfig = _constant(25.0)
     stress: LossTermConfig = _constant(0.0)
 
+    @property
+    def trains_stress(self) -> bool:
+        """Whether stresses have a weight in any epoch."""
+        return any(step.value for step in self.stress.weight)
+
 
 class OptimizerConfig(Section):
     """The optimizer and its learning-rate schedule (steps are batches, from 0).
@@ -237,6 +242,8 @@ class TrainConfig(Section):
         select_energy_weight: 1/Å; the best model has the lowest
             forces_rmse + select_energy_weight · energy_rmse_per_atom on the validation set. The
             search starts anew when the loss weights change.
+        select_stress_weight: Å²; select_stress_weight · stress_rmse is added to that where
+            loss.stress has a weight and the validation set has labels of stress.
         patience: epochs without a better model after which the training ends early, counted in the
             last stage of the loss weights; null trains to the end.
     """
@@ -244,6 +251,7 @@ class TrainConfig(Section):
     epochs: int = Field(default=220, ge=1)
     ema_decay: float = Field(default=0.99, ge=0, lt=1)
     select_energy_weight: float = Field(default=10.0, ge=0)
+    select_stress_weight: float = Field(default=10.0, ge=0)
     patience: int | None = Field(default=None, ge=1)
 
 
