@@ -150,7 +150,7 @@ struct Range {
 
 // Edges per range by a table, whose radial weights shall stay in the cache as well as the part of
 // the table that they are made of.
-constexpr int64_t kRange = 4096;
+constexpr int64_t kRange = 8192;
 
 template <class T>
 void find_spots(const Problem<T>& p, const Order<T>& order, Range<T>& range) {

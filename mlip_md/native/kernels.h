@@ -10,6 +10,8 @@ namespace MLIP_MD_SET {
 #endif
 
 #define MLIP_MD_INLINE inline __attribute__((always_inline))
+// In front of loops over arrays of registers: what is not unrolled lies in memory.
+#define MLIP_MD_UNROLL _Pragma("GCC unroll 16")
 
 template <class T, int W>
 struct VectorOf {
@@ -58,8 +60,10 @@ MLIP_MD_INLINE void turn_term(const T* t, const T* x, int64_t x_row, const Vecto
                               Vector<T, W>* z, Vector<T, W> (&sum)[O][N]) {
   constexpr int in = L::list[I][0], out = L::list[I][1], index = L::list[I][2];
   if constexpr (I == 0 || L::list[I ? I - 1 : 0][0] != in) {
+    MLIP_MD_UNROLL
     for (int v = 0; v < N; ++v) z[v] = r[v] * load<Vector<T, W>>(x + in * x_row + v * W);
   }
+  MLIP_MD_UNROLL
   for (int v = 0; v < N; ++v) sum[out][v] += t[index * kLanes] * z[v];
 }
 
@@ -77,16 +81,21 @@ void gather(const Sum<T>& s) {
   typedef Vector<T, W> V;
   for (int c = 0; c < s.channels; c += N * W) {
     V sum[O][N];
+    MLIP_MD_UNROLL
     for (int o = 0; o < O; ++o)
+      MLIP_MD_UNROLL
       for (int v = 0; v < N; ++v)
         sum[o][v] = s.first ? V{} : load<V>(s.out + o * s.out_row + c + v * W);
     for (int k = 0; k < s.n; ++k) {
       const T* t = s.turns + k / kLanes * (entries * kLanes) + k % kLanes;
       V r[N];
+      MLIP_MD_UNROLL
       for (int v = 0; v < N; ++v) r[v] = load<V>(s.r[k] + c + v * W);
       turn_terms<T, W, N, L, O>(t, s.x[k] + c, s.x_row, r, sum, typename Count<entries>::type());
     }
+    MLIP_MD_UNROLL
     for (int o = 0; o < O; ++o)
+      MLIP_MD_UNROLL
       for (int v = 0; v < N; ++v) store(s.out + o * s.out_row + c + v * W, sum[o][v]);
   }
 }
@@ -129,11 +138,14 @@ void product(const Product<T>& s) {
       const V* h = reinterpret_cast<const V*>(s.folds + c * entries);
       fold_terms<T, W, L>(h, s.x[k] + c, s.x_row, v, typename Count<entries>::type());
       V g = y[0] * v[0];
+      MLIP_MD_UNROLL
       for (int b = 1; b < B; ++b) g += y[b * kLanes] * v[b];
       store(s.gr[k] + c, g);
       const V r = load<V>(s.r[k] + c);
+      MLIP_MD_UNROLL
       for (int b = 0; b < B; ++b) sum[b] += r * v[b];
     }
+    MLIP_MD_UNROLL
     for (int b = 0; b < B; ++b) s.gy[k][b] += total<T, W>(sum[b]);
   }
 }
@@ -143,6 +155,7 @@ void fold(const T* g, int64_t g_row, int channels, T* h) {
   typedef Vector<T, W> V;
   for (int c = 0; c < channels; c += W) {
     V s[F::d3];
+    MLIP_MD_UNROLL
     for (int m = 0; m < F::d3; ++m) s[m] = load<V>(g + m * g_row + c);
     F::template fold<V, T>(s, reinterpret_cast<V*>(h + c * F::folds));
   }
@@ -153,6 +166,7 @@ void turn(const T* y, int64_t y_group, int groups, T scale, T* t) {
   typedef Vector<T, kLanes> V;
   for (int i = 0; i < groups; ++i) {
     V s[F::d2];
+    MLIP_MD_UNROLL
     for (int b = 0; b < F::d2; ++b) s[b] = scale * load<V>(y + i * y_group + b * kLanes);
     F::template turn<V, T>(s, reinterpret_cast<V*>(t + i * (F::turns * kLanes)));
   }
@@ -165,15 +179,18 @@ void gather_any(const Sum<T>& s, int inputs) {
   typedef Vector<T, W> V;
   for (int c = 0; c < s.channels; c += W) {
     V sum[O];
+    MLIP_MD_UNROLL
     for (int o = 0; o < O; ++o) sum[o] = s.first ? V{} : load<V>(s.out + o * s.out_row + c);
     for (int k = 0; k < s.n; ++k) {
       const T* t = s.turns + k / kLanes * (inputs * O * kLanes) + k % kLanes;
       const V r = load<V>(s.r[k] + c);
       for (int i = 0; i < inputs; ++i, t += O * kLanes) {
         const V z = r * load<V>(s.x[k] + c + i * s.x_row);
+        MLIP_MD_UNROLL
         for (int o = 0; o < O; ++o) sum[o] += t[o * kLanes] * z;
       }
     }
+    MLIP_MD_UNROLL
     for (int o = 0; o < O; ++o) store(s.out + o * s.out_row + c, sum[o]);
   }
 }
@@ -189,14 +206,18 @@ void product_any(const Product<T>& s, int inputs) {
       const V* h = reinterpret_cast<const V*>(s.folds + c * inputs * B);
       for (int a = 0; a < inputs; ++a, h += B) {
         const V x = load<V>(s.x[k] + c + a * s.x_row);
+        MLIP_MD_UNROLL
         for (int b = 0; b < B; ++b) v[b] += x * h[b];
       }
       V g = y[0] * v[0];
+      MLIP_MD_UNROLL
       for (int b = 1; b < B; ++b) g += y[b * kLanes] * v[b];
       store(s.gr[k] + c, g);
       const V r = load<V>(s.r[k] + c);
+      MLIP_MD_UNROLL
       for (int b = 0; b < B; ++b) sum[b] += r * v[b];
     }
+    MLIP_MD_UNROLL
     for (int b = 0; b < B; ++b) s.gy[k][b] += total<T, W>(sum[b]);
   }
 }
@@ -240,30 +261,38 @@ struct AnyOf {
   }
 };
 
-// While a block of a table is read, what will be read of the next one is fetched from memory.
+// All blocks of a cell one after the other, so that rows of weights are written once; meanwhile the
+// next cell is fetched from memory.
 template <class T, bool slopes, int D>
 void evaluate(const Polynomials<T>& s) {
   typedef Vector<T, kLanes> V;
   const Spot<T>* end = s.spots + s.n;
-  for (int b = 0; b < s.blocks; ++b)
-    for (const Spot<T>* spot = s.spots; spot < end;) {
+  for (const Spot<T>* spot = s.spots; spot < end;) {
+    const Spot<T>* stop = spot + 1;
+    while (stop < end && stop->cell == spot->cell) ++stop;
+    const T* next = (stop < end ? stop : spot)->cell + s.skipped;
+    for (int b = 0; b < s.blocks; ++b) {
       const T* cell = spot->cell + s.skipped + b * s.block;
       V c[D + 1];
+      MLIP_MD_UNROLL
       for (int d = 0; d <= D; ++d) {
         c[d] = load<V>(cell + d * kLanes);
-        __builtin_prefetch(cell + s.block + d * kLanes);
+        __builtin_prefetch(next + b * s.block + d * kLanes);
       }
-      for (const T* same = spot->cell; spot < end && spot->cell == same; ++spot) {
-        const T u = spot->u;
+      for (const Spot<T>* at = spot; at < stop; ++at) {
+        const T u = at->u;
         V value = c[D], slope = value;
+        MLIP_MD_UNROLL
         for (int d = D - 1; d >= 0; --d) {
           if (slopes && d < D - 1) slope = slope * u + value;
           value = value * u + c[d];
         }
-        store(s.value + spot->row * kTile + b * kLanes, value);
-        if (slopes) store(s.slope + spot->row * kTile + b * kLanes, slope);
+        store(s.value + at->row * kTile + b * kLanes, value);
+        if (slopes) store(s.slope + at->row * kTile + b * kLanes, slope);
       }
     }
+    spot = stop;
+  }
 }
 
 template <class T, bool slopes>
@@ -360,6 +389,7 @@ Set<T> set() {
 #undef MLIP_MD_ENTRY
 #undef MLIP_MD_ANY
 #undef MLIP_MD_INLINE
+#undef MLIP_MD_UNROLL
 
 }  // namespace MLIP_MD_SET
 }  // namespace mlip_md

@@ -35,8 +35,8 @@ ORDERS = (DEGREE + 1) // 2
 """Derivatives that are matched at each end, the value among them."""
 LANES = 8
 """Radial weights that lie side by side in a table."""
-CELLS = (128, 256, 512, 1024)
-"""Numbers of cells that are tried."""
+FEWEST, MOST, STEP = 128, 1024, 64
+"""Numbers of cells."""
 PIECE = 128
 """Distances that are evaluated together."""
 NEAREST = 0.05
@@ -84,7 +84,8 @@ def fit_radial(
         found = [jax.device_get(compiled(piece)) for piece in filled.reshape(-1, PIECE)]
         return [np.concatenate(jet)[: len(lengths)] for jet in zip(*found, strict=True)]
 
-    for cells in (cells for cells in CELLS if cells >= at_least):
+    cells = max(FEWEST, at_least)
+    while cells <= MOST:
         width = cutoff / cells
         knots = jets(np.linspace(0.0, cutoff, cells + 1)[1:])  # bases are not defined at 0
         between = [(u, jets((np.arange(cells) + u) * width)) for u in (0.15, 0.5, 0.85)]
@@ -99,6 +100,10 @@ def fit_radial(
         error, slope_error = (worst / np.maximum(largest, np.finfo(float).tiny)).tolist()
         if error <= ERROR and slope_error <= SLOPE_ERROR:
             return Fit(np.stack(blocks), error, slope_error)
+        # the error of slopes is of order DEGREE in the width of a cell
+        ratio = max(error / ERROR, slope_error / SLOPE_ERROR) ** (1 / DEGREE)
+        ratio = ratio if ratio < MOST else MOST  # neither does NaN
+        cells = STEP * max(cells // STEP + 1, math.ceil(cells * ratio / STEP))
     return None
 
 
