@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from memory import potential
 
-from mlip_md.formats import instadeep, own
+from mlip_md.formats import instadeep
 
 MODELS = {"mace-card": "mace-spice2", "nequip-card": "nequip-spice2", "bundled": "organics-gfn2"}
 TOLERANCE = 2e-5
@@ -61,13 +61,11 @@ class Program:
         self.process.wait()
 
 
-def write_models(folder: Path, name: str) -> dict[str, Path | str]:
-    """The same weights in the formats that programs read."""
-    made = potential(MODELS[name])
-    ours, theirs = folder / f"{name}.safetensors", folder / f"{name}.zip"
-    own.save(made, ours)
-    instadeep.save_zip(made, theirs)
-    return {"mlip-md": ours, "mlip": theirs}
+def write_model(folder: Path, name: str) -> Path:
+    """The weights in the format that all programs read, older versions of this one too."""
+    path = folder / f"{name}.zip"
+    instadeep.save_zip(potential(MODELS[name]), path)
+    return path
 
 
 def race(programs: list[Program], rounds: int, each: int) -> None:
@@ -123,13 +121,12 @@ def main() -> None:
     results: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as folder:
         for model in options.models:
-            files = write_models(Path(folder), model)
+            file = write_model(Path(folder), model)
             for system in options.systems:
                 print(f"{model}, {system}", flush=True)
                 programs = []
                 try:
                     for name, python in named:
-                        file = files[name.partition(":")[0]]
                         programs.append(Program(name, python, file, system))
                     race(programs, options.rounds, options.steps)
                     results[f"{model}, {system}"] = report(programs)

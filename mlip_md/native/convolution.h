@@ -9,7 +9,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <map>
 #include <memory>
+#include <set>
+#include <tuple>
 #include <vector>
 
 #include "sets.h"
@@ -236,11 +239,10 @@ void weigh(const Problem<T>& p, const Range<T>& range, const Tile& tile, bool sl
 // What both passes do with a tile at a node: radial weights and features of its edges.
 template <class T>
 void point_to(const Problem<T>& p, const Order<T>& order, const Range<T>& range, const Tile& tile,
-              const Piece& piece, const Features<const T>& x, int64_t channel, const T* radial,
-              Workspace<T>& w) {
+              const Piece& piece, const Features<const T>& x, const T* radial, Workspace<T>& w) {
   const int32_t* edge = order.edge.data() + piece.place;
   for (int k = 0; k < piece.n; ++k) {
-    w.x[k] = x.at(order.other[edge[k]], channel + tile.begin);
+    w.x[k] = x.at(order.other[edge[k]], 0);
     w.r[k] = p.by_table() ? w.value.data() + (piece.place - range.place + k) * kTile
                           : radial + edge[k] * p.columns + tile.path->column + tile.begin;
   }
@@ -307,19 +309,101 @@ struct Term {
   const T* radial;
 };
 
-// Calls work(unit, range, workspace) for all units and ranges.
-template <class T, class Work>
-void for_each_unit(const Problem<T>& p, const std::vector<Range<T>>& ranges,
-                   const std::vector<Unit>& units, Team& team, const Work& work) {
-  const int64_t n = ranges.size(), turns = p.by_table() ? int64_t(units.size()) : 1;
-  team.run(n * turns, [&](auto claim) {
-    Workspace<T> w;
-    for (int64_t task; (task = claim()) >= 0;)
-      if (p.by_table())
-        work(units[task / n], ranges[task % n], w);
-      else
-        for (const Unit& unit : units) work(unit, ranges[task], w);
-  });
+// Channels of a feature that the edges of a tile read, from its first channel on.
+struct Reading {
+  int64_t feature, channel, width;
+  bool operator<(const Reading& other) const {
+    return std::tie(feature, channel, width) < std::tie(other.feature, other.channel, other.width);
+  }
+};
+
+template <class T>
+Features<const T> part(const FeatureList<const T>& x, const Reading& reading) {
+  const Features<const T>& whole = x[reading.feature];
+  return {whole.data + reading.channel, whole.components, whole.channels};
+}
+
+// What tiles read, copied so that what lies at one node lies in one place: edges jump from node to
+// node, and rows that lie apart cost a page and a cache line each.
+template <class T>
+class Packed {
+ public:
+  Packed(const FeatureList<const T>& x, const std::set<Reading>& readings, int64_t n_nodes,
+         Team& team) {
+    int64_t size = 0;
+    for (const Reading& reading : readings) size += row(x, reading) * n_nodes;
+    memory_ = Buffer<T>(size);
+    T* to = memory_.data();
+    for (const Reading& reading : readings) {
+      parts_[reading] = {to, x[reading.feature].components, kTile};
+      to += row(x, reading) * n_nodes;
+    }
+    constexpr int64_t block = 64;
+    team.run((n_nodes + block - 1) / block, [&](auto claim) {
+      for (int64_t task; (task = claim()) >= 0;)
+        for (const auto& [reading, packed] : parts_)
+          copy(part(x, reading), packed, reading.width, task * block,
+               std::min(n_nodes, (task + 1) * block));
+    });
+  }
+
+  static int64_t row(const FeatureList<const T>& x, const Reading& reading) {
+    return x[reading.feature].components * kTile;
+  }
+
+  const Features<const T>& at(const Reading& reading) const { return parts_.at(reading); }
+
+ private:
+  static void copy(const Features<const T>& from, const Features<const T>& to, int64_t width,
+                   int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t m = 0; m < to.components; ++m)
+        std::copy_n(from.at(i, m * from.channels), width,
+                    const_cast<T*>(to.at(i, m * to.channels)));
+  }
+
+  Buffer<T> memory_;
+  std::map<Reading, Features<const T>> parts_;
+};
+
+// Bytes of features that are copied at once, if more than one unit reads them.
+constexpr int64_t kPacked = 8 << 20;
+
+// Calls work(unit, range, workspace, view) for all units and ranges; view(reading) is what a tile
+// reads, of the only term where radial weights come from a table.
+template <class T, class Reads, class Work>
+void for_each_unit(const Problem<T>& p, const Order<T>& order, const std::vector<Term<T>>& terms,
+                   const std::vector<Unit>& units, Team& team, const Reads& reads,
+                   const Work& work) {
+  const std::vector<Range<T>> ranges = cut_nodes(p, order, units.size(), team);
+  const int64_t n = ranges.size();
+  if (!p.by_table()) {
+    team.run(n, [&](auto claim) {
+      Workspace<T> w;
+      for (int64_t task; (task = claim()) >= 0;)
+        for (const Unit& unit : units)
+          work(unit, ranges[task], w, [](const Term<T>& term, const Reading& reading) {
+            return part(term.x, reading);
+          });
+    });
+    return;
+  }
+  const FeatureList<const T>& x = terms.front().x;
+  for (size_t begin = 0, end; begin < units.size(); begin = end) {
+    std::set<Reading> readings;
+    int64_t bytes = 0;
+    for (end = begin; end < units.size() && (end == begin || bytes < kPacked); ++end)
+      for (const Tile& tile : units[end].tiles)
+        if (readings.insert(reads(tile)).second)
+          bytes += Packed<T>::row(x, reads(tile)) * p.n_nodes * int64_t(sizeof(T));
+    const Packed<T> packed(x, readings, p.n_nodes, team);
+    team.run(n * int64_t(end - begin), [&](auto claim) {
+      Workspace<T> w;
+      for (int64_t task; (task = claim()) >= 0;)
+        work(units[begin + task / n], ranges[task % n], w,
+             [&](const Term<T>&, const Reading& reading) { return packed.at(reading); });
+    });
+  }
 }
 
 // Sums at one end of the edges: features of sources at receivers, or of targets at senders.
@@ -330,10 +414,11 @@ class SumPass {
       : p_(p), order_(order), reversed_(reversed), out_(std::move(out)), units_(make_units()) {}
 
   void run(const std::vector<Term<T>>& terms, Team& team) const {
-    for_each_unit(p_, cut_nodes(p_, order_, units_.size(), team), units_, team,
-                  [&](const Unit& unit, const Range<T>& range, auto& w) {
-                    do_unit(unit, range, terms, w);
-                  });
+    for_each_unit(
+        p_, order_, terms, units_, team, [&](const Tile& tile) { return reading(tile); },
+        [&](const Unit& unit, const Range<T>& range, auto& w, auto view) {
+          do_unit(unit, range, terms, w, view);
+        });
   }
 
  private:
@@ -371,9 +456,15 @@ class SumPass {
   int64_t channel(const Tile& tile) const {
     return (reversed_ ? tile.path->channel : tile.path->position) + tile.begin;
   }
+  Reading reading(const Tile& tile) const {
+    const Path& path = *tile.path;
+    return {reversed_ ? path.target : path.source,
+            (reversed_ ? path.position : path.channel) + tile.begin, tile.width};
+  }
 
+  template <class View>
   void do_unit(const Unit& unit, const Range<T>& range, const std::vector<Term<T>>& terms,
-               Workspace<T>& w) const {
+               Workspace<T>& w, const View& view) const {
     const Features<T>& out = out_[unit.feature];
     // One tile that fills its channels overwrites them.
     const bool alone = unit.tiles.size() == 1;
@@ -383,19 +474,21 @@ class SumPass {
           std::fill_n(out.at(i, unit.begin) + m * out.channels, unit.end - unit.begin, T(0));
     for (const Tile& tile : unit.tiles) {
       weigh(p_, range, tile, false, w);
-      for (int64_t i = range.begin; i < range.end; ++i) do_node(range, tile, i, terms, alone, w);
+      for (int64_t i = range.begin; i < range.end; ++i)
+        do_node(range, tile, i, terms, alone, w, view);
     }
   }
 
+  template <class View>
   void do_node(const Range<T>& range, const Tile& tile, int64_t node,
-               const std::vector<Term<T>>& terms, bool first, Workspace<T>& w) const {
+               const std::vector<Term<T>>& terms, bool first, Workspace<T>& w,
+               const View& view) const {
     const Path& path = *tile.path;
     const int from = reversed_ ? path.l3 : path.l1, to = reversed_ ? path.l1 : path.l3;
     const Kernels<T>& kernels = p_.set.couplings[reversed_ ? path.back : path.forth];
     const T scale = reversed_ ? T(1 / kernels.reverse) : T(1);
     const Features<T>& out = out_[feature(path)];
-    const int64_t in = reversed_ ? path.target : path.source;
-    const int64_t in_channel = reversed_ ? path.position : path.channel;
+    const Reading read = reading(tile);
     for (int done = 0; done < order_.count[node]; done += kEdges) {
       const Piece piece{order_.first[node] * kLanes + done,
                         std::min(kEdges, order_.count[node] - done)};
@@ -404,8 +497,9 @@ class SumPass {
         const int64_t y_group = p_.harmonics * kLanes;
         kernels.turn(term.y + piece.place / kLanes * y_group + path.degree * path.degree * kLanes,
                      y_group, groups, scale, w.turns.data());
-        point_to(p_, order_, range, tile, piece, term.x[in], in_channel, term.radial, w);
-        sum_tile(kernels, piece.n, tile.width, term.x[in].channels, 2 * from + 1,
+        const Features<const T> x = view(term, read);
+        point_to(p_, order_, range, tile, piece, x, term.radial, w);
+        sum_tile(kernels, piece.n, tile.width, x.channels, 2 * from + 1,
                  out.at(node, channel(tile)), out.channels, 2 * to + 1, first, w);
         first = false;
       }
@@ -441,14 +535,15 @@ class ProductPass {
     if (gr_) clear_unread(team);
     const int64_t parts = glengths_ ? int64_t(units_.size()) : 0;
     lengths_.assign(parts * p_.n_edges, T(0));
-    for_each_unit(p_, cut_nodes(p_, order_, units_.size(), team), units_, team,
-                  [&](const Unit& unit, const Range<T>& range, auto& w) {
-                    for (const Tile& tile : unit.tiles) {
-                      weigh(p_, range, tile, glengths_ != nullptr, w);
-                      for (int64_t i = range.begin; i < range.end; ++i)
-                        do_node(unit, range, tile, i, terms, w);
-                    }
-                  });
+    for_each_unit(
+        p_, order_, terms, units_, team, reading,
+        [&](const Unit& unit, const Range<T>& range, auto& w, auto view) {
+          for (const Tile& tile : unit.tiles) {
+            weigh(p_, range, tile, glengths_ != nullptr, w);
+            for (int64_t i = range.begin; i < range.end; ++i)
+              do_node(unit, range, tile, i, terms, w, view);
+          }
+        });
     if (!glengths_) return;
     const T factor = T(double(p_.cells) / p_.cutoff);
     for (int64_t e = 0; e < p_.n_edges; ++e) {
@@ -478,8 +573,13 @@ class ProductPass {
     });
   }
 
+  static Reading reading(const Tile& tile) {
+    return {tile.path->source, tile.path->channel + tile.begin, tile.width};
+  }
+
+  template <class View>
   void do_node(const Unit& unit, const Range<T>& range, const Tile& tile, int64_t node,
-               const std::vector<Term<T>>& terms, Workspace<T>& w) {
+               const std::vector<Term<T>>& terms, Workspace<T>& w, const View& view) {
     if (order_.count[node] == 0) return;
     const Path& path = *tile.path;
     const auto& kernels = p_.set.couplings[path.forth];
@@ -497,8 +597,9 @@ class ProductPass {
           w.gr[k] = direct ? gr_ + edge[k] * p_.columns + path.column + tile.begin
                            : w.gradient.data() + k * kTile;
         }
-        point_to(p_, order_, range, tile, piece, term.x[path.source], path.channel, term.radial, w);
-        multiply(kernels, tile, piece, term, folds, w);
+        const Features<const T> x = view(term, reading(tile));
+        point_to(p_, order_, range, tile, piece, x, term.radial, w);
+        multiply(kernels, tile, piece, term, x.channels, folds, w);
         if (glengths_) add_lengths(unit, range, tile, piece, w);
         if (gr_ && !direct)
           for (int k = 0; k < piece.n; ++k) {
@@ -530,11 +631,11 @@ class ProductPass {
   }
 
   void multiply(const Kernels<T>& kernels, const Tile& tile, const Piece& piece,
-                const Term<T>& term, int folds, Workspace<T>& w) const {
+                const Term<T>& term, int64_t x_row, int folds, Workspace<T>& w) const {
     const Path& path = *tile.path;
     const int n = piece.n;
     Product<T> product;
-    product.n = n, product.x = w.moved_x, product.x_row = term.x[path.source].channels;
+    product.n = n, product.x = w.moved_x, product.x_row = x_row;
     product.r = w.moved_r, product.gr = w.moved_gr, product.gy = w.gy;
     product.y_group = p_.harmonics * kLanes;
     product.y = term.y + piece.place / kLanes * product.y_group + path.degree * path.degree * kLanes;
@@ -554,7 +655,7 @@ class ProductPass {
     const auto& kind = kernels.kinds[kernels.n_kinds - 1];
     shift(w.x, n, c, w.moved_x);
     shift(w.r, n, c, w.moved_r);
-    pack(w.moved_x, n, 2 * path.l1 + 1, product.x_row, tile.width - c, w.packed_x.data(), w.px);
+    pack(w.moved_x, n, 2 * path.l1 + 1, x_row, tile.width - c, w.packed_x.data(), w.px);
     pack(w.moved_r, n, 1, 0, tile.width - c, w.packed_r.data(), w.pr);
     for (int k = 0; k < n; ++k) w.moved_gr[k] = w.packed_gradient.data() + k * kWidest;
     product.channels = kind.multiple, product.folds = w.folds.data() + c * folds;

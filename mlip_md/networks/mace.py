@@ -180,9 +180,11 @@ class MessagePassingConvolution(nn.Module):
             weights = layers.radial_weights(kernels, act, basis, inside)
             return weights if factors is None else weights * factors[species]
 
-        sums = sum_messages(self, plan, list(x.values()), edges, weigh)
+        # before the sums, which are linear in x and have several times its channels
+        averaged = [feature / self.avg_num_neighbors for feature in x.values()]
+        sums = sum_messages(self, plan, averaged, edges, weigh)
         paths = message_paths(tuple(x), config.l_max, message_irreps(config))
-        return {ir: s / self.avg_num_neighbors for ir, s in zip(paths, sums, strict=True)}
+        return dict(zip(paths, sums, strict=True))
 
 
 class InteractionBlock(nn.Module):

@@ -88,18 +88,23 @@ def fit_radial(
     while cells <= MOST:
         width = cutoff / cells
         knots = jets(np.linspace(0.0, cutoff, cells + 1)[1:])  # bases are not defined at 0
-        between = [(u, jets((np.arange(cells) + u) * width)) for u in (0.15, 0.5, 0.85)]
-        blocks, errors = [], np.zeros((2, 2))
+        between = [(u, jets((np.arange(cells) + u) * width)[:2]) for u in (0.15, 0.5, 0.85)]
+        n_blocks = sum(-(-path.width // LANES) for path in plan.paths)
+        coefficients, block = np.zeros((n_blocks, cells, DEGREE + 1, LANES), dtype), 0
+        errors = np.zeros((2, 2))
         for path in plan.paths:  # one after the other, in the memory of one
             columns = slice(path.column, path.column + path.width)
             fitted = _fit([jet[:, columns] for jet in knots], width)
             exact = [(u, [jet[:, columns] for jet in found]) for u, found in between]
             errors = np.maximum(errors, _errors(exact, fitted, width))
-            blocks += _in_blocks(fitted, dtype)
+            for first in range(0, path.width, LANES):
+                piece = fitted[..., first : first + LANES]
+                coefficients[block, ..., : piece.shape[-1]] = piece
+                block += 1
         worst, largest = errors
         error, slope_error = (worst / np.maximum(largest, np.finfo(float).tiny)).tolist()
         if error <= ERROR and slope_error <= SLOPE_ERROR:
-            return Fit(np.stack(blocks), error, slope_error)
+            return Fit(coefficients, error, slope_error)
         # the error of slopes is of order DEGREE in the width of a cell
         ratio = max(error / ERROR, slope_error / SLOPE_ERROR) ** (1 / DEGREE)
         ratio = ratio if ratio < MOST else MOST  # neither does NaN
@@ -171,12 +176,6 @@ def _errors(
                 found[:, order], [np.abs(a).max() for a in (wrong, values)]
             )
     return found
-
-
-def _in_blocks(fitted: np.ndarray, dtype: Any) -> list[np.ndarray]:
-    """Columns of a path in blocks of LANES (cells, degree+1, LANES), filled with zeros."""
-    filled = np.pad(fitted, [(0, 0), (0, 0), (0, -fitted.shape[-1] % LANES)])
-    return np.split(filled.astype(dtype), filled.shape[-1] // LANES, axis=-1)
 
 
 def evaluate_table(

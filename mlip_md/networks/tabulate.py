@@ -72,7 +72,7 @@ def _tabulate(
         else:
             found.append(fit.coefficients)
         cells = fit.coefficients.shape[1]
-    return np.stack(found)
+    return found[0][None] if n_tables == 1 else np.stack(found)
 
 
 def _of_pair(function: RadialFunction, pair: int, lengths: jax.Array) -> jax.Array:

@@ -118,6 +118,12 @@ def test_tables_of_every_degree(degree):
     assert_right(blocks_case(n_edges=30), "float64", degree)
 
 
+def test_features_that_are_copied_in_several_parts():
+    case = blocks_case(n_nodes=5000, n_edges=300)  # more than the 8 MB that are copied at once
+    assert sum(a.nbytes for a in case.g) > 2 * 8 * 2**20
+    assert_right(case, "float64")
+
+
 def test_a_node_of_very_many_edges():
     case = blocks_case(n_nodes=2, n_edges=300)  # all of them arrive at the first
     assert_right(case, "float64")
