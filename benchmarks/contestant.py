@@ -21,8 +21,11 @@ FOLDER = Path(__file__).with_name("systems")
 
 def mlip_md(model: str, _atoms: Atoms) -> Calculator:
     """This package; ``model`` is what ``mlip_md.load`` opens."""
+    import mlip_md as package
     from mlip_md.integrations.ase import MLIPCalculator
 
+    if hasattr(package, "keep_memory"):  # older versions have none
+        package.keep_memory()
     return MLIPCalculator(model)
 
 

@@ -8,6 +8,7 @@ Run:  python benchmarks/memory.py [--atoms 1500 3000] [--models mace-spice2 nequ
 """
 
 import argparse
+import dataclasses
 import os
 import subprocess
 import sys
@@ -29,14 +30,16 @@ def potential(name: str) -> Potential:
     """The bundled potential, or random weights in the network of a recipe."""
     if name == "organics-gfn2":
         return mlip_md.load(name)
-    recipe = load_recipe(name)[0]
-    zeros = np.zeros(len(ELEMENTS))
-    bare = Potential(recipe.network, {}, ELEMENTS, zeros, recipe.data.cutoff, 50.0, 0.98)
+    recipe = load_recipe("mace-spice2" if name == "equal-mace" else name)[0]
+    network, zeros = recipe.network, np.zeros(len(ELEMENTS))
+    if name == "equal-mace":  # as equal_mace.py makes it
+        network = dataclasses.replace(network, node_symmetry=1, correlation=3, num_bessel=8)
+    bare = Potential(network, {}, ELEMENTS, zeros, recipe.data.cutoff, 50.0, 0.98)
     rng = np.random.default_rng(0)
     shapes = expected_shapes(bare)
     weights = {path: rng.standard_normal(shape, np.float32) for path, shape in shapes.items()}
     params = unflatten(weights)
-    return Potential(recipe.network, params, ELEMENTS, zeros, recipe.data.cutoff, 50.0, 0.98)
+    return Potential(network, params, ELEMENTS, zeros, recipe.data.cutoff, 50.0, 0.98)
 
 
 def compute(name: str, n_atoms: int) -> None:

@@ -7,6 +7,14 @@ peers); NAME is one of contestant.py's, or "mlip-md" once more under a name of i
 ``mlip-md:before=…`` for another version. They take turns, a few steps each, so that a busy machine
 slows all of them. Before any time counts, forces are compared. Medians of CPU and wall time a step,
 peak memory of the process, first step; ratios to the first program last.
+
+mace-torch and symmetrix-xl do not read our weights: against them race the network ``equal-mace``,
+theirs given by ``--file`` (in their environment ``equal_mace.py equal.pt``, then
+``symmetrix_extract_mace --model equal.pt --output equal.json`` and
+``symmetrix_prepare_jit_host_artifact --model equal.json --precision float32``)::
+
+    python benchmarks/steps.py --models equal-mace --systems water192 --with mace-torch=PYTHON \
+        --file mace-torch=equal.pt --with symmetrix-xl=PYTHON --file symmetrix-xl=equal.json
 """
 
 import argparse
@@ -23,7 +31,12 @@ from memory import potential
 
 from mlip_md.formats import instadeep
 
-MODELS = {"mace-card": "mace-spice2", "nequip-card": "nequip-spice2", "bundled": "organics-gfn2"}
+MODELS = {
+    "mace-card": "mace-spice2",
+    "nequip-card": "nequip-spice2",
+    "bundled": "organics-gfn2",
+    "equal-mace": "equal-mace",
+}
 TOLERANCE = 2e-5
 """Largest difference of a force, of the largest one: float32, sums in different orders."""
 
@@ -110,6 +123,9 @@ def main() -> None:
     """Race on every structure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--with", dest="programs", action="append", default=[])
+    parser.add_argument(
+        "--file", dest="files", action="append", default=[], help="NAME=model of another network"
+    )
     parser.add_argument("--models", nargs="+", default=["mace-card", "nequip-card"], choices=MODELS)
     parser.add_argument("--systems", nargs="+", default=["aspirin", "packing138", "water192"])
     parser.add_argument("--rounds", type=int, default=5)
@@ -118,6 +134,7 @@ def main() -> None:
     options = parser.parse_args()
     named = [("mlip-md", sys.executable)]
     named += [tuple(text.split("=", 1)) for text in options.programs]
+    given = dict(text.split("=", 1) for text in options.files)
     results: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as folder:
         for model in options.models:
@@ -127,7 +144,8 @@ def main() -> None:
                 programs = []
                 try:
                     for name, python in named:
-                        programs.append(Program(name, python, file, system))
+                        own = given.get(name.partition(":")[0], file)
+                        programs.append(Program(name, python, own, system))
                     race(programs, options.rounds, options.steps)
                     results[f"{model}, {system}"] = report(programs)
                 finally:

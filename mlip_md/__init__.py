@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from mlip_md.version import __version__
 
-__all__ = ["__version__", "enable_cache", "load"]
+__all__ = ["__version__", "enable_cache", "keep_memory", "load"]
 
 if TYPE_CHECKING:
     import os
@@ -50,3 +50,14 @@ def enable_cache(folder: str | os.PathLike[str] | None = None) -> Path | None:
     from mlip_md import compilation_cache
 
     return compilation_cache.enable_cache(folder)
+
+
+def keep_memory() -> bool:
+    """Let this process keep freed memory for its next step: see ``mlip_md.allocation``.
+
+    Returns:
+        Whether it does; it needs Linux with glibc.
+    """
+    from mlip_md import allocation
+
+    return allocation.keep_memory()

@@ -140,8 +140,10 @@ def _options(
     ] = True,
 ) -> None:
     del version, debug  # acted on elsewhere
-    if cache and context.invoked_subcommand in _COMPUTING:
-        mlip_md.enable_cache()
+    if context.invoked_subcommand in _COMPUTING:
+        mlip_md.keep_memory()
+        if cache:
+            mlip_md.enable_cache()
 
 
 @app.command(rich_help_panel=_LOOK)
