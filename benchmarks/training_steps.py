@@ -78,8 +78,8 @@ def instadeep(model: str, structures: list[Atoms]) -> Callable[[], float]:
     import mlip.models_v1 as models
     import optax
     from mlip.data.chemical_system import ChemicalSystem
-    from mlip.graph import Graph
     from mlip.data.helpers.dynamically_batch import dynamically_batch
+    from mlip.graph import Graph
     from mlip.graph.edge_ordering import DEFAULT_EDGE_ORDERING
     from mlip.models.model_io import load_model_from_zip
 
