@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from mlip_md.cli import app
 from mlip_md.errors import ConfigError, DataError
-from mlip_md.trainer.data import load_data, open_prepared, prepare
+from mlip_md.trainer.data import load_data, open_prepared, prepare, warn_of_energies
 from mlip_md.trainer.data.readers import read_energy_file
 from mlip_md.trainer.recipe import DataConfig, load_recipe
 
@@ -89,8 +89,9 @@ def test_fitted_energies_are_those_without_them_and_a_warning_says_so(
     plain = prepared(tmp_path / "plain.xyz", energies).statistics
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        fitted = prepared(path, energies).statistics
-    np.testing.assert_array_equal(fitted.atomic_energies, plain.atomic_energies)
+        data = prepared(path, energies)
+        warn_of_energies(data)
+    np.testing.assert_array_equal(data.statistics.atomic_energies, plain.atomic_energies)
     (said,) = [m for m in caplog.messages if "isolated" in m and "any multiple" not in m]
     assert "of H, C, O, which are no training structures, but E0 are fitted" in said
     assert "atomic_energies: isolated" in said
