@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mlip_md.elements import symbol
@@ -142,6 +144,7 @@ def evaluate_in_detail(
     on_oversize: str = "error",
 ) -> Evaluation:
     """All errors, with every prediction; arguments as for ``evaluate_store``."""
+    params = jax.tree_util.tree_map(jnp.asarray, params)  # once, not for every batch
     collection = _Collection(store)
     for indices, batch in _batches(store, budget, on_oversize):
         collection.add(indices, batch, step(params, batch)[0])

@@ -148,7 +148,7 @@ def test_a_run_leaves_what_it_promises(finished):
     assert names == {
         "best-stage1.safetensors", "best-stage2.safetensors", "checkpoints", "config.resolved.yaml",
         "data.json", "environment.json", "events.jsonl", "log.txt", "metrics.csv",
-        "model.safetensors",
+        "model.safetensors", "card.md", "report",
     }  # fmt: skip
     assert len(list((trainer.folder / "checkpoints").iterdir())) == 2
     assert models[-1][0] == "model.safetensors"
