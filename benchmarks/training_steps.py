@@ -48,6 +48,8 @@ def mlip_md(model: str, structures: list[Atoms]) -> Callable[[], float]:
 
     kind = "nequip" if "nequip" in Path(model).name else "mace"
     recipe, potential = load_recipe(f"{kind}-spice2")[0], mlip_md.load(model)
+    squares = load_recipe("mace-spice2")[0].loss  # NequIP's card has Huber's
+    recipe = recipe.model_copy(update={"loss": squares})
     labeled = [
         LabeledStructure(a.numbers, a.positions, 0.0, np.zeros((len(a), 3))) for a in structures
     ]
