@@ -5,6 +5,9 @@ import pytest
 from ase import Atoms, units
 from ase.build import molecule
 from ase.calculators.calculator import Calculator
+from ase.md.langevin import Langevin
+from ase.md.velocitydistribution import thermalize_momenta
+from ase.optimize import BFGS
 
 import mlip_md
 from mlip_md import bundled
@@ -68,3 +71,29 @@ def test_water_has_its_shape(calculator):
     BFGS(water, logfile=None).run(fmax=0.01, steps=50)
     assert water.get_distance(0, 1) == pytest.approx(0.96, abs=0.02)  # GFN2-xTB: 0.959 Å
     assert water.get_angle(1, 0, 2) == pytest.approx(107.0, abs=4.0)  # GFN2-xTB: 107°
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_drop_of_water_stays_water(calculator, seed):
+    """5 ps: a potential with better errors than this one let 30 waters fall into each other."""
+    rng, one = np.random.default_rng(seed), molecule("H2O")
+    grid = np.stack(np.meshgrid(*[np.arange(3)] * 3, indexing="ij"), -1).reshape(-1, 3)
+    drop = Atoms(calculator=calculator)
+    for place in np.concatenate([grid, [[3, 0, 1], [-1, 1, 2], [1, 3, 0]]]):
+        turned = one.copy()
+        turned.rotate(rng.uniform(0, 360), rng.normal(size=3), center="COM")
+        turned.positions += 3.1 * place - turned.get_center_of_mass()
+        drop += turned
+    drop.calc = calculator
+    BFGS(drop, logfile=None).run(steps=50)
+    thermalize_momenta(drop, temperature_K=300, rng=rng)
+    dynamics = Langevin(
+        drop, 0.5 * units.fs, temperature_K=300, friction=0.01 / units.fs, fixcm=False, rng=rng
+    )
+    for _ in range(500):
+        dynamics.run(20)
+        water = drop.positions.reshape(-1, 3, 3)
+        bonds = np.linalg.norm(water[:, 1:] - water[:, :1], axis=-1)
+        assert bonds.max() < 1.4, f"{dynamics.nsteps} steps"
+        assert drop.get_temperature() < 500, f"{dynamics.nsteps} steps"
