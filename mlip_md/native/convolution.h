@@ -351,22 +351,24 @@ class Packed {
     return x[reading.feature].components * kTile;
   }
 
-  const Features<const T>& at(const Reading& reading) const { return parts_.at(reading); }
+  Features<const T> at(const Reading& reading) const {
+    const Features<T>& packed = parts_.at(reading);
+    return {packed.data, packed.components, packed.channels};
+  }
 
  private:
-  static void copy(const Features<const T>& from, const Features<const T>& to, int64_t width,
+  static void copy(const Features<const T>& from, const Features<T>& to, int64_t width,
                    int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       for (int64_t m = 0; m < to.components; ++m)
-        std::copy_n(from.at(i, m * from.channels), width,
-                    const_cast<T*>(to.at(i, m * to.channels)));
+        std::copy_n(from.at(i, m * from.channels), width, to.at(i, m * to.channels));
   }
 
   Buffer<T> memory_;
-  std::map<Reading, Features<const T>> parts_;
+  std::map<Reading, Features<T>> parts_;
 };
 
-// Bytes of features that are copied at once, if more than one unit reads them.
+// Bytes of features from which on they are copied in several parts, each of one unit at least.
 constexpr int64_t kPacked = 8 << 20;
 
 // Calls work(unit, range, workspace, view) for all units and ranges; view(reading) is what a tile

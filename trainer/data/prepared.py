@@ -114,7 +114,8 @@ def prepare(
         tell: called with the number of structures that are done, again and again.
 
     Returns:
-        The parts and their statistics.
+        The parts and their statistics. What is doubtful about E0 is said by ``warn_of_energies``,
+        for not every training takes them from its data.
 
     Raises:
         ConfigError: if no data set is named.
