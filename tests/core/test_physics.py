@@ -821,7 +821,8 @@ def short_range(subject, report):
             error = (force + slope) / (scale + abs(force))
             report.below("error of the force", error, subject.tolerance(1e-7, 1e-3))
             if not subject.double:
-                report.below("error of the energy", (result.interaction_energy - here) / scale, 1e-3)
+                error = (result.interaction_energy - here) / scale
+                report.below("error of the energy", error, 1e-3)
             largest = max(largest, abs(force))
         report.floor("largest force", largest, 0.5)
 
