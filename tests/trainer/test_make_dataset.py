@@ -600,6 +600,42 @@ def test_water_clusters_hold_together_and_stay_molecules():
         assert 2.2 < gap.min(1).min() < gap.min(1).max() < 4.5
 
 
+def test_pressed_molecules_come_closer_than_any_liquid_and_stay_molecules():
+    molecule, frames = sampling.sample_pressed(["C"], 6, make_generator(0, "test"), count=4)
+    members = np.array([0] * 5 + [1 + k // 3 for k in range(18)])
+    between = members[:, None] != members[None]
+
+    def shortest(positions):
+        distances = np.linalg.norm(positions[:, None] - positions[None], axis=-1)
+        return distances[between].min(), distances[~between & (distances > 0)].min()
+
+    relaxed, *others = frames
+    assert relaxed.origin == "quench"
+    assert shortest(relaxed.positions)[0] > 1.6
+    pressed = [one.positions for one in others if one.origin == "pressed"]
+    assert len(pressed) == 4
+    assert min(shortest(positions)[0] for positions in pressed) < 1.4
+    for positions in pressed:
+        lengths = [np.linalg.norm(positions[a] - positions[b]) for a, b in molecule.bonds]
+        assert 0.6 < min(lengths) < max(lengths) < 1.6  # rattled by up to 0.08 Å
+    eased = [one.positions for one in others if one.origin == "quench"]
+    assert len(eased) >= 3
+
+
+def test_pressed_clusters_are_planned_in_every_split_and_kept_when_hard(monkeypatch):
+    tasks = [t for t in full_plan(0) if t.subset == "Pressed clusters"]
+    assert {t.split for t in tasks} == set(SPLITS)
+    assert {t.num_waters for t in tasks if not t.smiles} == set(range(3, 18))
+    frames = [Conformation(np.zeros((3, 3)), "pressed")] * 2
+    molecule = build_molecule("O", 1, np.random.default_rng(0))
+    monkeypatch.setattr(module, "sample_task", lambda task, seed: (molecule, frames))
+    strong = np.full((3, 3), 50.0 / 51.422067 / np.sqrt(3))
+    answers = iter([labels.Labels(-1.0, strong), labels.Labels(-1.0, 1.25 * strong)])
+    group = module.label_task(tasks[0], 0, lambda *_: next(answers))
+    assert len(group.conformations) == 1
+    assert group.dropped == {"force too large": 1}
+
+
 # bonds that break
 
 

@@ -53,6 +53,7 @@ ORIGINS = (
     "trial step",
     "clash",
     "separation",
+    "pressed",
 )
 """Ways in which a conformation is made; files keep the index."""
 

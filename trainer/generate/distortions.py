@@ -35,6 +35,35 @@ def distort(
     ]
 
 
+def press(positions: np.ndarray, members: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Move whole molecules towards a point, turn each a little, and rattle their atoms.
+
+    Args:
+        positions: (N, 3).
+        members: (N,) the molecule of each atom, from 0.
+        rng: chooses the point (the middle, or one of the molecules with what is around it), how
+            far (distances of molecules down to 0.55 of what they were) and the turns.
+
+    Returns:
+        (N, 3).
+    """
+    centers = np.stack([positions[members == one].mean(0) for one in range(members.max() + 1)])
+    everywhere = rng.random() < 0.5
+    focus = positions.mean(0) if everywhere else centers[rng.integers(len(centers))]
+    away = centers - focus
+    near = 1.0 if everywhere else np.exp(-((np.linalg.norm(away, axis=1, keepdims=True) / 4) ** 2))
+    shifts = -(1.0 - rng.uniform(0.55, 0.95)) * near * away
+    largest = rng.uniform(0.0, 1.0)  # radians
+    pressed = (
+        positions + shifts[members] + rng.uniform(0.0, 0.08) * rng.normal(size=(len(members), 3))
+    )
+    for one, center in enumerate(centers + shifts):
+        turn = rotation_matrix(random_direction(rng), rng.uniform(0.0, largest))
+        atoms = members == one
+        pressed[atoms] = (pressed[atoms] - center) @ turn.T + center
+    return pressed
+
+
 def stretch_bond(
     molecule: Molecule, positions: np.ndarray, bond: tuple[int, int], factor: float
 ) -> np.ndarray:

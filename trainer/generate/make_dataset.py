@@ -36,7 +36,7 @@ from mlip_md.trainer.generate.plan import (
 RECIPE_VERSION = "2"
 MAX_FORCE = 30.0
 """eV/Å on one atom; harder structures are dropped."""
-MAX_FORCE_APART = 60.0
+MAX_FORCE_WRONG = 60.0
 """The same in the subsets that are there for what should not happen."""
 SNAPSHOT_SECONDS = 300.0
 
@@ -126,6 +126,8 @@ def sample_task(task: Task, seed: int) -> Sample:
         return sampling.sample_water(task.num_waters, task.num_starts, rng)
     if task.kind == "solvated":
         return sampling.sample_solvated(task.smiles[0], task.num_waters, rng)
+    if task.kind == "pressed":
+        return sampling.sample_pressed(task.smiles, task.num_waters, rng)
     if task.kind == "atoms":
         return dissociation.sample_atoms(task.smiles, rng)
     if task.kind == "dissociation":
@@ -169,7 +171,7 @@ def _label_usably(
     if not (np.isfinite(found.energy) and np.all(np.isfinite(found.gradient))):
         raise labels.LabelError("a label is not finite", "not finite")
     largest = np.linalg.norm(found.gradient, axis=-1).max() * labels.FORCE_UNIT
-    if largest > (MAX_FORCE_APART if apart else MAX_FORCE):
+    if largest > (MAX_FORCE_WRONG if apart or task.kind == "pressed" else MAX_FORCE):
         raise labels.LabelError("a force is too large", "force too large")
     return found.energy, found.gradient
 

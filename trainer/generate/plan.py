@@ -27,6 +27,7 @@ SUBSETS = (
     "Solvated amino acids",
     "Ions",
     "Salt bridges",
+    "Pressed clusters",
     "Isolated atoms",
     "Atom pairs",
     "Dissociation",
@@ -43,11 +44,11 @@ class Task:
     Attributes:
         name: name of the group.
         subset: one of `SUBSETS`.
-        kind: how it is sampled: "molecule", "complex", "water", "solvated", "atoms",
+        kind: how it is sampled: "molecule", "complex", "water", "solvated", "pressed", "atoms",
             "dissociation" or "separation".
         smiles: canonical SMILES of the molecules (without waters that solvate).
         split: one of `SPLITS`.
-        num_waters: number of waters of a "water" or "solvated" task.
+        num_waters: number of waters of a "water", "solvated" or "pressed" task.
         num_starts: number of independent starts of a "water" task.
     """
 
@@ -191,6 +192,7 @@ class _Planner:
             *self.solvated(small, capped),
             *self.charged(),
             *self.singles("Small organics", molecules.unusual()),
+            *self.pressed(small),
             *self.atoms(),
             *self.dissociations(small),
             *self.separations(small),
@@ -278,6 +280,22 @@ class _Planner:
             self.task(f"{smiles} in {count} waters", subset, "solvated", (smiles,), count)
             for subset, smiles, count in drawn
         ]
+
+    def pressed(self, small: list[Task]) -> list[Task]:
+        """Clusters of waters, of copies of a small molecule, and of small molecules in water."""
+        rng = make_generator(self.seed, "pressed")
+        liquids = [t.smiles[0] for t in small if 2 < t.num_atoms <= 10]
+        chosen = [liquids[i] for i in rng.permutation(len(liquids))[:120]]
+        drawn: list[tuple[tuple[str, ...], int]] = [((), 3 + index % 15) for index in range(90)]
+        drawn += [((smiles,) * int(rng.integers(2, 5)), 0) for smiles in chosen[:60]]
+        drawn += [((smiles,), int(rng.integers(2, 9))) for smiles in chosen[60:]]
+        tasks = []
+        for smiles, count in drawn:
+            name = ".".join([*smiles, *[f"{count} waters"] * (count > 0)]) + " pressed"
+            split = assign_split(smiles, self.seed) if smiles else _hash_split(name, self.seed)
+            name = self.new_name(name)
+            tasks.append(Task(name, "Pressed clusters", "pressed", smiles, split, count))
+        return tasks
 
     def charged(self) -> list[Task]:
         def parts(texts: Iterable[str]) -> list[tuple[str, ...]]:

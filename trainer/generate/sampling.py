@@ -17,7 +17,7 @@ from mlip_md.trainer.generate.chemistry import (
     build_molecule,
     join_molecules,
 )
-from mlip_md.trainer.generate.distortions import distort
+from mlip_md.trainer.generate.distortions import distort, press
 from mlip_md.trainer.generate.dynamics import XTBSurface, quench, run_langevin, spc_fw_forces
 from mlip_md.trainer.generate.labels import LabelError
 from mlip_md.trainer.generate.placement import (
@@ -115,6 +115,27 @@ def sample_solvated(
     start = relaxed[0].positions if relaxed else positions
     thermal = _thermal(surface, molecule, start, 300, rng, settle=6, every=8, count=count)
     return molecule, relaxed + thermal
+
+
+def sample_pressed(
+    smiles: Sequence[str], num_waters: int, rng: np.random.Generator, count: int = 6
+) -> Sample:
+    """Molecules pressed into each other, and a few steps back: what no liquid may fall into.
+
+    A potential that never saw several contacts too short at once may find energy there; a whole
+    drop then collapses into such a place, over a barrier that no pair of molecules has.
+    """
+    parts = [build_molecule(one, 1, rng) for one in [*smiles, *["O"] * num_waters]]
+    molecule, positions = surround(parts, rng)
+    surface = XTBSurface(molecule)
+    made = _relaxed(surface, positions, 20)
+    start = made[0].positions if made else positions
+    members = np.repeat(np.arange(len(parts)), [len(part.atomic_numbers) for part in parts])
+    for _ in range(count):
+        pressed = press(start, members, rng)
+        made.append(Conformation(pressed, "pressed"))
+        made += _relaxed(surface, pressed, int(rng.integers(1, 6)))
+    return molecule, made
 
 
 def _thermal(
