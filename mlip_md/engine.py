@@ -52,13 +52,21 @@ from mlip_md.networks.layers import bounding_turns
 from mlip_md.networks.native_convolution import find_native
 from mlip_md.networks.tabulate import tabulate_radial
 from mlip_md.potential import Params, Potential, predict
-from mlip_md.structure import COINCIDENT, CheckedStructure, check_structure, list_edges
+from mlip_md.structure import (
+    COINCIDENT,
+    CheckedStructure,
+    check_structure,
+    list_edges,
+    sort_in_space,
+)
 
 Float64 = NDArray[np.float64]
 
 DTYPES = ("float32", "float64")
 MAX_SYSTEMS = 8
 """Systems whose neighbor lists an engine keeps on the device."""
+SORTED_FROM = 400
+"""Atoms from which a structure no longer fits the caches, and is computed sorted in space."""
 HESSIAN_ROWS = 24
 """Rows of a Hessian that are computed in one call."""
 CPU_BATCH = (4096, 32768)
@@ -409,6 +417,8 @@ class Engine:
         backend = self.spec.backend_of(platform, len(structure), structure.cell, structure.pbc)
         if backend != "vesin":
             return self._evaluate_searching(structure, backend)
+        if len(structure) >= SORTED_FROM:
+            structure = sort_in_space(structure)
         return self._evaluate_listed([list_edges(structure, self.spec.cutoff)])[0]
 
     def evaluate_batch(
@@ -608,8 +618,8 @@ def _results(
             Result(
                 energy=energy,
                 interaction_energy=interaction,
-                energies=energies[nodes] + reference,
-                forces=forces[nodes],
+                energies=structure.restore(energies[nodes] + reference),
+                forces=structure.restore(forces[nodes]),
                 stress=stress[index] if has_volume(structure.cell) else None,
             )
         )
@@ -623,7 +633,9 @@ def _check_finite(
     bad = np.flatnonzero(~(np.isfinite(energies) & np.isfinite(forces).all(axis=1)))
     if len(bad) == 0 and np.isfinite(stress).all():
         return
-    atoms = ", ".join(f"{i} ({symbol(int(structure.numbers[i]))})" for i in bad[:8])
+    numbers = structure.numbers[bad[:8]].tolist()
+    named = zip(structure.label(bad[:8]).tolist(), numbers, strict=True)
+    atoms = ", ".join(f"{i} ({symbol(number)})" for i, number in named)
     more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
     where = f"energies or forces of atoms {atoms}{more}" if len(bad) else "stress"
     edges = structure.edges

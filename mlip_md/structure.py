@@ -14,12 +14,15 @@ from mlip_md.neighbors import (
     check_cell,
     check_positions,
     host_edges,
+    morton_order,
     place,
 )
 from mlip_md.potential import Potential
 
 COINCIDENT = 0.05
 """Å; atoms closer than this are one atom written twice, or a structure in the wrong units."""
+BIN = 2.0
+"""Å; atoms that share such a cube are sorted no further."""
 MIN_ATOM_VOLUME = 1.0
 """Å³ of a periodic cell per atom; diamond has 5.7, hydrogen at 500 GPa more than 1."""
 
@@ -35,6 +38,7 @@ class CheckedStructure:
         cell: (3, 3) float64 Å, zeros if there is none.
         pbc: (3,) bool.
         edges: its exact list, or None if that is made on the device.
+        labels: (n,) the caller's index of each atom, or None if the order is the caller's.
     """
 
     positions: NDArray[np.float64]
@@ -43,6 +47,7 @@ class CheckedStructure:
     cell: NDArray[np.float64]
     pbc: NDArray[np.bool_]
     edges: HostEdges | None = None
+    labels: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.species)
@@ -51,6 +56,18 @@ class CheckedStructure:
     def n_edges(self) -> int:
         """Number of listed edges."""
         return 0 if self.edges is None else len(self.edges.senders)
+
+    def label(self, atoms: NDArray[np.integer]) -> NDArray[np.integer]:
+        """The caller's indices of atoms."""
+        return atoms if self.labels is None else self.labels[atoms]
+
+    def restore(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Values of atoms (n, ...) in the caller's order."""
+        if self.labels is None:
+            return values
+        restored = np.empty_like(values)
+        restored[self.labels] = values
+        return restored
 
 
 def check_structure(
@@ -103,6 +120,21 @@ def _check_volume(n_atoms: int, cell: NDArray[np.float64]) -> None:
         )
 
 
+def sort_in_space(structure: CheckedStructure) -> CheckedStructure:
+    """The structure, without edges, with its atoms in an order in which neighbors are close by.
+
+    What an edge reads of its sender is then mostly in the processor's cache already.
+    """
+    order = morton_order(structure.positions, BIN)
+    return dataclasses.replace(
+        structure,
+        positions=structure.positions[order],
+        numbers=structure.numbers[order],
+        species=structure.species[order],
+        labels=order,
+    )
+
+
 def list_edges(structure: CheckedStructure, cutoff: float) -> CheckedStructure:
     """The structure with its exact list of edges within a cutoff (Å).
 
@@ -118,18 +150,20 @@ def list_edges(structure: CheckedStructure, cutoff: float) -> CheckedStructure:
 
 def _coincidence(structure: CheckedStructure, edges: HostEdges) -> CoincidenceError:
     """An error that names the closest pair, and holds all."""
-    near = np.flatnonzero((edges.lengths < COINCIDENT) & (edges.senders < edges.receivers))
-    first, second = edges.senders[near], edges.receivers[near]
-    vectors = structure.positions[second] - structure.positions[first]
+    first, second = structure.label(edges.senders), structure.label(edges.receivers)
+    near = np.flatnonzero((edges.lengths < COINCIDENT) & (first < second))
+    ends = structure.positions[edges.receivers[near]]
+    vectors = ends - structure.positions[edges.senders[near]]
     vectors = vectors + edges.shifts[near] @ structure.cell
     edge = int(np.argmin(edges.lengths))
-    i, j, shift = int(edges.senders[edge]), int(edges.receivers[edge]), edges.shifts[edge]
+    i, j, shift = int(first[edge]), int(second[edge]), edges.shifts[edge]
+    ends_of_edge = structure.numbers[[edges.senders[edge], edges.receivers[edge]]]
+    names = [symbol(number) for number in ends_of_edge.tolist()]
     image = f" (its image {shift.tolist()} by whole lattice vectors)" if shift.any() else ""
     return CoincidenceError(
-        f"atoms {i} ({symbol(int(structure.numbers[i]))}) and {j} "
-        f"({symbol(int(structure.numbers[j]))}){image} are {edges.lengths[edge]:.3g} Å apart, less "
-        f"than {COINCIDENT} Å; remove the duplicate, or check that the units are Å",
-        list(zip(first.tolist(), second.tolist(), strict=True)),
+        f"atoms {i} ({names[0]}) and {j} ({names[1]}){image} are {edges.lengths[edge]:.3g} Å "
+        f"apart, less than {COINCIDENT} Å; remove the duplicate, or check that the units are Å",
+        list(zip(first[near].tolist(), second[near].tolist(), strict=True)),
         vectors.tolist(),
         COINCIDENT,
     )

@@ -15,6 +15,7 @@ from mlip_md.neighbors.geometry import check_cell as check_cell
 from mlip_md.neighbors.geometry import check_cutoff as check_cutoff
 from mlip_md.neighbors.geometry import check_positions as check_positions
 from mlip_md.neighbors.geometry import has_volume as has_volume
+from mlip_md.neighbors.geometry import morton_order as morton_order
 from mlip_md.neighbors.geometry import place as place
 from mlip_md.neighbors.host import HostEdges as HostEdges
 from mlip_md.neighbors.host import host_edges as host_edges

@@ -232,3 +232,24 @@ def place(positions: Float64, cell: Float64, pbc: Bool, cutoff: float) -> Float6
     closed = close_gaps(wrapped, cell, pbc, 2.0 * (cutoff + MAX_SKIN))
     middle, vectors = closed.mean(axis=0), cell[pbc]
     return np.asarray(closed - (middle + (0.5 - dual_vectors(vectors) @ middle) @ vectors))
+
+
+def morton_order(positions: Float64, width: float) -> NDArray[np.int64]:
+    """An order in which atoms that are close in space are close in memory.
+
+    Bins of space in the order of their interleaved binary digits (Morton, IBM 1966).
+
+    Args:
+        positions: (n, 3) Å, n at least 1.
+        width: of a bin, Å.
+
+    Returns:
+        (n,) indices of the atoms.
+    """
+    low, extent = positions.min(axis=0), float(np.ptp(positions, axis=0).max())
+    bins = ((positions - low) / max(width, extent / 2.0**20)).astype(np.int64)
+    code = np.zeros(len(bins), np.int64)
+    for digit in range(int(bins.max()).bit_length()):
+        for axis in range(3):
+            code |= (bins[:, axis] >> digit & 1) << (3 * digit + axis)
+    return np.argsort(code, kind="stable")

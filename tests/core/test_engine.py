@@ -212,6 +212,62 @@ def test_a_supercell_is_the_same_crystal(engine, dtype):
     assert np.allclose(many.stress, home.stress, atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_sorting_in_space_changes_nothing(engine, potential, dtype, name, monkeypatch):
+    structure = STRUCTURES[name]()
+    home = engine.evaluate(*structure)
+    computed = []
+    compute = engine.runtime.compute
+    monkeypatch.setattr(
+        engine.runtime,
+        "compute",
+        lambda given, shape: computed.append(given) or compute(given, shape),
+    )
+    monkeypatch.setattr(engine_module, "SORTED_FROM", 1)
+    result = engine.evaluate(*structure)
+    labels = computed[0][0].labels
+    assert sorted(labels) == list(range(len(labels)))
+    assert (labels != np.arange(len(labels))).sum() >= len(labels) / 2, "nothing was sorted"
+    assert_same(result, home, TOLERANCE[dtype])
+    assert np.abs(result.energies - reference(potential, *structure)).max() < TOLERANCE[dtype]
+
+
+def test_errors_name_the_callers_atoms_when_sorted(engine, monkeypatch):
+    monkeypatch.setattr(engine_module, "SORTED_FROM", 1)
+    test_coincident_atoms_are_named(engine)
+    positions, numbers, cell, pbc = crystal()
+    positions[5] = positions[2] + [0.01, 0, 0] + 3 * cell[1]
+    with pytest.raises(CoincidenceError) as caught:
+        engine.evaluate(positions, numbers, cell, pbc)
+    assert sorted(caught.value.pairs[0]) == [2, 5]
+    positions, numbers, cell, pbc = crystal()
+    compute = engine.runtime.compute
+
+    def spoil(structures, shape):
+        output, kept = compute(structures, shape)
+        values = np.array(output.values)
+        values[structures[0].labels.tolist().index(3)] = np.nan
+        return output._replace(values=values), kept
+
+    monkeypatch.setattr(engine.runtime, "compute", spoil)
+    numbers[:] = 1
+    numbers[3] = 6
+    with pytest.raises(NonFiniteError, match=r"atoms 3 \(C\) that are not finite; the shortest"):
+        engine.evaluate(positions, numbers, cell, pbc)
+
+
+def test_atoms_close_in_space_are_close_when_sorted():
+    rng = np.random.default_rng(0)
+    positions = rng.uniform(0, 40, size=(2000, 3))
+    order = geometry.morton_order(positions, 2.0)
+    assert sorted(order) == list(range(2000))
+    steps = np.linalg.norm(np.diff(positions[order], axis=0), axis=1)
+    assert steps.mean() < 5.0 < np.linalg.norm(np.diff(positions, axis=0), axis=1).mean()
+    far = np.concatenate([positions, [[1e7, -3.0, 5.0]]])  # bins are counted in int64
+    assert sorted(geometry.morton_order(far, 2.0)) == list(range(2001))
+    assert geometry.morton_order(positions[:1], 2.0).tolist() == [0]
+
+
 # Padding and compilations
 
 
