@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mlip_md.allocation import release_memory
 from mlip_md.compiler import check_sums, jit
 from mlip_md.devices import (
     check_process,
@@ -207,6 +208,7 @@ class Runtime:
         compiled = find_native().available if on_cpu else runs_kernels(self.device)
         if self.dtype == np.float32 and compiled:
             weights["tables"] = tabulate_radial(self._network, weights, *self._radial, self.dtype)
+            release_memory()
         with self.precision():
             placed: Params = jax.device_put(weights, self.device)
         return placed
@@ -214,6 +216,11 @@ class Runtime:
     def precision(self) -> contextlib.AbstractContextManager[None]:
         """The context in which this runtime computes."""
         return precision(self.dtype.name, self.device.platform)
+
+    def compile(self, *arguments: Any) -> None:
+        """Compile the step for its arguments; what that took is free before the step runs."""
+        self.step.lower(*arguments).compile()
+        release_memory()
 
     def compute(
         self, structures: Sequence[CheckedStructure], shape: Shape, kept: Kept | None = None
@@ -233,13 +240,13 @@ class Runtime:
         """
         arguments = self.params, *_fill_buffers(structures, shape, self.dtype), kept, shape
         what = f"{shape.nodes} atoms with {shape.edges} edges"
-        # Two threads would compile the same function twice.
-        alone = contextlib.nullcontext() if shape in self._compiled else self._lock
-        with self.precision(), naming_out_of_memory(what), alone:
+        with self.precision(), naming_out_of_memory(what):
+            if shape not in self._compiled:
+                with self._lock:  # two threads would compile the same function twice
+                    self.compile(*arguments)
+                    self._compiled.add(shape)
             output, kept = self.step(*arguments)
-            output = jax.device_get(output)
-            self._compiled.add(shape)
-        return output, kept
+            return jax.device_get(output), kept
 
     def _apply(self, params: Params, graph: Graph) -> jax.Array:
         with bounding_turns(message_memory(self.device)):

@@ -9,12 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from mlip_md.errors import ConfigError, DataError, OutputError
+
+
+def temporary_name(name: str) -> str:
+    """A name for what will become the file or folder of a name."""
+    return f".{name}.{secrets.token_hex(6)}.tmp"
+
+
+def is_temporary(name: str) -> bool:
+    """Whether ``temporary_name`` makes such names."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{12}\.tmp", name) is not None
 
 
 @contextlib.contextmanager
@@ -31,7 +42,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         OutputError: if the file system refuses; the old file is untouched then.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    temporary = path.with_name(temporary_name(path.name))
     try:
         with _explaining(path):
             if not path.parent.is_dir():
@@ -61,7 +72,7 @@ def new_folder(path: str | os.PathLike[str], inside: Path | None = None) -> Iter
         OutputError: if the file system refuses.
     """
     path = Path(path)
-    temporary = (inside or path.parent) / f".{path.name}.{secrets.token_hex(6)}.tmp"
+    temporary = (inside or path.parent) / temporary_name(path.name)
     try:
         with _explaining(path):
             if path.exists():

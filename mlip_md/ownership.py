@@ -2,7 +2,8 @@
 
 The owner is a small file with host, process and start of the process, touched all the time that the
 run lives. On the same host a dead process owns nothing; of another host's process only the touch
-can be seen, so a job that a queue moves to another node waits for it to become old.
+can be seen, so a job that a queue moves to another node waits for it to become old. Whoever owns a
+folder next removes what a killed process was writing there.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import socket
 import threading
 import time
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mlip_md.errors import OwnershipError
-from mlip_md.files import write_text
+from mlip_md.files import is_temporary, temporary_name, write_text
 
 FILE = ".owner.json"
 SETTLE_SECONDS = 1.0
@@ -40,6 +42,7 @@ def owning(folder: Path) -> Iterator[None]:
     """
     path = folder / FILE
     _claim(path)
+    _sweep(folder)
     mine, ended = path.read_bytes(), threading.Event()
     thread = threading.Thread(target=_keep_touching, args=(path, ended), daemon=True)
     thread.start()
@@ -60,7 +63,7 @@ def _claim(path: Path) -> None:
     pid = os.getpid()
     owner = {"host": socket.gethostname(), "pid": pid, "start": _start(pid)}
     text = json.dumps(owner | {"token": os.urandom(8).hex()}, indent=1) + "\n"
-    draft = path.with_name(f".{os.urandom(6).hex()}.tmp")
+    draft = path.with_name(temporary_name(path.name))
     write_text(draft, text)
     try:
         if _linked(draft, path):
@@ -77,6 +80,15 @@ def _claim(path: Path) -> None:
     finally:
         draft.unlink(missing_ok=True)
     raise OwnershipError(f"{path.parent} is being taken by several runs at once; start one of them")
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a killed process was writing; of others that come for the folder, nothing."""
+    now = _now_on_disk(folder / FILE)
+    for path in [path for path in folder.rglob(".*.tmp") if is_temporary(path.name)]:
+        with contextlib.suppress(OSError):
+            if now - path.stat().st_mtime > DEAD_SECONDS:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _linked(draft: Path, path: Path) -> bool:
@@ -113,7 +125,7 @@ def _refuse_living(path: Path) -> None:
 
 def _now_on_disk(path: Path) -> float:
     """The time by the clock that stamps files there, which may be another host's."""
-    probe = path.with_name(f".{os.urandom(6).hex()}.tmp")
+    probe = path.with_name(temporary_name(path.name))
     try:
         probe.touch()
         return probe.stat().st_mtime

@@ -86,30 +86,41 @@ def fit_radial(
 
     cells = max(FEWEST, at_least)
     while cells <= MOST:
-        width = cutoff / cells
-        knots = jets(np.linspace(0.0, cutoff, cells + 1)[1:])  # bases are not defined at 0
-        between = [(u, jets((np.arange(cells) + u) * width)[:2]) for u in (0.15, 0.5, 0.85)]
-        n_blocks = sum(-(-path.width // LANES) for path in plan.paths)
-        coefficients, block = np.zeros((n_blocks, cells, DEGREE + 1, LANES), dtype), 0
-        errors = np.zeros((2, 2))
-        for path in plan.paths:  # one after the other, in the memory of one
-            columns = slice(path.column, path.column + path.width)
-            fitted = _fit([jet[:, columns] for jet in knots], width)
-            exact = [(u, [jet[:, columns] for jet in found]) for u, found in between]
-            errors = np.maximum(errors, _errors(exact, fitted, width))
-            for first in range(0, path.width, LANES):
-                piece = fitted[..., first : first + LANES]
-                coefficients[block, ..., : piece.shape[-1]] = piece
-                block += 1
-        worst, largest = errors
-        error, slope_error = (worst / np.maximum(largest, np.finfo(float).tiny)).tolist()
-        if error <= ERROR and slope_error <= SLOPE_ERROR:
-            return Fit(coefficients, error, slope_error)
+        fit = _fit_cells(jets, plan, cutoff, dtype, cells)
+        if fit.error <= ERROR and fit.slope_error <= SLOPE_ERROR:
+            return fit
         # the error of slopes is of order DEGREE in the width of a cell
-        ratio = max(error / ERROR, slope_error / SLOPE_ERROR) ** (1 / DEGREE)
+        ratio = max(fit.error / ERROR, fit.slope_error / SLOPE_ERROR) ** (1 / DEGREE)
         ratio = ratio if ratio < MOST else MOST  # neither does NaN
         cells = STEP * max(cells // STEP + 1, math.ceil(cells * ratio / STEP))
     return None
+
+
+def _fit_cells(
+    jets: Callable[[np.ndarray], list[np.ndarray]],
+    plan: Plan,
+    cutoff: float,
+    dtype: Any,
+    cells: int,
+) -> Fit:
+    """The table of so many cells, from derivatives (n, columns) of the first orders."""
+    width = cutoff / cells
+    knots = jets(np.linspace(0.0, cutoff, cells + 1)[1:])  # bases are not defined at 0
+    between = [(u, jets((np.arange(cells) + u) * width)[:2]) for u in (0.15, 0.5, 0.85)]
+    n_blocks = sum(-(-path.width // LANES) for path in plan.paths)
+    coefficients, block = np.zeros((n_blocks, cells, DEGREE + 1, LANES), dtype), 0
+    errors = np.zeros((2, 2))
+    for path in plan.paths:  # one after the other, in the memory of one
+        columns = slice(path.column, path.column + path.width)
+        fitted = _fit([jet[:, columns] for jet in knots], width)
+        exact = [(u, [jet[:, columns] for jet in found]) for u, found in between]
+        errors = np.maximum(errors, _errors(exact, fitted, width))
+        for first in range(0, path.width, LANES):
+            piece = fitted[..., first : first + LANES]
+            coefficients[block, ..., : piece.shape[-1]] = piece
+            block += 1
+    worst, largest = errors
+    return Fit(coefficients, *(worst / np.maximum(largest, np.finfo(float).tiny)).tolist())
 
 
 def _fit(jets: list[np.ndarray], width: float) -> np.ndarray:

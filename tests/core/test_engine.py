@@ -524,10 +524,12 @@ def test_a_list_that_never_fits_is_refused(monkeypatch):
     assert not engine.device_lists
 
 
-def test_memory_that_ends_is_a_named_error(potential, monkeypatch):
+@pytest.mark.parametrize("when", ["compile", "step"])
+def test_memory_that_ends_is_a_named_error(potential, monkeypatch, when):
     """A real allocation that must fail, in the place of the network's."""
     engine = Engine(potential)
-    monkeypatch.setattr(engine.runtime, "step", lambda *_: jnp.zeros(2**46))
+    monkeypatch.setattr(engine.runtime, "compile", lambda *_: None)
+    monkeypatch.setattr(engine.runtime, when, lambda *_: jnp.zeros(2**46))
     with pytest.raises(CapacityError, match=r"16 atoms with 192 edges do not fit.*RESOURCE"):
         engine.evaluate(*crystal())
 

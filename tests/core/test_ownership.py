@@ -12,6 +12,7 @@ import pytest
 
 from mlip_md import ownership
 from mlip_md.errors import OutputError, OwnershipError
+from mlip_md.files import temporary_name
 from mlip_md.ownership import FILE, owning
 
 HOLD = """
@@ -42,6 +43,23 @@ def test_nothing_is_left(tmp_path):
         with owning(tmp_path):
             assert json.loads((tmp_path / FILE).read_text())["pid"] == os.getpid()
         assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+    """Old temporary files and folders of ours go; fresh ones and those of others stay."""
+    (tmp_path / "checkpoints").mkdir()
+    old = [tmp_path / temporary_name("log.csv"), tmp_path / "checkpoints" / temporary_name("step")]
+    fresh = [tmp_path / temporary_name("summary.json"), tmp_path / FILE]
+    others = [tmp_path / ".notes.tmp", tmp_path / "a.0123456789ab.tmp", tmp_path / ".bashrc"]
+    old[1].mkdir()
+    (old[1] / "weights").touch()
+    for path in (old[0], fresh[0], *others):
+        path.touch()
+    for path in (*old, *others):
+        os.utime(path, times=(0, time.time() - 2 * ownership.DEAD_SECONDS))
+    with owning(tmp_path):
+        assert [path.exists() for path in old] == [False, False]
+        assert all(path.exists() for path in (*fresh, *others))
 
 
 def test_the_second_one_says_so(tmp_path, holder):
