@@ -92,10 +92,7 @@ def test_the_plan_of_a_call_is_known_before_it_and_compiled_once(caplog):
         needed = plan_memory(step, x, kept)
         step(x, kept)  # nothing was donated before
     assert x.nbytes + 1000 * 4 < needed < 4 * x.nbytes
-    for what in (
-        "Finished tracing function_to_plan",
-        "Finished XLA compilation of jit(function_to",
-    ):
+    for what in ("tracing function_to_plan", "XLA compilation of jit(function_to_plan)"):
         assert caplog.text.count(f"Finished {what}") == 1
     assert plan_memory(function_to_plan, x, kept) is None
 
