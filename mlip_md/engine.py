@@ -423,7 +423,7 @@ class Engine:
                 periodic vectors span no volume, or two atoms coincide.
             UnsupportedElementError: if the potential does not know an element.
             NonFiniteError: if the potential gives NaN or infinity.
-            CapacityError: if there are too many neighbors.
+            CapacityError: if there are too many neighbors, or the device has too little memory.
             ForkError: in a forked process of the one that computed first.
         """
         check_process()

@@ -637,7 +637,7 @@ def test_a_step_that_does_not_fit_names_the_row_to_change(recipe, data, tmp_path
 
 
 def test_steps_that_cannot_fit_are_refused_before_the_first(recipe, data, tmp_path, monkeypatch):
-    little = DeviceMemory(2**20, 2**20, "a small device")
+    little = DeviceMemory(2**14, 2**14, "a small device")
     monkeypatch.setattr(devices, "device_memory", lambda _: little)
     trainer = Trainer(recipe, data, tmp_path)
     before = trainer.state.params
