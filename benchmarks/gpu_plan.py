@@ -217,15 +217,14 @@ def engine_step(model: str, atoms: int) -> Any:
         arguments.extend(given)
         raise FoundError
 
-    compile_step, engine.runtime.compile = engine.runtime.compile, capture
+    step, engine.runtime.step = engine.runtime.step, capture
     with contextlib.suppress(FoundError):
         engine.evaluate(positions, numbers, cell, True)
     params, *rest = arguments
     if "tables" not in params:
         options = len(potential.elements), potential.cutoff, np.float32
         params = {**params, "tables": tabulate_radial(potential.network, params, *options)}
-    engine.runtime.compile = compile_step
-    return engine.runtime.step, (params, *rest)
+    return step, (params, *rest)
 
 
 def training_step(name: str, nodes: int, edges: int) -> Any:

@@ -14,6 +14,8 @@ import threading
 from collections.abc import Callable, Generator
 from typing import Any, NamedTuple, TypeVar
 
+from mlip_md.errors import CapacityError
+
 Force = TypeVar("Force")
 State = TypeVar("State")
 Answer = TypeVar("Answer")
@@ -37,10 +39,12 @@ class Told(NamedTuple):
 
     Attributes:
         interrupted: whether Ctrl-C fell into it.
+        full: whether a memory was full, the card's of OpenMM's own included.
         text: what happened, without the advice.
     """
 
     interrupted: bool
+    full: bool
     text: str
 
 
@@ -51,7 +55,8 @@ def read_told(error: Exception) -> Told:
     """
     text = str(error)
     interrupted = INTERRUPTED in text or text.strip() == WITHOUT_TEXT
-    return Told(interrupted, text.replace(f"\n{ADVICE}", ""))
+    full = f": {CapacityError.__name__}: " in text or "OUT_OF_MEMORY" in text
+    return Told(interrupted, full, text.replace(f"\n{ADVICE}", ""))
 
 
 def enter_inside_try(method: Callable[[Force, State], Answer]) -> Callable[[Force, State], Answer]:

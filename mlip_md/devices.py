@@ -1,20 +1,31 @@
-"""Devices of JAX: their names, computing on them in all digits, and the end of their memory."""
+"""Devices of JAX: their names, computing on them in all digits, and what fits into their memory."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
+import warnings
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mlip_md.errors import CapacityError, ConfigError, DeviceError, ForkError
+from mlip_md.memory import as_gib, free_memory, total_memory
 
 SHARE_VARIABLE = "MLIP_MD_MEMORY_SHARE"
 """Environment variable: share of an accelerator's memory that one turn may take."""
 DEFAULT_SHARE = 0.1
+POOL_VARIABLES = (
+    "XLA_PYTHON_CLIENT_PREALLOCATE",
+    "XLA_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_ALLOCATOR",
+)
+"""Environment variables by which a user says how much of a GPU's memory JAX takes, and when."""
 
 
 @functools.cache
@@ -128,15 +139,130 @@ def precision(dtype: str, platform: str) -> Iterator[None]:
         yield
 
 
+class DeviceMemory(NamedTuple):
+    """Bytes that a device has for JAX: in all, and not in use; and what it is, in a sentence."""
+
+    total: int
+    free: int
+    where: str
+
+
+def device_memory(device: jax.Device) -> DeviceMemory | None:
+    """What a device has for JAX: the machine's memory, or JAX's part of an accelerator's.
+
+    Args:
+        device: of this process.
+
+    Returns:
+        None where JAX does not tell.
+    """
+    if device.platform == "cpu":
+        return DeviceMemory(total_memory(), free_memory(), "this machine")
+    told = device.memory_stats() or {}
+    if not (limit := told.get("bytes_limit")):
+        return None
+    free = limit - told.get("bytes_in_use", 0)
+    return DeviceMemory(limit, free, f"{device.device_kind} that are JAX's")
+
+
+def reserves_most(device: jax.Device) -> bool:
+    """Whether JAX takes three quarters of a device's memory at its start, by its own default."""
+    return device.platform == "gpu" and not any(name in os.environ for name in POOL_VARIABLES)
+
+
+def plan_memory(function: Any, *arguments: Any) -> int | None:
+    """Bytes that a call takes, from the compiler's plan; the call itself need not compile again.
+
+    Args:
+        function: of ``compiler.jit``.
+        arguments: of the call; none is used up.
+
+    Returns:
+        Arguments, results and all between; None of other functions, and where JAX does not tell.
+    """
+    if not isinstance(function, jax.stages.Wrapped):
+        return None
+    plan = function.lower(*arguments).compile().memory_analysis()
+    if plan is None:
+        return None
+    kept = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+    return int(kept + plan.temp_size_in_bytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What is computed on a device, as errors of its memory name it.
+
+    Attributes:
+        what: the plural of what is computed, with its size.
+        count: of what a user can make fewer.
+        unit: what is counted, in the plural.
+        advice: what to do.
+        fixed: bytes that do not grow with the count.
+    """
+
+    what: str
+    count: int = 0
+    unit: str = "atoms"
+    advice: str = "use fewer atoms, a smaller model, dtype='float32' or another device"
+    fixed: int = 0
+
+    def fitting(self, needed: int, total: int) -> str:
+        """How many fit; empty if the count is no part of the problem or all should have fitted.
+
+        Memory grows linearly, in steps of a quarter (capacities of nodes and edges).
+        """
+        share = (total - self.fixed) / max(needed - self.fixed, 1)
+        most = int(0.8 * share * self.count)
+        return (
+            f"; about {float(f'{most:.2g}'):.0f} {self.unit} fit" if 0 < share < 1 and most else ""
+        )
+
+
+def check_memory(load: Load, device: jax.Device, needed: int | None) -> None:
+    """Refuse what can never fit on a device, and warn of what does not fit on a machine now.
+
+    Linux ends a process for whose memory there is no room, without a word.
+
+    Args:
+        load: what is to be computed.
+        device: that is computed on.
+        needed: bytes, of ``plan_memory``; None is not checked.
+
+    Raises:
+        CapacityError: if the device has less memory in all.
+    """
+    memory = device_memory(device)
+    if needed is None or memory is None or needed <= memory.free:
+        return
+    words = f"{load.what} need about {as_gib(needed)} of memory"
+    if needed > memory.total:
+        raise CapacityError(
+            f"{words}, more than the {as_gib(memory.total)} of {memory.where}"
+            f"{load.fitting(needed, memory.total)}; {load.advice}",
+            needed=needed,
+            available=memory.total,
+        )
+    if device.platform == "cpu":
+        warnings.warn(
+            f"{words}, and only {as_gib(memory.free)} of the {as_gib(memory.total)} of "
+            f"{memory.where} are free: it may become very slow, or the system may end this "
+            f"process. End other programs, or {load.advice}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
 @contextlib.contextmanager
 def naming_out_of_memory(
-    what: str, advice: str = "use fewer atoms, a smaller model, dtype='float32' or another device"
+    load: Load, device: jax.Device, needed: int | None = None
 ) -> Iterator[None]:
     """Say what did not fit into a device's memory.
 
     Args:
-        what: the plural of what is computed, with its size.
-        advice: what to do.
+        load: what is computed.
+        device: that is computed on.
+        needed: bytes, of ``plan_memory``, or None.
 
     Raises:
         CapacityError: in place of JAX's error that the memory is exhausted.
@@ -146,7 +272,16 @@ def naming_out_of_memory(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
+        memory = device_memory(device)
+        told = f"; about {as_gib(needed)} are needed" if needed else ""
+        if memory is not None:
+            told += (
+                f"; {as_gib(memory.free)} of the {as_gib(memory.total)} of {memory.where} are free"
+            )
+            told += load.fitting(needed, memory.total) if needed else ""
         raise CapacityError(
-            f"{what} do not fit into the device's memory; {advice}. JAX says: "
-            + str(error).splitlines()[0][:200]
+            f"{load.what} do not fit into the device's memory{told}; {load.advice}. JAX says: "
+            + str(error).splitlines()[0][:200],
+            needed=needed,
+            available=None if memory is None else memory.free,
         ) from error

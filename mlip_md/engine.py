@@ -17,7 +17,7 @@ import functools
 import math
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,11 +28,14 @@ from numpy.typing import ArrayLike, NDArray
 from mlip_md.allocation import release_memory
 from mlip_md.compiler import check_sums, jit
 from mlip_md.devices import (
+    Load,
+    check_memory,
     check_process,
     device_name,
     find_device,
     message_memory,
     naming_out_of_memory,
+    plan_memory,
     precision,
 )
 from mlip_md.elements import symbol
@@ -194,7 +197,7 @@ class Runtime:
         self._network = potential.network
         self._scaling = (potential.scaling_mean, potential.scaling_stdev)
         self._lock = threading.Lock()
-        self._compiled: set[Shape] = set()
+        self._planned: dict[tuple[Any, Shape], int | None] = {}
         self.step = jit(self.evaluate_buffers, static_argnames="shape", donate_argnames="kept")
         self._multiply = jit(self._multiply_hessian, static_argnames="shape")
         self._radial = len(potential.elements), potential.cutoff
@@ -217,11 +220,6 @@ class Runtime:
         """The context in which this runtime computes."""
         return precision(self.dtype.name, self.device.platform)
 
-    def compile(self, *arguments: Any) -> None:
-        """Compile the step for its arguments; what that took is free before the step runs."""
-        self.step.lower(*arguments).compile()
-        release_memory()
-
     def compute(
         self, structures: Sequence[CheckedStructure], shape: Shape, kept: Kept | None = None
     ) -> tuple[Output, Kept | None]:
@@ -239,14 +237,33 @@ class Runtime:
             CapacityError: if the device's memory does not suffice.
         """
         arguments = self.params, *_fill_buffers(structures, shape, self.dtype), kept, shape
-        what = f"{shape.nodes} atoms with {shape.edges} edges"
-        with self.precision(), naming_out_of_memory(what):
-            if shape not in self._compiled:
-                with self._lock:  # two threads would compile the same function twice
-                    self.compile(*arguments)
-                    self._compiled.add(shape)
+        n_atoms = sum(len(structure) for structure in structures)
+        what = f"{n_atoms} atoms with room for {shape.edges} edges"
+        with self.precision(), self._in_memory("step", arguments, what, n_atoms):
             output, kept = self.step(*arguments)
-            return jax.device_get(output), kept
+            output = jax.device_get(output)
+        return output, kept
+
+    @contextlib.contextmanager
+    def _in_memory(
+        self, name: str, arguments: tuple[Any, ...], what: str, n_atoms: int
+    ) -> Iterator[None]:
+        """Compile a method for new shapes and look whether it fits; name what does not after all.
+
+        Raises:
+            CapacityError: if the device's memory does not suffice.
+        """
+        weights = sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(self.params))
+        load, key = Load(what, n_atoms, fixed=weights), (name, arguments[-1])
+        if key not in self._planned:
+            # Two threads would compile the same function twice.
+            with self._lock, naming_out_of_memory(load, self.device):
+                needed = plan_memory(getattr(self, name), *arguments)
+            release_memory()
+            check_memory(load, self.device, needed)
+            self._planned[key] = needed
+        with naming_out_of_memory(load, self.device, self._planned[key]):
+            yield
 
     def _apply(self, params: Params, graph: Graph) -> jax.Array:
         with bounding_turns(message_memory(self.device)):
@@ -290,10 +307,12 @@ class Runtime:
         buffers = _fill_buffers([structure], shape, self.dtype)
         filled = np.zeros((-(-len(vectors) // HESSIAN_ROWS) * HESSIAN_ROWS, shape.nodes, 3))
         filled[: len(vectors), :n] = vectors
-        with self.precision(), naming_out_of_memory(f"second derivatives of {n} atoms"):
-            for piece in np.split(filled.astype(self.dtype), len(filled) // HESSIAN_ROWS):
-                products = self._multiply(self.params, *buffers, piece, shape)
-                found.append(np.asarray(products, np.float64)[:, :n])
+        for piece in np.split(filled.astype(self.dtype), len(filled) // HESSIAN_ROWS):
+            arguments = self.params, *buffers, piece, shape
+            what = f"second derivatives of {n} atoms"
+            with self.precision(), self._in_memory("_multiply", arguments, what, n):
+                products = np.asarray(self._multiply(*arguments), np.float64)
+            found.append(products[:, :n])
         return np.concatenate(found)[: len(vectors)]
 
     def _multiply_hessian(
@@ -415,7 +434,7 @@ class Engine:
                 periodic vectors span no volume, or two atoms coincide.
             UnsupportedElementError: if the potential does not know an element.
             NonFiniteError: if the potential gives NaN or infinity.
-            CapacityError: if there are too many neighbors.
+            CapacityError: if there are too many neighbors, or the device has too little memory.
             ForkError: in a forked process of the one that computed first.
         """
         check_process()

@@ -105,7 +105,18 @@ class OwnershipError(MLIPError, RuntimeError):
 
 
 class CapacityError(MLIPError, MemoryError):
-    """A neighbor list would need more memory than it may have."""
+    """Something needs more memory than there is, or more edges than can be counted.
+
+    Attributes:
+        needed: bytes, as planned; None where they are not known.
+        available: bytes that there are for it; None where they are not known.
+    """
+
+    def __init__(
+        self, message: str, *, needed: int | None = None, available: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.needed, self.available = needed, available
 
 
 class NeighborError(MLIPError, RuntimeError):

@@ -81,8 +81,7 @@ def _sum_transpose(cotangent: Any, values: Any, index: Any, *, number: int) -> l
 
 
 def _batch(definition: Any, operands: Sequence[Any], dims: Any, **params: Any) -> tuple[Any, int]:
-    axes = tuple(None if d is batching.not_mapped else d for d in dims)
-    return jax.vmap(functools.partial(definition, **params), axes)(*operands), 0
+    return jax.vmap(functools.partial(definition, **params), tuple(dims))(*operands), 0
 
 
 for _primitive, _definition, _shape in (

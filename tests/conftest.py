@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,54 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1]
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
 # Ranks are never promoted silently: that is how a broadcast goes wrong unseen.
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+
+
+GPU_SUITE = (
+    "test_compiler.py",
+    "test_convolution.py",
+    "test_engine.py",
+    "test_gpu_convolution.py",
+    "test_memory.py",
+    "test_neighbors.py",
+    "test_neighbors_kept.py",
+    "test_network_parity.py",
+    "test_physics.py",
+    "test_radial_tables.py",
+    "test_ase_calculator.py",
+    "test_openmm_potential.py",
+)
+"""What is run on JAX's default device: ``-m gpu`` runs it where that is a card."""
+
+
+def missing_card() -> str:
+    """Why there is nothing to run on; empty if JAX's default device is a GPU."""
+    import jax
+
+    found = jax.devices()[0]
+    return "" if found.platform == "gpu" else f"JAX sees no GPU here, its device is {found}"
+
+
+@pytest.hookimpl(tryfirst=True)  # before marks are selected
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the suite of the engine; ``-m gpu`` skips it where it would run on a processor."""
+    for item in items:
+        if item.path.name in GPU_SUITE:
+            item.add_marker("gpu")
+    asked = re.search(r"(?<!not )\bgpu\b", config.option.markexpr)
+    if asked and (reason := missing_card()):
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def card():
+    """JAX's GPU; skips where there is none."""
+    import jax
+
+    if reason := missing_card():
+        pytest.skip(reason)
+    return jax.devices()[0]
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ GROUND = (
     "constants",
     "files",
     "hints",
+    "memory",
     "signals",
     "ownership",
     "streams",

@@ -23,13 +23,14 @@ def time_steps(trainer: Trainer, steps: int) -> dict[str, float]:
 
     Raises:
         ConfigError: if there are less than two batches.
+        CapacityError: if a step does not fit into the device's memory.
         NonFiniteError: if a loss is NaN or infinite.
     """
     data, weights = trainer.data, weights_at(trainer.recipe.loss, 1)
     plan = data.plan(trainer.recipe.seed, 1)[: steps + 1]
     times, structures = [time.monotonic()], []
     for indices, batch in iterate_batches(data.train, plan, data.budget):
-        trainer.state, log = trainer.train_step(trainer.state, batch, weights)
+        log = trainer.step(batch, weights)
         if not math.isfinite(float(log.loss)):
             raise NonFiniteError(f"the loss is not finite for {data.names(indices)}")
         times.append(time.monotonic())

@@ -28,7 +28,7 @@ import numpy as np
 
 import mlip_md
 from mlip_md.compiler import jit
-from mlip_md.devices import naming_out_of_memory
+from mlip_md.devices import Load, check_memory, find_device, naming_out_of_memory, plan_memory
 from mlip_md.errors import CheckpointError, NonFiniteError
 from mlip_md.files import write_text
 from mlip_md.formats import own
@@ -179,6 +179,8 @@ class Trainer:
         self.loggers: list[Logger] = []
         self._tick = tick
         self._last_save = self._told = time.monotonic()
+        self._load, self._device = self._describe_load(), find_device(None)
+        self._needed: int | None = None  # bytes of a step, known when it is compiled
 
     @property
     def num_parameters(self) -> int:
@@ -303,8 +305,7 @@ class Trainer:
         waiting: collections.deque[Waiting] = collections.deque()
         clock = time.monotonic()
         for indices, batch in iterate_batches(data.train, plan, data.budget):
-            with naming_out_of_memory(*self._memory_words()):
-                self.state, log = self.train_step(self.state, batch, weights, *rate)
+            log = self.step(batch, weights, *rate)
             progress.batch += 1
             progress.step += 1
             waiting.append((progress.step, indices, log))
@@ -332,7 +333,7 @@ class Trainer:
 
     def _note(self, step: int, indices: np.ndarray, log: StepLog) -> None:
         """Wait for a step and record it under its number."""
-        with naming_out_of_memory(*self._memory_words()):
+        with naming_out_of_memory(self._load, self._device, self._needed):
             loss, norm, bad = float(log.loss), float(log.gradient_norm), int(log.bad_in_row)
         self.progress.add(structures=float(log.structures))
         if bad == 0:
@@ -357,13 +358,33 @@ class Trainer:
             f"epoch {self.recipe.train.epochs}"
         )
 
-    def _memory_words(self) -> tuple[str, str]:
+    def step(self, *arguments: Any) -> StepLog:
+        """Change the state by one step; before the first, look whether it fits into the memory.
+
+        Args:
+            arguments: of ``train_step``, without the state.
+
+        Raises:
+            CapacityError: if it does not fit.
+        """
+        if self._needed is None:
+            with naming_out_of_memory(self._load, self._device):
+                self._needed = plan_memory(self.train_step, self.state, *arguments) or 0
+            check_memory(self._load, self._device, self._needed)
+        with naming_out_of_memory(self._load, self._device, self._needed):
+            self.state, log = self.train_step(self.state, *arguments)
+        return log
+
+    def _describe_load(self) -> Load:
         budget = self.data.budget
-        return (
+        return Load(
             f"steps of {budget.n_graph - 1} structures in {budget.n_node} atoms and "
             f"{budget.n_edge} edges",
+            budget.n_graph - 1,
+            "structures",
             "lower data.batch_size (and raise optimizer.num_gradient_accumulation_steps by as "
             "much), data.max_n_node or data.max_n_edge",
+            sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(self.state)),
         )
 
     def _roll_back(self, fault: BadStepsError) -> None:

@@ -122,6 +122,7 @@ def run_md(
     Raises:
         StructureError, ConfigError, UnsupportedElementError: before anything runs.
         SimulationError: if the run becomes unstable; the frames until then are kept.
+        CapacityError: if a device's memory does not suffice.
         OutputError: if a file cannot be written.
         OwnershipError: if another run has taken the folder meanwhile.
         KeyboardInterrupt: on Ctrl-C.
@@ -188,7 +189,7 @@ def restart_md(
         CheckpointError: if the folder holds no run that can go on.
         ConfigError: if there is no such folder, platform or device.
         OwnershipError: if another run goes on in the folder.
-        SimulationError, OutputError, KeyboardInterrupt, StoppedError: as ``run_md``.
+        SimulationError, CapacityError, OutputError, KeyboardInterrupt, StoppedError: as ``run_md``.
     """
     read_settings(folder)  # is there a run at all?
     with owning(folder):
@@ -249,6 +250,8 @@ def _warm_up(backend: Backend, observer: RunObserver, interruptions: Interruptio
     observer.stage("Compiling")
     begin = time.perf_counter()
     backend.warm_up()
+    for text in backend.notes():
+        observer.note(text)
     interruptions.check()
     return time.perf_counter() - begin
 

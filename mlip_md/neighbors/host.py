@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import threading
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ import vesin
 from numpy.typing import ArrayLike, NDArray
 
 from mlip_md.errors import CapacityError, StructureError
+from mlip_md.memory import total_memory
 from mlip_md.neighbors.geometry import (
     Bool,
     Float64,
@@ -174,14 +174,6 @@ def check_offsets(offsets: NDArray[np.int64]) -> None:
         )
 
 
-def _memory() -> int:
-    """Bytes of memory that this machine has, or more where it does not say."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError):
-        return 2**62
-
-
 def check_density(positions: Float64, cell: Float64, pbc: Bool, cutoff: float) -> None:
     """Refuse structures so dense (wrong units, mostly) that a list would exhaust the memory.
 
@@ -197,7 +189,7 @@ def check_density(positions: Float64, cell: Float64, pbc: Bool, cutoff: float) -
     n_atoms = len(positions)
     spacings = plane_spacings(cell, pbc)
     images = float(np.prod(2.0 * cutoff / spacings + 1.0))
-    most = min(MAX_EDGES, _memory() // BYTES_PER_EDGE)
+    most = min(MAX_EDGES, total_memory() // BYTES_PER_EDGE)
     if images * n_atoms > MAX_IMAGES:
         raise CapacityError(
             f"{n_atoms} atoms with lattice planes {np.round(spacings, 6).tolist()} Å apart have "

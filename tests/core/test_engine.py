@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from pair_potential import PairNetwork, pair_potential
 
+from mlip_md import devices
 from mlip_md import engine as engine_module
-from mlip_md.devices import find_device
+from mlip_md.devices import DeviceMemory, find_device
 from mlip_md.engine import Engine
 from mlip_md.errors import (
     CapacityError,
@@ -524,14 +525,31 @@ def test_a_list_that_never_fits_is_refused(monkeypatch):
     assert not engine.device_lists
 
 
-@pytest.mark.parametrize("when", ["compile", "step"])
-def test_memory_that_ends_is_a_named_error(potential, monkeypatch, when):
+def test_memory_that_ends_is_a_named_error(potential, monkeypatch):
     """A real allocation that must fail, in the place of the network's."""
     engine = Engine(potential)
-    monkeypatch.setattr(engine.runtime, "compile", lambda *_: None)
-    monkeypatch.setattr(engine.runtime, when, lambda *_: jnp.zeros(2**46))
-    with pytest.raises(CapacityError, match=r"16 atoms with 192 edges do not fit.*RESOURCE"):
+    monkeypatch.setattr(engine.runtime, "step", lambda *_: jnp.zeros(2**46))
+    said = r"8 atoms with room for 192 edges do not fit.*GiB of this machine are free.*RESOURCE"
+    with pytest.raises(CapacityError, match=said):
         engine.evaluate(*crystal())
+
+
+def test_a_step_that_cannot_fit_is_refused_before_it_runs(monkeypatch):
+    """By the compiler's plan: of energies and forces, and of second derivatives."""
+    engine = Engine(pair_potential(info={"test": "no room"}))
+    little = DeviceMemory(20000, 20000, "a small device")
+    monkeypatch.setattr(devices, "device_memory", lambda _: little)
+    fetched = counted(monkeypatch)
+    for compute, name in ((engine.evaluate, "8 atoms with"), (engine.hessian, "second deriv")):
+        for _ in range(2):
+            with pytest.raises(CapacityError, match=name + r".*more than the \S+ GiB of") as caught:
+                compute(*crystal())
+            assert caught.value.needed > caught.value.available == 20000
+    assert engine.num_compilations == 1
+    assert not fetched
+    monkeypatch.undo()
+    engine.evaluate(*crystal())
+    assert engine.num_compilations == 1
 
 
 def counted(monkeypatch):

@@ -1,5 +1,6 @@
-"""The convolution's kernels for GPUs, run without one: against the definition, to second order."""
+"""The convolution's kernels against the definition, to second order; without a GPU interpreted."""
 
+import functools
 import re
 import subprocess
 import sys
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.kernel
 N_SENDERS, N_RECEIVERS, N_EDGES = 4, 6, 15
 CUTOFF = 3.0
 NAMES = ("x", "y", "r", "g")
+INTERPRET = jax.devices()[0].platform != "gpu"
 
 PLAN = Plan(
     (Block(0, 5), Block(1, 40)),
@@ -66,10 +68,11 @@ def draw(form: Form, names, seed: int):
 
 def check(kernels, definition, operands, params):
     """By kernels and by definition, each compiled."""
-    quickly = {"xla_backend_optimization_level": 0}
-    by_kernels = jax.jit(lambda *a: kernels(*a, interpret=True, **params), compiler_options=quickly)
-    found = by_kernels(*operands)
-    expected = jax.jit(lambda *a: definition(*a, **params))(*operands)
+    options = {"xla_backend_optimization_level": 0} if INTERPRET else None  # compiles quickly
+    by_kernels = functools.partial(kernels, interpret=INTERPRET, **params)
+    with jax.default_matmul_precision("float32"):
+        found = jax.jit(by_kernels, compiler_options=options)(*operands)
+        expected = jax.jit(lambda *a: definition(*a, **params))(*operands)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * max(1.0, float(jnp.abs(b).max())))
     return expected
@@ -131,7 +134,7 @@ def test_edges_outside_are_not_read():
     @jax.jit
     def found(y, r):
         operands = [*over.pairs, *at["x"], y, r, *at["g"]]
-        return gpu_convolution.gradient(*operands, interpret=True, **params)
+        return gpu_convolution.gradient(*operands, interpret=INTERPRET, **params)
 
     plain = found(at["y"][0], at["r"][0])
     dirty = found(*(jnp.where(outside, jnp.nan, at[k][0]) for k in ("y", "r")))
@@ -144,7 +147,7 @@ def test_sums_of_rows_in_a_fixed_order(number, shape):
     rng = np.random.default_rng(0)
     values = jnp.asarray(rng.normal(size=(500, *shape)), jnp.float32)
     index = jnp.asarray(rng.integers(0, max(1, number - 1), 500))  # nothing for the last
-    found = jax.jit(lambda v, i: sum_rows(v, i, number, interpret=True))(values, index)
+    found = jax.jit(lambda v, i: sum_rows(v, i, number, interpret=INTERPRET))(values, index)
     expected = np.zeros((number, *shape))
     np.add.at(expected, np.asarray(index), np.asarray(values, np.float64))
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)

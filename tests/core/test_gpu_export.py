@@ -49,10 +49,10 @@ def step_of(potential, backend: str, skin: float, n_atoms: int, dtype: str = "fl
         arguments.extend(given)
         raise FoundError
 
-    compile_step, engine.runtime.compile = engine.runtime.compile, capture
+    step, engine.runtime.step = engine.runtime.step, capture
     with contextlib.suppress(FoundError):
         engine.evaluate(positions, [6] * side**3, 2.3 * side * np.eye(3), True)
-    engine.runtime.compile = compile_step  # shared by all engines of the potential
+    engine.runtime.step = step  # shared by all engines of the potential
     return engine.runtime, arguments
 
 

@@ -16,6 +16,8 @@ import pytest
 from pair_potential import PairNetwork
 from training_cases import FLIP, small_recipe, write_data_set
 
+from mlip_md import devices
+from mlip_md.devices import DeviceMemory
 from mlip_md.errors import (
     CapacityError,
     CheckpointError,
@@ -632,6 +634,16 @@ def test_a_step_that_does_not_fit_names_the_row_to_change(recipe, data, tmp_path
     trainer.train_step = full
     with pytest.raises(CapacityError, match=r"steps of 8 structures .* lower data.batch_size"):
         trainer.run()
+
+
+def test_steps_that_cannot_fit_are_refused_before_the_first(recipe, data, tmp_path, monkeypatch):
+    little = DeviceMemory(2**14, 2**14, "a small device")
+    monkeypatch.setattr(devices, "device_memory", lambda _: little)
+    trainer = Trainer(recipe, data, tmp_path)
+    before = trainer.state.params
+    with pytest.raises(CapacityError, match=r"steps of 8 structures .* need about .* lower data"):
+        trainer.run()
+    assert trainer.state.params is before
 
 
 def test_long_epochs_are_told_with_the_time_left(recipe, data, tmp_path, monkeypatch):

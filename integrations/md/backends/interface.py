@@ -57,7 +57,7 @@ class Backend(Protocol):
     """An engine that integrates the equations of motion of one structure; engines derive from it.
 
     Every method may raise NonFiniteError, StructureError or SimulationError where the potential
-    has no number or the engine stops, and KeyboardInterrupt.
+    has no number or the engine stops, CapacityError where memory is full, and KeyboardInterrupt.
 
     Attributes:
         title: what the engine is called.
@@ -79,6 +79,10 @@ class Backend(Protocol):
 
     def warm_up(self) -> None:
         """Evaluate once, so that everything is compiled."""
+
+    def notes(self) -> list[str]:
+        """What a user should know of the engine on this machine; after ``warm_up``."""
+        return []
 
     def minimize(self, force: float, steps: int) -> bool:
         """Relax the positions until forces are below ``force`` (eV/Å); False after ``steps``."""

@@ -21,7 +21,8 @@ from ase import units
 from openmm import unit
 
 from mlip_md.constants import ANGSTROM_PER_NM, KJ_PER_MOL_PER_EV
-from mlip_md.errors import ConfigError, SimulationError, StructureError
+from mlip_md.devices import reserves_most
+from mlip_md.errors import CapacityError, ConfigError, SimulationError, StructureError
 from mlip_md.hints import hint
 from mlip_md.integrations.md.backends.interface import Backend, Frame
 from mlip_md.integrations.md.settings import Ensemble, MDSettings
@@ -175,6 +176,24 @@ class OpenMMBackend(Backend):
     def warm_up(self) -> None:
         with _as_simulation_error():
             self._context.getState(energy=True, forces=True)
+
+    def notes(self) -> list[str]:
+        """What to know of a card on which JAX and OpenMM compute together."""
+        device = self._force.engine.device
+        if not (reserves_most(device) and self._on_card(device.local_hardware_id)):
+            return []
+        return [
+            f"JAX has reserved three quarters of the memory of {device.device_kind}, and OpenMM "
+            "computes on it too. Should that not suffice for OpenMM, start with "
+            "XLA_PYTHON_CLIENT_PREALLOCATE=false mlip-md md ..."
+        ]
+
+    def _on_card(self, index: int | None) -> bool:
+        """Whether OpenMM computes on the card that CUDA counts so."""
+        platform = self._context.getPlatform()
+        if platform.getName() not in ("CUDA", "HIP"):
+            return platform.getName() == "OpenCL"  # it counts in another order: perhaps
+        return platform.getPropertyValue(self._context, "DeviceIndex").split(",")[0] == str(index)
 
     def minimize(self, force: float, steps: int) -> bool:
         """Relax the positions (L-BFGS) until forces are below ``force`` (eV/Å); False if not."""
@@ -334,4 +353,4 @@ def _as_simulation_error() -> Iterator[None]:
         told = read_told(error)
         if told.interrupted:
             raise KeyboardInterrupt from None
-        raise SimulationError(told.text) from error
+        raise (CapacityError if told.full else SimulationError)(told.text) from error

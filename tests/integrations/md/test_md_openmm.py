@@ -1,5 +1,8 @@
 """The OpenMM backend: moves of the volume, cells, Ctrl-C, counted evaluations."""
 
+from types import SimpleNamespace
+from unittest.mock import Mock
+
 import numpy as np
 import openmm
 import openmm.app
@@ -8,7 +11,8 @@ from ase import Atoms
 from md_cases import set_engine, settings
 from pair_engine import PairEngine
 
-from mlip_md.errors import NonFiniteError, SimulationError
+from mlip_md.devices import POOL_VARIABLES
+from mlip_md.errors import CapacityError, NonFiniteError, SimulationError
 from mlip_md.integrations import openmm_calls
 from mlip_md.integrations.md import run
 from mlip_md.integrations.md.backends.openmm import reduce_cell
@@ -77,6 +81,53 @@ def test_a_run_gives_its_own_advice(cluster, monkeypatch):
     assert not told.interrupted
     assert str(caught.value) == told.text == told.text.strip()
     assert "unstable" not in told.text
+
+
+def test_memory_that_ends_is_no_unstable_run(cluster, tmp_path, monkeypatch):
+    """Of the potential's device in the middle of a run, and of OpenMM's own card."""
+
+    class Growing(PairEngine):
+        def evaluate(self, *structure):
+            if self.calls == 5:
+                raise CapacityError("900 atoms do not fit", needed=2, available=1)
+            return super().evaluate(*structure)
+
+    set_engine(monkeypatch, Growing)
+    with pytest.raises(CapacityError, match="900 atoms do not fit"):
+        run_md(settings(cluster, engine="openmm"), tmp_path / "run")
+    full = openmm.OpenMMException("Error creating array: CUDA_ERROR_OUT_OF_MEMORY (2)")
+    assert openmm_calls.read_told(full).full
+    assert not openmm_calls.read_told(openmm.OpenMMException("NonFiniteError: the reason")).full
+
+
+@pytest.mark.parametrize(
+    ("platform", "index", "variable", "told"),
+    [
+        ("CUDA", "1", None, True),
+        ("CUDA", "0", None, False),
+        ("OpenCL", "0", None, True),
+        ("CPU", "1", None, False),
+        ("CUDA", "1", "XLA_PYTHON_CLIENT_PREALLOCATE", False),
+    ],
+)
+def test_one_card_for_both_is_told(cluster, monkeypatch, platform, index, variable, told):
+    for name in POOL_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "false")
+    backend = run.make_backend(settings(cluster, engine="openmm"), read_structure(cluster))
+    assert backend.notes() == []
+    card = SimpleNamespace(platform="gpu", local_hardware_id=1, device_kind="NVIDIA X")
+    monkeypatch.setattr(PairEngine, "device", card)
+    answers = {"getName.return_value": platform, "getPropertyValue.return_value": index}
+    monkeypatch.setattr(backend, "_context", Mock(**{"getPlatform.return_value": Mock(**answers)}))
+    noted = []
+    observer = SimpleNamespace(stage=lambda _: None, note=noted.append)
+    monkeypatch.setattr(backend, "warm_up", lambda: None)
+    run._warm_up(backend, observer, Mock())
+    assert [("NVIDIA X" in text, "PREALLOCATE=false" in text) for text in noted] == [
+        (True, True)
+    ] * told
 
 
 def test_left_handed_cell_is_not_mirrored(tmp_path):
