@@ -208,7 +208,8 @@ def describe_reading(data: PreparedData) -> list[str]:
     if ions:
         notes.append(f"single ions, in no part: {len(ions)}, e.g. {ions[0]}")
     notes += [f"{name}: {text}" for name, part in data.parts.items() if (text := _missing(part))]
-    notes += data.overlap
+    if "train" in data.parts and len({*data.parts["train"].groups}) > 1:  # one is in all parts
+        notes += data.overlap
     if "train" in data.parts:
         notes.append(describe_residuals(data.parts["train"]))
     return notes + describe_open_energies(data.statistics)
