@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import logging
 import math
 import time
@@ -190,16 +191,23 @@ def _say_reading(paths: str | list[str]) -> None:
         typer.echo(f"reading {paths if isinstance(paths, str) else ', '.join(paths)}")
 
 
-def _tell_structures() -> Callable[[int], None]:
-    """Say how many structures are done: seldom, so that every kind of output can take it."""
+def _tell_structures() -> Callable[[int, float], None]:
+    """Say how many structures are done and when the rest will be read.
+
+    A line now and then, which a terminal, a pipe and a log of a queue can all take.
+    """
     start = said = time.monotonic()
 
-    def tell(count: int) -> None:
+    def tell(count: int, read: float) -> None:
         nonlocal said
         now = time.monotonic()
         if now - said >= TELL_SECONDS:
             said = now
-            typer.echo(f"{count:,} structures done, {count / (now - start):,.0f} a second")
+            line = f"{count:,} structures done, {count / (now - start):,.0f} a second"
+            if read > 0.01:
+                left = datetime.timedelta(seconds=round((now - start) * (1 - read) / read))
+                line += f", {100 * read:.0f} % read, {left} to the end of the files"
+            typer.echo(line)
 
     return tell
 

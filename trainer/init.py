@@ -112,9 +112,9 @@ def write_recipe(look: Look, name: str) -> str:
 
 def _head(look: Look, name: str) -> str:
     names = " ".join(symbol(z) for z in look.elements)
-    sizes = (
-        f"{look.sizes.min()} to {look.sizes.max()} atoms, {np.median(look.sizes):g} in the middle"
-    )
+    least, most = look.sizes.min(), look.sizes.max()
+    middle = f"{least} to {most} atoms, {np.median(look.sizes):g} in the middle"
+    sizes = f"{most} atoms" if least == most else middle
     return f"""\
 # Recipe for {look.count} structures of {names} with {sizes}.
 # "mlip-md check FILE" says what it comes to, "mlip-md train FILE" runs it.

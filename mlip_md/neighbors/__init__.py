@@ -17,7 +17,9 @@ from mlip_md.neighbors.geometry import check_positions as check_positions
 from mlip_md.neighbors.geometry import has_volume as has_volume
 from mlip_md.neighbors.geometry import morton_order as morton_order
 from mlip_md.neighbors.geometry import place as place
+from mlip_md.neighbors.host import SMALL as SMALL
 from mlip_md.neighbors.host import HostEdges as HostEdges
+from mlip_md.neighbors.host import edges_of_many as edges_of_many
 from mlip_md.neighbors.host import host_edges as host_edges
 from mlip_md.neighbors.host import neighbor_list as neighbor_list
 from mlip_md.neighbors.kept import Kept as Kept

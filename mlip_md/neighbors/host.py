@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +34,10 @@ MAX_IMAGES = 2e7
 """Periodic images of atoms that are tried as neighbors of one."""
 MAX_BINS = 50_000
 """Bins of vesin's grid. From 100,000 on it divides by zero where the grid is thin."""
+
+SMALL = 128
+"""Atoms up to which all pairs of an open structure are tried, which takes less than a grid."""
+_TRIED = 100_000  # pairs at a time; more would not stay in the processor's cache
 
 _searches = threading.local()
 _KEPT_UP_TO = 50_000  # atoms; some 200 MB
@@ -102,6 +107,8 @@ def host_edges(
     """
     if not closed:
         positions = close_gaps(positions, cell, pbc, 2.0 * cutoff)
+    if not pbc.any() and 0 < len(positions) <= SMALL and _fits_grid(positions[None], cutoff):
+        return next(_try_pairs(positions[None], cutoff))
     reach = _reach(positions, cell, pbc, cutoff)
     check_density(positions, cell, pbc, reach)
     # It never reads the vectors of open axes. What it returns lies in the search's own memory.
@@ -120,6 +127,67 @@ def host_edges(
         np.negative(ordered, out=ordered),
         lengths[order],
     )
+
+
+def edges_of_many(positions: Float64, cutoff: float) -> Iterator[HostEdges]:
+    """What ``host_edges`` gives for open structures of equal size, in less time.
+
+    Args:
+        positions: (k, n, 3) Å, finite, with n from 1 to ``SMALL``.
+        cutoff: Å.
+
+    Returns:
+        Edges of each of the k structures, as slices of common arrays.
+    """
+    no_cell, open_axes = np.zeros((3, 3)), np.zeros(3, bool)
+    step = max(1, _TRIED // positions.shape[1] ** 2)
+    for start in range(0, len(positions), step):
+        part = positions[start : start + step]
+        wide = (np.diff(np.sort(part, axis=1), axis=1) > 2.0 * cutoff).any()
+        if wide or not _fits_grid(part, cutoff):
+            yield from (host_edges(one, no_cell, open_axes, cutoff) for one in part)
+        else:
+            yield from _try_pairs(part, cutoff)
+
+
+def _fits_grid(positions: Float64, cutoff: float) -> bool:
+    """Whether all of (k, n, 3) positions would be searched on a grid as it is meant to be."""
+    bins = np.maximum(_widths(positions) / cutoff, 1.0)
+    return bool((bins.prod(axis=(1, 2)) <= MAX_BINS).all())
+
+
+def _widths(positions: Float64) -> Float64:
+    """Widths (k, 1, 3) Å of the grids that vesin lays over (k, n, 3) positions."""
+    return np.maximum(1.01 * np.ptp(positions, axis=1, keepdims=True), 1.0)
+
+
+def _try_pairs(positions: Float64, cutoff: float) -> Iterator[HostEdges]:
+    """Edges of k open structures (k, n, 3) from all pairs, in the order in which a grid has them.
+
+    vesin goes through bins of at least the cutoff, x before y before z, and through the atoms of a
+    bin in their order. Sums of messages, and with them runs that are continued, depend on it.
+    """
+    widths = _widths(positions)
+    bins = np.maximum(np.floor(widths / cutoff), 1.0)
+    place = np.floor((positions - positions.min(axis=1, keepdims=True)) / widths * bins)
+    place = (place[..., 0] * bins[..., 1] + place[..., 1]) * bins[..., 2] + place[..., 2]
+    order = np.argsort(place.astype(np.uint16), axis=1, kind="stable")
+    others = np.take_along_axis(positions, order[..., None], axis=1)
+    squares = np.zeros((*order.shape, order.shape[1]))
+    for axis in range(3):
+        gaps = others[:, None, :, axis] - positions[:, :, None, axis]
+        squares += np.multiply(gaps, gaps, out=gaps)
+    near = squares < cutoff * cutoff
+    here, atoms = np.arange(len(order))[:, None], np.arange(order.shape[1], dtype=np.int32)
+    near[here, order, atoms] = False  # itself
+    senders = np.broadcast_to(order.astype(np.int32)[:, None], near.shape)[near]
+    degrees = np.count_nonzero(near, axis=2)
+    receivers = np.repeat(np.tile(atoms, len(order)), degrees.ravel())
+    lengths, shifts = np.sqrt(squares[near]), np.zeros((len(senders), 3), np.int32)
+    ends = np.cumsum(degrees.sum(axis=1)).tolist()
+    for start, end in zip([0, *ends], ends, strict=False):
+        part = slice(start, end)
+        yield HostEdges(senders[part], receivers[part], shifts[part], lengths[part])
 
 
 def _search(n_atoms: int, cutoff: float) -> vesin.NeighborList:

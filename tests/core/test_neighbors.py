@@ -325,6 +325,36 @@ def test_seventy_thousand_atoms_stay_sorted():
     assert set(zip(i, j, strict=True)) == set(zip(j, i, strict=True))
 
 
+def many_open():
+    """Open structures of equal size: molecules, chains, planes, atoms alone, groups far apart."""
+    random = np.random.default_rng(3)
+    for n, stretch in ((9, 4.0), (40, 9.0), (40, [30.0, 3.0, 0.0]), (128, 16.0), (1, 1.0)):
+        yield random.random((20, n, 3)) * stretch + random.normal(size=(20, 1, 3)) * 50
+    apart = random.random((20, 12, 3)) * 5
+    apart[10:, 6:] += [3000.0, 0.0, -40.0]
+    yield apart
+    yield np.cumsum(random.random((3, 120, 3)) * 7.9, axis=1)  # too many bins for vesin
+
+
+@pytest.mark.parametrize("positions", [*many_open()])
+@pytest.mark.parametrize("cutoff", [0.4, CUTOFF])
+def test_small_open_structures_have_edges_as_a_grid_has_them(positions, cutoff, monkeypatch):
+    """Sums over edges, and with them runs that are continued, depend on their order."""
+    no_cell, open_ = np.zeros((3, 3)), np.zeros(3, bool)
+    together = list(host.edges_of_many(positions, cutoff))
+    alone = [host.host_edges(one, no_cell, open_, cutoff) for one in positions]
+    monkeypatch.setattr(host, "SMALL", 0)
+    for one, *fast in zip(positions, together, alone, strict=True):
+        expected = host.host_edges(one, no_cell, open_, cutoff)  # by vesin
+        for found in fast:
+            for name in ("senders", "receivers", "shifts"):
+                array, right = getattr(found, name), getattr(expected, name)
+                assert array.dtype == right.dtype
+                assert array.shape == right.shape
+                assert (array == right).all()
+            assert np.allclose(found.lengths, expected.lengths, rtol=1e-12)
+
+
 # Shapes that no grid of bins likes
 
 

@@ -4,6 +4,8 @@ import bz2
 import gzip
 import lzma
 import shutil
+from pathlib import Path
+from xml.etree import ElementTree
 
 import ase
 import ase.db
@@ -209,6 +211,46 @@ def test_vasprun_gives_free_energies_forces_and_stress(tmp_path):
     (tmp_path / "vasprun.xml").write_text(VASPRUN.format(steps="").replace("</modeling>", ""))
     with pytest.raises(DataError, match=r"vasprun\.xml: "):
         read(tmp_path / "vasprun.xml")
+
+
+REAL = Path(ase.__file__).parent / "test" / "testdata" / "vasp"
+"""Output of VASP itself, which ASE tests its readers with."""
+
+
+def numbers_after(lines, key, count, skip):
+    """Rows of numbers that begin some lines after the last one with a key."""
+    at = max(k for k, line in enumerate(lines) if key in line) + skip
+    return np.array([line.split() for line in lines[at : at + count]], float)
+
+
+def test_an_outcar_of_vasp_is_read_as_it_is_written():
+    path = REAL / "OUTCAR_example_1"
+    lines = path.read_text().splitlines()
+    (found,) = read(path)
+    table = numbers_after(lines, "TOTAL-FORCE", 18, 2)
+    assert found.positions.tolist() == table[:, :3].tolist()
+    assert found.forces.tolist() == table[:, 3:].tolist()
+    assert found.energy == -68.22868532  # "free  energy   TOTEN", not that of sigma -> 0
+    # kB as xx yy zz xy yz zx; a cell under tension has a negative pressure there
+    xx, yy, zz, xy, yz, zx = (float(x) for x in next(x for x in lines if "in kB" in x).split()[2:])
+    kilobar = 6.241509e-4
+    stress = -kilobar * np.array([[xx, xy, zx], [xy, yy, yz], [zx, yz, zz]])
+    np.testing.assert_allclose(found.stress, stress, rtol=1e-5)
+    np.testing.assert_allclose(abs(np.linalg.det(found.cell)), 5768.42, rtol=1e-5)
+
+
+def test_a_vasprun_of_vasp_is_read_as_it_is_written():
+    """One that was relaxed under pressure, whose last energies are enthalpies."""
+    path = REAL / "vasprun_pstress.xml"
+    step = ElementTree.parse(path).getroot().findall("calculation")[-1]
+    cell, places, forces = (
+        np.array([row.text.split() for row in step.find(f".//varray[@name='{name}']")], float)
+        for name in ("basis", "positions", "forces")
+    )
+    found = read(path)[-1]
+    np.testing.assert_allclose(found.positions, places @ cell, atol=1e-12)
+    assert found.forces.tolist() == forces.tolist()
+    assert found.energy == pytest.approx(-20.24695937, abs=1e-7)  # the enthalpy is -20.23985977
 
 
 def test_an_unfinished_outcar_says_what_it_is(tmp_path):

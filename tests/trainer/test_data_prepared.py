@@ -1,6 +1,8 @@
 """Prepared data: files to parts, the same in memory and from a folder, no leaks between parts."""
 
+import gzip
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -33,7 +35,10 @@ from mlip_md.trainer.data import (
 )
 from mlip_md.trainer.data import blocks as blocks_module
 from mlip_md.trainer.data import prepared as prepared_module
+from mlip_md.trainer.data import sources as sources_module
 from mlip_md.trainer.data.prepared import open_prepared_for, warn_of_energies
+from mlip_md.trainer.data.readers import iterate
+from mlip_md.trainer.data.sources import Reading
 from mlip_md.trainer.recipe import DataConfig, Recipe
 
 NAMES = ("H2O", "CH4", "CO2", "CH3OH", "C2H6", "H2", "C6H6", "CH3COOH")
@@ -363,7 +368,7 @@ if __name__ == "__main__":
     rows = {"path": path, "cutoff": float(cutoff), "curate": None}
     print("ready", flush=True)
     prepare(DataConfig.model_validate(rows), folder=folder, workers=int(workers),
-            tell=lambda count: time.sleep(float(pause)))
+            tell=lambda *_: time.sleep(float(pause)))
 """
 
 
@@ -445,12 +450,48 @@ def test_a_folder_of_somebody_else_is_not_taken_for_unfinished_work(path, tmp_pa
 
 def test_the_command_takes_workers_and_tells_how_far_it_is(path, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "TELL_SECONDS", 0.0)
+    monkeypatch.setattr("mlip_md.trainer.data.blocks.CHUNK", 6)
     recipe = small_recipe(path, data={"max_n_node": None, "max_n_edge": None, "split": SPLIT})
     (tmp_path / "train.yaml").write_text(json.dumps(recipe.plain()))
     command = ["prepare", str(tmp_path / "train.yaml"), str(tmp_path / "prepared")]
     result = CliRunner().invoke(app, [*command, "--workers", "1"])
     assert result.exit_code == 0, result.exception
-    assert "24 structures done" in result.stdout
+    said = re.findall(
+        r"(\d+) structures done, .* a second, (\d+) % read, 0:00:0\d to", result.stdout
+    )
+    assert [int(count) for count, _ in said] == [6, 12, 18, 24]
+    assert 0 < int(said[0][1]) <= int(said[1][1]) <= int(said[3][1]) == 100
+
+
+def test_every_format_that_can_tells_how_much_of_it_is_read(path, tmp_path):
+    """A file packed, an HDF5 file, folders of DeePMD-kit and npz, in one data set."""
+    told = []
+    with gzip.open(tmp_path / "packed", "wb") as file:
+        file.write(path.read_bytes())
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for k, atoms in enumerate(frames(("CO2",), 4, seed=1)):
+            group = file.create_group(f"CO2_{k}")
+            group["elements"], group["positions"] = atoms.numbers, atoms.positions
+            group["forces"] = atoms.get_forces()
+            group.attrs["energy"] = atoms.get_potential_energy()
+    water = frames(("H2O",), 4, seed=2)
+    labels = [a.get_potential_energy() for a in water], [a.get_forces() for a in water]
+    np.savez(tmp_path / "b.npz", nuclear_charges=water[0].numbers, energies=labels[0],
+             coords=[a.positions for a in water], forces=labels[1])  # fmt: skip
+    for name in ("packed", "a.h5", "b.npz"):
+        reading = Reading(DataConfig.model_validate({"path": str(tmp_path / name)}))
+        parts = [reading.read for _ in reading.structures()]
+        assert parts == sorted(parts)
+        told.append((parts[0], parts[-1]))
+        assert reading.read <= 1.0
+    assert told[1:] == [(0.0, 0.75)] * 2
+    assert told[0][1] == 1.0
+    reading = Reading(DataConfig.model_validate({"path": [str(tmp_path / "a.h5"), str(path)]}))
+    sizes = [(tmp_path / "a.h5").stat().st_size, path.stat().st_size]
+    parts = [reading.read for _ in reading.structures()]
+    assert parts == sorted(parts)
+    assert parts[3] == pytest.approx(0.75 * sizes[0] / sum(sizes))
+    assert parts[-1] == 1.0
 
 
 def test_a_training_reads_its_files_once(path, tmp_path, monkeypatch):
@@ -493,15 +534,20 @@ def test_what_is_kept_of_other_data_is_made_anew(change, path, tmp_path):
     assert [p.name for p in keep.parent.iterdir()] == ["prepared"]
 
 
-def test_the_train_command_keeps_its_data(path, tmp_path):
+def test_the_train_command_keeps_its_data(path, tmp_path, monkeypatch):
     recipe = small_recipe(path, data={"max_n_node": None, "max_n_edge": None, "split": SPLIT})
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": 1})})
     (tmp_path / "train.yaml").write_text(json.dumps(recipe.plain()))
     command = ["train", str(tmp_path / "train.yaml"), "--run", str(tmp_path / "run")]
     result = CliRunner().invoke(app, [*command, "--dry-run", "1"])
     assert not (tmp_path / "run").exists()
+    read = []
+    monkeypatch.setattr(
+        sources_module, "iterate", lambda *a, **k: read.append(a) or iterate(*a, **k)
+    )
     for _ in range(2):
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 0, (result.output, result.exception)
+        assert len(read) == 1  # by the first; what continues takes what is kept
         assert f"MB in {tmp_path / 'run' / 'prepared'}, for the next start" in result.stdout
     assert is_prepared(tmp_path / "run" / "prepared")

@@ -478,7 +478,7 @@ def test_exit_codes_of_the_train_command(status, code, problem, tmp_path, monkey
         return
     assert result.exit_code == code
     lines = result.stdout.splitlines()
-    assert lines[:2] == ["reading organics-gfn2.hdf5", "a.h5: kept 7 of 9 structures"]
+    assert lines[:2] == ["reading organics-gfn2.h5", "a.h5: kept 7 of 9 structures"]
     assert lines[2] == "E0 (given), eV: H -13.6000, C -1030.5000, O -2043.9000"
     assert lines[-1] == "compiling the network"
     skipped, energies = result.stderr.splitlines()

@@ -12,7 +12,7 @@ from mlip_md.constants import KJ_PER_KCAL, KJ_PER_MOL_PER_EV
 from mlip_md.elements import ATOMIC_NUMBERS, symbol
 from mlip_md.errors import DataError
 from mlip_md.trainer.data.labels import LabelKeys
-from mlip_md.trainer.data.structures import Source, refusing_unreadable
+from mlip_md.trainer.data.structures import READ, Source, refusing_unreadable
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -87,6 +87,7 @@ def iterate_npz(path: Path, split: str | None, _keys: LabelKeys) -> Source:
             "pbc": np.full(3, cells is not None),
             "group": _formula(numbers[k]),
             "name": f"{path}:[{k}]",
+            READ: k / count,
         }
 
 
@@ -124,10 +125,12 @@ def iterate_deepmd(folder: Path, split: str | None, _keys: LabelKeys) -> Source:
     with refusing_unreadable(folder / "type.raw", "no list of types of atoms"):
         types = np.loadtxt(folder / "type.raw", dtype=int, ndmin=1)
     periodic = not (folder / "nopbc").exists()
-    for place in sorted(folder.glob("set.*")):
+    places = sorted(folder.glob("set.*"))
+    for number, place in enumerate(places):
         try:
             arrays = {file.stem: _load(file) for file in sorted(place.glob("*.npy"))}
-            yield from _deepmd_frames(place, arrays, types, kinds, periodic)
+            for fields in _deepmd_frames(place, arrays, types, kinds, periodic):
+                yield {**fields, READ: number / len(places)}
         except DataError as error:
             yield error
 

@@ -24,7 +24,8 @@ import numpy as np
 from mlip_md.elements import symbol
 from mlip_md.errors import DataError
 from mlip_md.files import replacing
-from mlip_md.trainer.data.structures import LabeledStructure, refusing_unreadable
+from mlip_md.neighbors import SMALL, HostEdges, edges_of_many
+from mlip_md.trainer.data.structures import Edges, LabeledStructure, refusing_unreadable
 from mlip_md.version import __version__
 
 SHORTEST_DISTANCE = 0.1
@@ -215,18 +216,18 @@ def _open(path: Path, key: str) -> Block | None:
 
 
 def _compute(making: Making, structures: Sequence[LabeledStructure]) -> Block:
-    graphs, kept, bad = [], [], list[tuple[int, str]]()
-    for number, structure in enumerate(structures):
+    kept, edges, bad = [], [], list[tuple[int, str]]()
+    for number, (structure, found) in enumerate(
+        zip(structures, _find_small(structures, making.cutoff), strict=True)
+    ):
         try:
-            graphs.append(_graph(structure, making.cutoff, making.elements))
+            edges.append(_check(structure, making, found))
             kept.append(structure)
         except DataError as error:
             if making.strict:
                 raise
             bad.append((number, str(error)))
-    arrays = {name: np.concatenate([g[name] for g in graphs]) for name in (graphs or [{}])[0]}
-    if kept and np.abs(arrays["shifts"]).max(initial=0) < 128:
-        arrays["shifts"] = arrays["shifts"].astype(np.int8)
+    arrays = _arrays(kept, edges) if kept else {}
     shapes = {name: array.shape for name, array in arrays.items()}
     for name, usual in OPTIONAL.items():
         if kept and (arrays[name] == usual).all():
@@ -247,36 +248,74 @@ def unknown_elements(name: str, unknown: Iterable[int], known: Iterable[int]) ->
     )
 
 
-def _graph(structure: LabeledStructure, cutoff: float, elements: tuple[int, ...] | None) -> Arrays:
-    if elements is not None:
-        unknown = {int(z) for z in structure.atomic_numbers} - set(elements)
+def _find_small(structures: Sequence[LabeledStructure], cutoff: float) -> list[HostEdges | None]:
+    """Edges of all small open structures, those of equal size together; None for the others."""
+    found: list[HostEdges | None] = [None] * len(structures)
+    alike: dict[int, list[int]] = {}
+    for number, structure in enumerate(structures):
+        if structure.cell is None and len(structure) <= SMALL:
+            alike.setdefault(len(structure), []).append(number)
+    for numbers in alike.values():
+        positions = np.array([structures[k].positions for k in numbers])
+        for number, edges in zip(numbers, edges_of_many(positions, cutoff), strict=True):
+            found[number] = edges
+    return found
+
+
+def _check(
+    structure: LabeledStructure, making: Making, edges: HostEdges | None
+) -> HostEdges | Edges:
+    """Edges of a structure that can be trained on; ``edges`` are those known already."""
+    if making.elements is not None:
+        unknown = {int(z) for z in structure.atomic_numbers} - set(making.elements)
         if unknown:
-            raise unknown_elements(structure.name, sorted(unknown), elements)
-    cell = np.zeros((3, 3)) if structure.cell is None else structure.cell
-    edges = structure.find_edges(cutoff)
-    shortest = float(edges.lengths.min()) if len(edges.lengths) else np.inf
+            raise unknown_elements(structure.name, sorted(unknown), making.elements)
+    found = structure.find_edges(making.cutoff) if edges is None else edges
+    shortest = found.lengths.min(initial=np.inf)
     if shortest < SHORTEST_DISTANCE:
         raise DataError(
             f"{structure.name}: two atoms are {shortest:.4f} Å apart, less than "
             f"{SHORTEST_DISTANCE} Å; are the positions in Å?"
         )
-    stress = np.zeros((3, 3)) if structure.stress is None else structure.stress
-    index = np.uint16 if len(structure) <= 2**16 else np.int32
+    return found
+
+
+def _joined(arrays: Sequence[np.ndarray], kind: type) -> np.ndarray:
+    return np.concatenate(arrays).astype(kind)
+
+
+def _arrays(structures: Sequence[LabeledStructure], edges: Sequence[HostEdges | Edges]) -> Arrays:
+    """Flat arrays of structures, at least one, and of their edges."""
+    num_atoms = np.array([len(s) for s in structures])
+    num_edges = np.array([len(e.senders) for e in edges])
+    positions = np.concatenate([s.positions for s in structures])
+    centers = np.array([np.add.reduce(s.positions) for s in structures]) / num_atoms[:, None]
+    index = np.uint16 if num_atoms.max() <= 2**16 else np.int32
+    receivers = np.concatenate([e.receivers for e in edges])
+    owner = np.repeat(np.arange(len(edges)), num_edges)
+    first = np.diff(receivers + (np.cumsum(num_atoms) - num_atoms)[owner], prepend=-1) > 0
+    nothing = np.zeros((3, 3))
+    if all(s.cell is None for s in structures):
+        shifts = np.broadcast_to(np.int8(0), (len(receivers), 3))
+    else:
+        shifts = np.concatenate([e.shifts for e in edges])
     return {
-        "positions": (structure.positions - structure.positions.mean(0)).astype(np.float32),
-        "atomic_numbers": structure.atomic_numbers.astype(np.uint8),
-        "forces": structure.forces.astype(np.float32),
-        "senders": edges.senders.astype(index),
-        "receivers": edges.receivers.astype(index),
-        "shifts": edges.shifts,
-        "num_atoms": np.array([len(structure)]),
-        "num_edges": np.array([len(edges.senders)]),
-        "cell": cell[None].astype(np.float32),
-        "energy": np.array([structure.energy]),
-        "stress": stress[None].astype(np.float32),
-        "stress_mask": np.array([structure.stress is not None]),
-        "forces_mask": np.array([structure.has_forces]),
-        "weights": np.array([structure.weights], np.float32),
-        "min_distance": np.array([shortest], np.float32),
-        "num_connected": np.array([np.count_nonzero(np.bincount(edges.receivers))], np.int32),
+        "positions": (positions - np.repeat(centers, num_atoms, axis=0)).astype(np.float32),
+        "atomic_numbers": _joined([s.atomic_numbers for s in structures], np.uint8),
+        "forces": _joined([s.forces for s in structures], np.float32),
+        "senders": _joined([e.senders for e in edges], index),
+        "receivers": receivers.astype(index),
+        "shifts": shifts.astype(np.int8) if np.abs(shifts).max(initial=0) < 128 else shifts,
+        "num_atoms": num_atoms,
+        "num_edges": num_edges,
+        "cell": np.array([nothing if s.cell is None else s.cell for s in structures], np.float32),
+        "energy": np.array([s.energy for s in structures]),
+        "stress": np.array(
+            [nothing if s.stress is None else s.stress for s in structures], np.float32
+        ),
+        "stress_mask": np.array([s.stress is not None for s in structures]),
+        "forces_mask": np.array([s.has_forces for s in structures]),
+        "weights": np.array([s.weights for s in structures], np.float32),
+        "min_distance": np.array([e.lengths.min(initial=np.inf) for e in edges], np.float32),
+        "num_connected": np.bincount(owner[first], minlength=len(edges)).astype(np.int32),
     }

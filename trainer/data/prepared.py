@@ -57,6 +57,9 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 
+Tell = Callable[[int, float], None]
+"""Hears how far the work is, see ``prepare``."""
+
 OF_FILES = ("path", "validation", "test")
 
 OF_BATCHES = {"path", "max_n_node", "max_n_edge", "batch_size", "on_oversize"}
@@ -95,7 +98,7 @@ def prepare(
     folder: str | Path | None = None,
     *,
     workers: int = 1,
-    tell: Callable[[int], None] | None = None,
+    tell: Tell | None = None,
 ) -> PreparedData:
     """Read, curate and split files, and make the graphs of all parts.
 
@@ -111,7 +114,8 @@ def prepare(
             it stays there, and the next call goes on with what still fits.
         workers: processes that make neighbor lists while this one reads. More than one are started
             by spawn: a script needs its ``if __name__ == "__main__"``. The folder is the same.
-        tell: called with the number of structures that are done, again and again.
+        tell: called again and again with the number of structures that are done and with how much
+            of the files, from 0 to 1, is read (0 where a format does not tell).
 
     Returns:
         The parts and their statistics. What is doubtful about E0 is said by ``warn_of_energies``,
@@ -144,7 +148,7 @@ class _Work:
     """How graphs are made: processes, who hears of it, where finished blocks are kept."""
 
     workers: int
-    tell: Callable[[int], None] | None
+    tell: Tell | None
     keep: Path | None = None
 
 
@@ -189,11 +193,12 @@ def _unfinished(folder: Path) -> Iterator[Path]:
 
 
 def _make_graphs(reading: Reading, folder: Path | None, work: _Work) -> GraphStore:
-    config, rejected = reading.config, reading.rejected
+    config, rejected, tell = reading.config, reading.rejected, work.tell
     try:
         store = GraphStore.from_structures(
             reading.structures(), config.cutoff, folder=folder, reject=reading.reject,
-            workers=work.workers, keep=work.keep, tell=work.tell,
+            workers=work.workers, keep=work.keep,
+            tell=None if tell is None else lambda count: tell(count, reading.read),
         )  # fmt: skip
     except DataError:
         rejected.check(config.on_bad)  # says more than that nothing was left
@@ -286,7 +291,7 @@ def prepare_once(
     folder: Path,
     *,
     workers: int = 1,
-    tell: Callable[[int], None] | None = None,
+    tell: Tell | None = None,
 ) -> PreparedData:
     """Prepared data that are kept in a folder and, the next time, taken from it.
 

@@ -36,6 +36,7 @@ from mlip_md.trainer.data.isolated import IsolatedAtoms
 from mlip_md.trainer.data.labels import LabelKeys, read_labels
 from mlip_md.trainer.data.rejected import Rejected
 from mlip_md.trainer.data.structures import (
+    READ,
     Fields,
     LabeledStructure,
     Source,
@@ -146,6 +147,8 @@ def _to_the_end(source: Source, rejected: Rejected) -> Iterator[Fields | DataErr
     try:
         for fields in source:
             rejected.examined += 1
+            if isinstance(fields, dict):
+                rejected.read = fields.get(READ, 0.0)
             yield fields
     except DataError as error:
         rejected.examined += 1
@@ -196,7 +199,7 @@ def recognize(path: str | Path) -> str:
             raise DataError(f"{path}: {words}")
     if not start.strip():
         raise DataError(f"{path}: the file is empty")
-    with refusing_unreadable(path, "neither HDF5 nor text"), _open_text(path) as stream:
+    with refusing_unreadable(path, "neither HDF5 nor text"), _open_text(path) as (stream, _):
         first = next(filter(None, map(str.strip, stream)), "")
         return "extxyz" if first.isdecimal() else _recognize_text(first, stream, path)
 
@@ -275,17 +278,24 @@ def formal_charge(smiles: str) -> int:
     return total
 
 
-def _open_text(path: Path) -> TextIO:
-    """A text file, also packed (whatever its name) and with a byte order mark."""
-    with open(path, "rb") as file:
-        start = file.read(6)
+@contextlib.contextmanager
+def _open_text(path: Path) -> Iterator[tuple[TextIO, Callable[[], float]]]:
+    """A text file, also packed (whatever its name) and with a byte order mark.
+
+    Beside it stands what tells how much of the file, from 0 to 1, is read.
+    """
     openers: dict[bytes, Callable[..., Any]] = {
         b"\x1f\x8b": gzip.open,
         b"BZh": bz2.open,
         b"\xfd7zXZ\x00": lzma.open,
     }
-    opener = next((opener for magic, opener in openers.items() if start.startswith(magic)), open)
-    return cast(TextIO, opener(path, "rt", encoding="utf-8-sig"))
+    with open(path, "rb") as file:
+        start, size = file.read(6), file.seek(0, io.SEEK_END)
+        file.seek(0)
+        opener = next((o for magic, o in openers.items() if start.startswith(magic)), None)
+        unpacked = file if opener is None else opener(file)
+        with io.TextIOWrapper(unpacked, encoding="utf-8-sig") as stream:
+            yield stream, lambda: file.tell() / size
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -296,6 +306,7 @@ def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 def _structure(fields: Fields | DataError, seen: dict[int, str]) -> LabeledStructure:
     if isinstance(fields, DataError):
         raise fields
+    fields.pop(READ, None)
     structure = LabeledStructure(**fields)
     if len(structure) == 1 and structure.cell is None:
         return structure  # its place says nothing; ``IsolatedAtoms`` looks at its energy
@@ -387,13 +398,13 @@ def _iterate_hdf5(
     _: LabelKeys,
 ) -> Source:
     with _open_hdf5(path) as file:
-        for key, group in _groups(file, path):
+        for number, (key, group) in enumerate(_groups(file, path)):
             mark = _mark(group.value("split"), split, group.name)
             if split is not None and mark != split:
                 continue
             try:
                 for fields in fields_of(group, key):
-                    yield {**fields, "mark": mark}
+                    yield {**fields, "mark": mark, READ: number / len(file)}
             except DataError as error:
                 yield error
 
@@ -666,23 +677,27 @@ READ_BY_ASE: Mapping[str, Callable[[Path], Iterator[ase.Atoms]]] = {
 
 
 def _iterate_extxyz(path: Path, split: str | None, keys: LabelKeys) -> Source:
-    for index, text in enumerate(_frames(path)):
+    for index, (text, part) in enumerate(_frames(path)):
         name = f"{path}:[{index}]"
         try:
             atoms = cast(ase.Atoms, ase.io.read(io.StringIO(text), index=0, format="extxyz"))
         except Exception as error:  # the parser has no error class of its own
             yield DataError(f"{name}: not readable as extended XYZ ({error})")
             continue
-        yield from _of_atoms(atoms, name, split, keys)
+        for fields in _of_atoms(atoms, name, split, keys):
+            yield {**fields, READ: part} if isinstance(fields, dict) else fields
 
 
-def _frames(path: Path) -> Iterator[str]:
-    """Text of each frame; ASE's own search for frames is quadratic in gzipped files."""
-    with refusing_unreadable(path), _open_text(path) as stream:
+def _frames(path: Path) -> Iterator[tuple[str, float]]:
+    """Text of each frame, and how much of the file is read.
+
+    ASE's own search for frames is quadratic in gzipped files.
+    """
+    with refusing_unreadable(path), _open_text(path) as (stream, part):
         for index, line in enumerate(filter(str.strip, stream)):
             if not line.strip().isdecimal():
                 raise DataError(f"{path}:[{index}]: {line[:40]!r} is not a number of atoms")
-            yield line + "".join(itertools.islice(stream, int(line) + 1))
+            yield line + "".join(itertools.islice(stream, int(line) + 1)), part()
 
 
 def _fields_of_atoms(atoms: ase.Atoms, name: str, keys: LabelKeys) -> Fields:

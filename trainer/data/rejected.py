@@ -26,11 +26,13 @@ class Rejected:
         records: where each was found, and what is wrong with it.
         count: of all, also of those beyond ``MOST``.
         examined: records looked at, the bad ones included.
+        read: part, from 0 to 1, of the file that is being read; 0 where it does not tell.
     """
 
     records: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     count: int = 0
     examined: int = 0
+    read: float = 0.0
 
     def add(self, error: DataError) -> None:
         """Note a bad record by the error that names it: ``file:key[index]: reason``."""

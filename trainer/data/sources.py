@@ -40,6 +40,13 @@ def is_prepared(folder: str | Path) -> bool:
     return (Path(folder) / "prepared.json").is_file()
 
 
+def sum_sizes(path: str | Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    place = Path(path)
+    files = place.rglob("*") if place.is_dir() else [place]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 def find_files(path: str) -> list[str]:
     """The data files that a path stands for.
 
@@ -88,6 +95,8 @@ class Reading:
         self.molecules: dict[str, str] = {}  # key of the molecule by name of the group
         self._check_files()
         self.files = [[f for path in paths for f in find_files(path)] for paths in self.given]
+        self._sizes = {f: sum_sizes(f) for files in self.files for f in files}
+        self._done, self._now = 0, 0  # bytes of the files before, and of the one that is read
 
     def _check_files(self) -> None:
         if not self.config.path:
@@ -105,6 +114,8 @@ class Reading:
         for part, paths in enumerate(self.files):
             for path in paths:
                 report = CurationReport()
+                self._done, self._now = self._done + self._now, self._sizes[path]
+                self.rejected.read = 0.0
                 keys = LabelKeys(
                     config.energy_key, config.forces_key, config.stress_key, config.virial_key
                 )
@@ -125,6 +136,12 @@ class Reading:
                 "" if not self.isolated.found else ", but isolated atoms are no frames to train on"
             )
             raise DataError(f"no structure is left to work with ({reports}){only}")
+
+    @property
+    def read(self) -> float:
+        """How much of all files, from 0 to 1, is read."""
+        done = self._done + self.rejected.read * self._now
+        return done / max(sum(self._sizes.values()), 1)
 
     def reject(self, number: int, error: DataError) -> None:
         """Note a structure, by its number among those kept, that no graph can be made of."""

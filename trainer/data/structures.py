@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import lzma
+import math
 import zipfile
 import zlib
 from collections.abc import Generator, Iterator
@@ -17,7 +18,8 @@ from mlip_md.errors import CapacityError, DataError, StructureError
 from mlip_md.neighbors import check_cell, check_positions, neighbor_list
 
 Fields = dict[str, Any]
-"""What a ``LabeledStructure`` is made of."""
+"""What a ``LabeledStructure`` is made of; under ``READ``, if known, the part of its file so far."""
+READ = "read"
 
 
 @contextlib.contextmanager
@@ -130,7 +132,9 @@ class LabeledStructure:
         set_field = object.__setattr__  # the usual way to convert inside a frozen dataclass
         set_field(self, "atomic_numbers", numbers.astype(np.int64, copy=False))
         set_field(self, "positions", _array(self.positions, (n, 3), "positions", self.name))
-        set_field(self, "energy", float(_array(self.energy, (), "energies", self.name)))
+        if not (isinstance(self.energy, float) and math.isfinite(self.energy)):
+            set_field(self, "energy", _array(self.energy, (), "energies", self.name))
+        set_field(self, "energy", float(self.energy))
         if self.forces is None:
             set_field(self, "forces", np.zeros((n, 3)))
             set_field(self, "has_forces", False)
@@ -151,7 +155,8 @@ class LabeledStructure:
         cell = None if self.cell is None else _array(self.cell, (3, 3), "cells", self.name)
         with _naming(self.name):
             check_positions(self.positions)
-            check_cell(cell, self.pbc)
+            if cell is not None or self.pbc.any():
+                check_cell(cell, self.pbc)
         object.__setattr__(self, "cell", cell)
 
     def __len__(self) -> int:

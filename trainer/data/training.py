@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from mlip_md.trainer.data.batching import Batch, BatchBudget, make_batch, plan_e
 from mlip_md.trainer.data.blocks import OF_ATOMS, OF_EDGES
 from mlip_md.trainer.data.prepared import (
     PreparedData,
+    Tell,
     open_prepared_for,
     prepare,
     prepare_once,
@@ -142,7 +143,7 @@ def load_data(
     keep: Path | None = None,
     *,
     workers: int = 1,
-    tell: Callable[[int], None] | None = None,
+    tell: Tell | None = None,
 ) -> TrainingData:
     """Read, curate and split the data set of a recipe, or open the folder that holds it prepared.
 
@@ -207,7 +208,8 @@ def describe_reading(data: PreparedData) -> list[str]:
     if ions:
         notes.append(f"single ions, in no part: {len(ions)}, e.g. {ions[0]}")
     notes += [f"{name}: {text}" for name, part in data.parts.items() if (text := _missing(part))]
-    notes += data.overlap
+    if "train" in data.parts and len({*data.parts["train"].groups}) > 1:  # one is in all parts
+        notes += data.overlap
     if "train" in data.parts:
         notes.append(describe_residuals(data.parts["train"]))
     return notes + describe_open_energies(data.statistics)
