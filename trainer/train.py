@@ -39,10 +39,11 @@ from mlip_md.signals import ENDINGS, Interruptions
 from mlip_md.trainer import metrics
 from mlip_md.trainer.checkpoint import CheckpointFolder
 from mlip_md.trainer.data import TrainingData, iterate_batches, write_structures
-from mlip_md.trainer.evaluation import evaluate_store
+from mlip_md.trainer.evaluation import evaluate_sets
 from mlip_md.trainer.finetune import adopt_elements, describe_parent, starting_weights
 from mlip_md.trainer.loggers import Logger, open_loggers
 from mlip_md.trainer.loss import stage_at, weights_at
+from mlip_md.trainer.metrics import Errors
 from mlip_md.trainer.optimizer import learning_rate_schedule, lowered_rate, settle_steps
 from mlip_md.trainer.recipe import Origins, Recipe, StartConfig, dump_resolved, find_differences
 from mlip_md.trainer.report import write_report
@@ -114,6 +115,10 @@ class Outcome:
 
 def _start(recipe: Recipe) -> StartConfig:
     return recipe.start or StartConfig(potential="")
+
+
+def _labeled(errors: Errors) -> Errors:
+    return {name: value for name, value in errors.items() if math.isfinite(value)}
 
 
 class Trainer:
@@ -401,26 +406,25 @@ class Trainer:
         self.checkpoints.save(self.state, values, self.progress.step)
         self._last_save = time.monotonic()
 
-    def _validate(self, epoch: int, params: Params) -> tuple[dict[str, float], float]:
-        """Errors of weights on the validation part and their score, recorded under an epoch."""
-        data = self.data
-        values = evaluate_store(
-            self.eval_step, params, data.validation, data.budget, on_oversize=data.on_oversize
-        )
-        row = self._row(epoch, values)
+    def _validate(self, epoch: int, params: Params) -> tuple[Errors, dict[str, Errors], float]:
+        """Errors of weights, whole and by set, and their score, recorded under an epoch."""
+        errors = evaluate_sets(self.eval_step, params, self.data)
+        row = self._row(epoch, *errors)
         self.log.epoch(row)
         for logger in self.loggers:
             logger(row)
         self.log.line(describe_epoch(row))
+        for name, values in errors[1].items():
+            self.log.line(f"  {name}: {describe_errors(values)}")
         if not math.isfinite(row["score"]):
             raise NonFiniteError(
                 f"the validation errors after epoch {epoch} are not finite. Check the validation "
                 f"labels, or {LOWER_RATES}"
             )
         self.progress.validated = epoch
-        return values, row["score"]
+        return *errors, row["score"]
 
-    def _row(self, epoch: int, errors: Mapping[str, float]) -> dict[str, float]:
+    def _row(self, epoch: int, errors: Errors, by_set: Mapping[str, Errors]) -> dict[str, float]:
         """The row of an epoch in ``metrics.csv``."""
         sums, weights = self.progress.sums, weights_at(self.recipe.loss, epoch)
         good = sums.get("good", math.nan)
@@ -438,30 +442,37 @@ class Trainer:
             "seconds": round(sums.get("seconds", 0.0), 3),
             "structures_per_second": sums.get("structures", 0.0)
             / (sums.get("seconds") or math.nan),
-            "score": self._score(errors),
+            "score": self._score(by_set.get(self.recipe.train.select_by or "", errors)),
             **{f"validation_{name}": value for name, value in errors.items()},
+            **{
+                f"validation_{name}_{error}": value
+                for name, values in by_set.items()
+                for error, value in values.items()
+            },
         }
 
-    def _score(self, errors: Mapping[str, float]) -> float:
+    def _score(self, errors: Errors) -> float:
         """Of the weights with these validation errors; the lowest is the best model's."""
         settings, trained = self.recipe.train, self.recipe.loss.trains_stress
         return metrics.selection_score(
             errors,
             settings.select_energy_weight,
-            self.data.validates_forces,
+            self.data.validates_forces(settings.select_by),
             settings.select_stress_weight if trained else 0.0,
         )
 
     def _finish_epoch(self) -> None:
         progress, epoch = self.progress, self.progress.epoch
         params = averaged_params(self.state, self.recipe.train.ema_decay, self.optimizer)
-        errors, score = self._validate(epoch, params)
-        errors = {name: value for name, value in errors.items() if math.isfinite(value)}  # labeled
+        errors, by_set, score = self._validate(epoch, params)
+        errors = _labeled(errors)
+        sets = {name: _labeled(values) for name, values in by_set.items()}
         stage = str(stage_at(self.recipe.loss, epoch))
         best = progress.best.get(stage)
         if best is None or score < best["score"]:
             progress.best[stage] = {"epoch": epoch, "score": score, "errors": errors}
-            potential = self.make_potential(params, {"epoch": epoch, "validation": errors})
+            training = {"epoch": epoch, "validation": errors, "validation_sets": sets}
+            potential = self.make_potential(params, training)
             for name in (f"best-stage{stage}.safetensors", "model.safetensors"):
                 own.save(potential, self.folder / name)
             self.log.event("best", step=progress.step, epoch=epoch, stage=stage, score=score)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ class TrainingData:
         on_oversize: "error" or "drop" for structures larger than a batch.
         notes: what reading and curation counted, as plain text.
         rejected: records that were left out as unusable, and why.
+        validation_sets: rows of ``validation`` by the name of the set that they form; empty where
+            sets have no names.
     """
 
     train: GraphStore
@@ -56,16 +58,22 @@ class TrainingData:
     on_oversize: str = "error"
     notes: tuple[str, ...] = ()
     rejected: Sequence[tuple[str, str]] = ()
+    validation_sets: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def plan(self, seed: int, epoch: int) -> list[np.ndarray]:
         """Which structures form which batch of a training epoch, see ``plan_epoch``."""
         return plan_epoch(self.train, self.budget, seed, epoch, on_oversize=self.on_oversize)
 
-    @property
-    def validates_forces(self) -> bool:
-        """Whether any validation structure has force labels."""
+    def validates_forces(self, name: str | None = None) -> bool:
+        """Whether any validation structure, or any of the set of a name, has force labels."""
         mask = self.validation.forces_mask
-        return mask is None or bool(mask.any())
+        rows = slice(None) if name is None else self.validation_sets[name]
+        return mask is None or bool(mask[rows].any())
+
+    def sets(self) -> dict[str, GraphStore]:
+        """The validation sets by name, the name of a single one being empty."""
+        named = {name: self.validation.subset(r) for name, r in self.validation_sets.items()}
+        return named or {"": self.validation}
 
     def example(self) -> Batch:
         """One batch, to build a network with.
@@ -98,6 +106,8 @@ class TrainingData:
                     digest.update(f"\0{name}\0".encode())
                     if array is not None:
                         digest.update(array[rows.get(name, part)].tobytes())
+        for name, rows_of_set in self.validation_sets.items():
+            digest.update(f"\0{name}\0".encode() + rows_of_set.tobytes())
         return digest.hexdigest()
 
     def fill(self) -> tuple[float, float]:
@@ -113,6 +123,7 @@ class TrainingData:
         nodes, edges = self.fill()
         return {
             "structures": {name: len(store) for name, store in self.parts().items()},
+            "validation_sets": {name: len(rows) for name, rows in self.validation_sets.items()},
             "statistics": self.statistics.to_dict(),
             "batch": dataclasses.asdict(self.budget),
             "batch_fill": {"nodes": round(nodes, 4), "edges": round(edges, 4)},
@@ -175,6 +186,10 @@ def load_data(
             "the validation part is empty, but the best model is chosen by it; change data.split, "
             "or name a file in data.validation"
         )
+    by, sets = recipe.train.select_by, data.validation_sets
+    if by is not None and by not in sets:
+        there = f"has only {', '.join(sets)}" if sets else "names none: {NAME: FILE}"
+        raise ConfigError(f"train.select_by is {by}, a set that data.validation lacks; it {there}")
     train = data.parts["train"]
     if recipe.loss.trains_stress and train.stress is None:
         raise ConfigError("loss.stress has a weight, but the data set has no stresses")
@@ -192,6 +207,7 @@ def load_data(
         on_oversize=config.on_oversize,
         notes=tuple(describe_reading(data)),
         rejected=data.rejected,
+        validation_sets=sets,
     )
 
 

@@ -191,13 +191,18 @@ class CurationConfig(Section):
         return elements
 
 
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+"""Name of a validation set, of letters, digits, _ and -, for it becomes part of a column's name."""
+
+
 class DataConfig(Section):
     """Where the structures come from and how they are batched.
 
     Attributes:
         path: file of the data set, a list of files, or one folder made by ``mlip-md prepare``. With
             a folder, the rows on reading, filters and splits must be those it was made with.
-        validation: file(s) used for validation instead of a split of ``path``.
+        validation: file(s) used for validation instead of a split of ``path``; or several sets by
+            name, ``{NAME: FILE}``, whose errors are told apart.
         test: file(s) used for the final test instead of a split of ``path``.
         split: into training, validation and test set, where no own files are given.
         curate: filters; null keeps everything readable. A section, even an empty one, switches on
@@ -217,7 +222,7 @@ class DataConfig(Section):
     """
 
     path: str | list[str] = ""
-    validation: str | list[str] | None = None
+    validation: str | list[str] | dict[SetName, str | list[str]] | None = None
     test: str | list[str] | None = None
     split: SplitConfig = SplitConfig()
     curate: CurationConfig | None = None
@@ -244,6 +249,8 @@ class TrainConfig(Section):
             search starts anew when the loss weights change.
         select_stress_weight: Å²; select_stress_weight · stress_rmse is added to that where
             loss.stress has a weight and the validation set has labels of stress.
+        select_by: name of the set in data.validation whose errors alone choose the best model;
+            null takes those of all validation structures together.
         patience: epochs without a better model after which the training ends early, counted in the
             last stage of the loss weights; null trains to the end.
     """
@@ -252,6 +259,7 @@ class TrainConfig(Section):
     ema_decay: float = Field(default=0.99, ge=0, lt=1)
     select_energy_weight: float = Field(default=10.0, ge=0)
     select_stress_weight: float = Field(default=10.0, ge=0)
+    select_by: str | None = None
     patience: int | None = Field(default=None, ge=1)
 
 
