@@ -17,13 +17,21 @@ from rich.table import Table
 
 from mlip_md.errors import ConfigError, DataError, NotLearnedError, RejectedError
 from mlip_md.files import check_new_file, check_new_folder, write_text
-from mlip_md.signals import EXIT_KEYBOARD, EXIT_SAVED
+from mlip_md.ownership import release_all
+from mlip_md.signals import (
+    ENDINGS,
+    EXIT_KEYBOARD,
+    EXIT_SAVED,
+    Interruptions,
+    ending_process,
+)
 
 if TYPE_CHECKING:
     from mlip_md.potential import Potential
-    from mlip_md.trainer.data import Statistics
+    from mlip_md.trainer.data import Statistics, TrainingData
     from mlip_md.trainer.evaluation import Evaluation
     from mlip_md.trainer.recipe import Recipe
+    from mlip_md.trainer.train import Trainer
 
 
 STARTED = time.monotonic()
@@ -39,8 +47,9 @@ REJECTED = "rejected.csv"
 """Where bad records are listed: in a run's folder, beside a prepared one, or here."""
 
 PREPARED = "prepared"
-TELL_SECONDS = 10.0
 """Folder in a run's folder for the data of files, so that they are read once; may be deleted."""
+TELL_SECONDS = 10.0
+"""Between lines on what was read."""
 
 Strict = Annotated[
     bool, typer.Option("--strict", help="Stop (exit code 3) if the data are warned of.")
@@ -123,42 +132,70 @@ def train_command(
     """
     from mlip_md.trainer.recipe import load_recipe
 
-    seconds = parse_duration(max_time)
+    end = STARTED + parse_duration(max_time)
     chosen = [] if start is None else [f"start.potential={start}"]
     checked, origins = load_recipe(recipe, [*(overrides or []), *chosen])
-    checked, parent = _with_parent(checked)
-    from mlip_md.trainer.costs import time_steps
-    from mlip_md.trainer.data import load_data, usable_cores
-    from mlip_md.trainer.train import Trainer
-
     folder = run or Path("runs") / checked.name
     check_new_folder(folder, "--run")
-    _say_reading(checked.data.path)
+    trainer: Trainer | None = None
+    with _answering(lambda: trainer is None or not trainer.unsaved, end - time.monotonic()):
+        checked, parent = _with_parent(checked)
+        data = _load(checked, folder, strict, keep=not dry_run)
+        typer.echo("compiling the network")
+        if dry_run:
+            _dry_run(checked, data, folder, parent, dry_run)
+            return
+        with _plain_warnings(), _bar() as (echo, tick):
+            from mlip_md.trainer.train import Trainer
+
+            trainer = Trainer(
+                checked, data, folder, parent=parent, origins=origins, echo=echo, tick=tick
+            )
+            outcome = trainer.run(resume, end - time.monotonic())
+    if outcome.problem:
+        raise NotLearnedError(outcome.problem)
+    raise typer.Exit({"done": 0, "keyboard": EXIT_KEYBOARD}.get(outcome.status, EXIT_SAVED))
+
+
+def _load(recipe: Recipe, folder: Path, strict: bool, keep: bool) -> TrainingData:
+    """The data of a run, which says what it reads; kept prepared in the run's folder or not."""
+    from mlip_md.trainer.data import load_data, usable_cores
+
+    _say_reading(recipe.data.path)
     with _listing_rejected(folder / REJECTED) as bad, _plain_warnings(strict):
-        # in memory, where nothing is to be written
-        kept = None if dry_run else folder / PREPARED
-        data = load_data(checked, kept, workers=usable_cores(), tell=_tell_structures())
+        kept = folder / PREPARED if keep else None
+        data = load_data(recipe, kept, workers=usable_cores(), tell=_tell_structures())
         bad += data.rejected
     _say_kept(folder / PREPARED)
     for line in (*data.notes, *statistics_lines(data.statistics)):
         typer.echo(line)
-    typer.echo("compiling the network")
-    if dry_run:
-        typer.echo(data.summary())
-        for name, value in time_steps(
-            Trainer(checked, data, folder, parent=parent), dry_run
-        ).items():
-            typer.echo(f"{name}: {value:.4g}")
-        return
-    with _plain_warnings(), _bar() as (echo, tick):
-        trainer = Trainer(
-            checked, data, folder, parent=parent, origins=origins, echo=echo, tick=tick
-        )
-        outcome = trainer.run(resume, seconds - (time.monotonic() - STARTED))
-        status = outcome.status
-    if outcome.problem:
-        raise NotLearnedError(outcome.problem)
-    raise typer.Exit({"done": 0, "keyboard": EXIT_KEYBOARD}.get(status, EXIT_SAVED))
+    return data
+
+
+def _dry_run(
+    recipe: Recipe, data: TrainingData, folder: Path, parent: Potential | None, steps: int
+) -> None:
+    from mlip_md.trainer.costs import time_steps
+    from mlip_md.trainer.train import Trainer
+
+    typer.echo(data.summary())
+    for name, value in time_steps(Trainer(recipe, data, folder, parent=parent), steps).items():
+        typer.echo(f"{name}: {value:.4g}")
+
+
+@contextlib.contextmanager
+def _answering(
+    may_end: Callable[[], bool] = lambda: True, max_seconds: float = math.inf
+) -> Iterator[None]:
+    """Signals and a time limit end the command with 75 or 130 within seconds, whatever it does.
+
+    Args:
+        may_end: whether the process may end at once, with nothing lost.
+        max_seconds: until the limit.
+    """
+    watch = ending_process(may_end, release_all, max_seconds=max_seconds)
+    with Interruptions(*ENDINGS, patient=False), watch:
+        yield
 
 
 def _with_parent(recipe: Recipe) -> tuple[Recipe, Potential | None]:
@@ -329,7 +366,8 @@ def prepare_command(
     prepared = load_recipe(recipe, overrides or [])[0]
     check_new_folder(folder, "prepare")
     _say_reading(prepared.data.path)
-    with _listing_rejected(folder.parent / REJECTED) as bad, _plain_warnings(strict):
+    listing = _listing_rejected(folder.parent / REJECTED)
+    with _answering(), listing as bad, _plain_warnings(strict):
         data = prepare(
             prepared.data, prepared.network.atomic_energies, folder,
             workers=workers or usable_cores(), tell=_tell_structures(),

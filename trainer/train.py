@@ -68,6 +68,10 @@ from mlip_md.trainer.step import (
 IN_FLIGHT = 2
 """Steps that may wait on the device; unbounded queues can deadlock and hold memory."""
 
+SLOW = 2.0
+"""Seconds; what a longer step has done is saved at once, and no step waits behind it. So a signal
+is answered soon: a process may end while a step is computed, but not before one is saved."""
+
 TELL_AFTER = 60.0
 """Seconds between lines about an epoch."""
 
@@ -184,6 +188,13 @@ class Trainer:
         self.loggers: list[Logger] = []
         self._tick = tick
         self._last_save = self._told = time.monotonic()
+        self._done = self._saved = 0  # last step that is computed, and that is on the disk
+        self._long_validation = True  # until it is known: the first one compiles
+
+    @property
+    def unsaved(self) -> bool:
+        """Whether steps are computed that no checkpoint holds; may be asked in any thread."""
+        return self._done > self._saved
 
     @property
     def num_parameters(self) -> int:
@@ -283,6 +294,7 @@ class Trainer:
         self.state = jax.tree_util.tree_map(jax.numpy.array, state)
         values = {name: value for name, value in saved.items() if name != "recipe"}
         self.progress = TrainingProgress(**values)
+        self._done = self._saved = self.progress.step
         self.log.truncate(self.progress.step, self.progress.validated)
 
     def _identity(self) -> dict[str, Any]:
@@ -306,28 +318,32 @@ class Trainer:
         lowers = self.optimizer.schedule == "plateau" or progress.rate != 1.0
         rate = (np.float32(progress.rate),) if lowers else ()
         waiting: collections.deque[Waiting] = collections.deque()
-        clock = time.monotonic()
+        clock = begun = time.monotonic()
+        slow = True  # until it is known
         for indices, batch in iterate_batches(data.train, plan, data.budget):
             with naming_out_of_memory(*self._memory_words()):
                 self.state, log = self.train_step(self.state, batch, weights, *rate)
             progress.batch += 1
             progress.step += 1
             waiting.append((progress.step, indices, log))
-            self._note_until(waiting, IN_FLIGHT)
+            self._note_until(waiting, 0 if slow else IN_FLIGHT)
+            slow, begun = time.monotonic() - begun > SLOW, time.monotonic()
             if self._tick is not None:
                 self._tick(progress.epoch, progress.batch, count)
             elif time.monotonic() - self._told > TELL_AFTER:
                 self._tell_progress(count, time.monotonic() - clock)
             stop = self.interruptions.reason is not None
-            if stop or self._checkpoint_due():
+            if stop or slow or self._checkpoint_due():
                 self._note_until(waiting, 0)
                 progress.add(seconds=time.monotonic() - clock)
-                clock = time.monotonic()
                 self._save()
+                clock = begun = time.monotonic()
             if stop:
                 return False
         self._note_until(waiting, 0)
         progress.add(seconds=time.monotonic() - clock)
+        if self._long_validation and self.unsaved:
+            self._save()
         return True
 
     def _note_until(self, waiting: collections.deque[Waiting], left: int) -> None:
@@ -339,6 +355,7 @@ class Trainer:
         """Wait for a step and record it under its number."""
         with naming_out_of_memory(*self._memory_words()):
             loss, norm, bad = float(log.loss), float(log.gradient_norm), int(log.bad_in_row)
+        self._done = step
         self.progress.add(structures=float(log.structures))
         if bad == 0:
             self.progress.add(loss=loss, gradient_norm=norm, good=1)
@@ -404,11 +421,14 @@ class Trainer:
         values = dataclasses.asdict(self.progress)
         values["recipe"] = self._identity()
         self.checkpoints.save(self.state, values, self.progress.step)
+        self._done = self._saved = self.progress.step
         self._last_save = time.monotonic()
 
     def _validate(self, epoch: int, params: Params) -> tuple[Errors, dict[str, Errors], float]:
         """Errors of weights, whole and by set, and their score, recorded under an epoch."""
+        begun = time.monotonic()
         errors = evaluate_sets(self.eval_step, params, self.data)
+        self._long_validation = time.monotonic() - begun > SLOW
         row = self._row(epoch, *errors)
         self.log.epoch(row)
         for logger in self.loggers:
