@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from mlip_md.errors import CapacityError, ConfigError, DeviceError, ForkError
 SHARE_VARIABLE = "MLIP_MD_MEMORY_SHARE"
 """Environment variable: share of an accelerator's memory that one turn may take."""
 DEFAULT_SHARE = 0.1
+_MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 @functools.cache
@@ -110,6 +112,26 @@ def message_memory(device: jax.Device) -> int | None:
     return int(share * limit) if limit else None
 
 
+def available_memory(device: jax.Device) -> int | None:
+    """Bytes that a computation may take on a device now; None where nothing tells.
+
+    Of an accelerator, those that JAX may use and has not given away; of a processor, the memory
+    that the system has free, or what is left of the limit of a container.
+    """
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        limit = stats.get("bytes_limit")
+        return None if limit is None else int(limit) - int(stats.get("bytes_in_use", 0))
+    found = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        rows = _MEMINFO.read_text().splitlines()
+        found.append(1024 * int(next(r for r in rows if r.startswith("MemAvailable")).split()[1]))
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number
+        limit = int((_CGROUP / "memory.max").read_text())
+        found.append(max(0, limit - int((_CGROUP / "memory.current").read_text())))
+    return min(found, default=None)
+
+
 @contextlib.contextmanager
 def precision(dtype: str, platform: str) -> Iterator[None]:
     """Compute in a dtype and with all its bits, whatever the process's setting.
@@ -146,7 +168,9 @@ def naming_out_of_memory(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
+        there = available_memory(find_device(None))
+        of = "" if there is None else f", of which {there / 1e9:.3g} GB are free"
         raise CapacityError(
-            f"{what} do not fit into the device's memory; {advice}. JAX says: "
+            f"{what} do not fit into the device's memory{of}; {advice}. JAX says: "
             + str(error).splitlines()[0][:200]
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import time
@@ -262,7 +263,7 @@ def check_command(
     recipe: Annotated[str, typer.Argument(help="Recipe: a YAML file or a shipped name.")] = "",
     overrides: Overrides = None,
     deep: Annotated[
-        bool, typer.Option("--deep", help="Also compile a step: memory and arithmetic it takes.")
+        bool, typer.Option("--deep", help="Also compile and time some steps: memory, hours.")
     ] = False,
     print_only: Annotated[
         bool, typer.Option("--print", help="Print the recipe as it is written, nothing else.")
@@ -288,7 +289,7 @@ def check_command(
         return
     checked, origins = load_recipe(recipe, overrides or [])
     checked, parent = _with_parent(checked)
-    from mlip_md.trainer.costs import count_costs
+    from mlip_md.trainer.costs import judge_costs
     from mlip_md.trainer.data import load_data
     from mlip_md.trainer.train import Trainer
 
@@ -301,8 +302,8 @@ def check_command(
         typer.echo(line)
     typer.echo(f"{checked.model['kind']} with {trainer.num_parameters:,} weights")
     if deep:
-        for name, value in count_costs(trainer).items():
-            typer.echo(f"{name}: {value:,.0f}")
+        for line in judge_costs(trainer).lines():
+            typer.echo(line)
 
 
 def init_command(
@@ -313,6 +314,10 @@ def init_command(
         "train.yaml"
     ),
     name: Annotated[str | None, typer.Option(help="Name of the potential.")] = None,
+    hours: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Length of the training, from some steps that are timed here."),
+    ] = None,
 ) -> None:
     """Look at a data set and write a recipe for it, every row explained."""
     from mlip_md.trainer.init import look_at, paths_for, write_recipe
@@ -325,11 +330,30 @@ def init_command(
     _say_reading(paths)
     with _plain_warnings():
         look = look_at(paths)
-    write_text(output, write_recipe(look, name or data[0].name.split(".")[0]))
-    load_recipe(str(output))
+    name = name or data[0].name.split(".")[0]
+    write_text(output, write_recipe(look, name))
+    recipe, _ = load_recipe(str(output))
+    if hours is not None:
+        write_text(output, write_recipe(look, name, _epochs_in(hours, recipe)))
+        load_recipe(str(output))
     typer.echo(f"{output} is for {look.count} structures; go on with")
     typer.echo(f"  mlip-md check {output}")
     typer.echo(f"  mlip-md train {output}")
+
+
+def _epochs_in(hours: float, recipe: Recipe) -> int:
+    """How many epochs of a recipe take so many hours here."""
+    from mlip_md.trainer.costs import judge_costs
+    from mlip_md.trainer.data import load_data
+    from mlip_md.trainer.train import Trainer
+
+    typer.echo("compiling the network and timing some steps")
+    with _plain_warnings():
+        costs = judge_costs(Trainer(recipe, load_data(recipe), Path("runs") / recipe.name))
+    epochs = costs.epochs_in(hours)
+    for line in dataclasses.replace(costs, epochs=epochs).lines():
+        typer.echo(line)
+    return epochs
 
 
 def statistics_lines(statistics: Statistics) -> list[str]:

@@ -148,17 +148,18 @@ def _sums(
     step: EvalStep, params: Params, store: GraphStore, budget: BatchBudget, on_oversize: str
 ) -> dict[str, float]:
     total: dict[str, float] = {}
-    for _, batch in _batches(store, budget, on_oversize):
+    for _, batch in _batches(params, store, budget, on_oversize):
         metrics.add_sums(total, step(params, batch)[1])
     return total
 
 
 def _batches(
-    store: GraphStore, budget: BatchBudget, on_oversize: str
+    params: Params, store: GraphStore, budget: BatchBudget, on_oversize: str
 ) -> Iterator[tuple[np.ndarray, Batch]]:
-    """All structures of a store in its order."""
+    """All structures of a store in its order, in the precision of the weights."""
     plan = plan_epoch(store, budget, 0, 0, shuffle=False, on_oversize=on_oversize)
-    return iterate_batches(store, plan, budget)
+    dtype = str(jax.tree_util.tree_leaves(params)[0].dtype)
+    return iterate_batches(store, plan, budget, dtype=dtype)
 
 
 def evaluate_in_detail(
@@ -172,7 +173,7 @@ def evaluate_in_detail(
     """All errors, with every prediction; arguments as for ``evaluate_store``."""
     params = jax.tree_util.tree_map(jnp.asarray, params)  # once, not for every batch
     collection = _Collection(store)
-    for indices, batch in _batches(store, budget, on_oversize):
+    for indices, batch in _batches(params, store, budget, on_oversize):
         collection.add(indices, batch, step(params, batch)[0])
     return collection.evaluation()
 

@@ -14,7 +14,7 @@ from mlip_md.trainer.card import write_card
 from mlip_md.trainer.data import BatchBudget, GraphStore
 from mlip_md.trainer.evaluation import Evaluation, evaluate_in_detail, write_errors
 from mlip_md.trainer.runlog import RunLog, describe_environment
-from mlip_md.trainer.step import EvalStep
+from mlip_md.trainer.step import EvalStep, cast
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +29,12 @@ FEW_POINTS = 10_000
 
 
 def write_report(
-    folder: Path, step: EvalStep, data: TrainingData, plots: bool = True, problem: str = ""
+    folder: Path,
+    step: EvalStep,
+    data: TrainingData,
+    plots: bool = True,
+    problem: str = "",
+    dtype: str = "float32",
 ) -> tuple[str, Evaluation]:
     """Evaluate the model of a finished run, and write ``card.md`` and ``report/`` to its folder.
 
@@ -42,6 +47,7 @@ def write_report(
         data: of the run; its test part is evaluated, without one the validation part.
         plots: whether to draw.
         problem: why the model is of no use, for the card; empty if it is.
+        dtype: precision of the run, for which ``step`` is compiled.
 
     Returns:
         Name of the part, and its evaluation.
@@ -52,8 +58,9 @@ def write_report(
     part = "test" if data.test is not None else "validation"
     store = data.parts()[part]
     potential = own.load(folder / "model.safetensors")
+    params = cast(potential.params, dtype)
     evaluation = evaluate_in_detail(
-        step, potential.params, store, _room_for(store, data), on_oversize=data.on_oversize
+        step, params, store, _room_for(store, data), on_oversize=data.on_oversize
     )
     report = folder / "report"
     report.mkdir(exist_ok=True)
@@ -61,7 +68,7 @@ def write_report(
     for name, rows in data.validation_sets.items():
         own_set = data.validation.subset(rows)
         judged = evaluate_in_detail(
-            step, potential.params, own_set, _room_for(own_set, data), on_oversize=data.on_oversize
+            step, params, own_set, _room_for(own_set, data), on_oversize=data.on_oversize
         )
         write_errors(judged, report / f"errors-validation-{name}.json")
     if plots:

@@ -19,7 +19,8 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,8 +29,8 @@ import numpy as np
 
 import mlip_md
 from mlip_md.compiler import jit
-from mlip_md.devices import naming_out_of_memory
-from mlip_md.errors import CheckpointError, NonFiniteError
+from mlip_md.devices import find_device, naming_out_of_memory, precision
+from mlip_md.errors import CheckpointError, ConfigError, NonFiniteError
 from mlip_md.files import write_text
 from mlip_md.formats import own
 from mlip_md.networks import build_network, draw_weights
@@ -38,7 +39,7 @@ from mlip_md.potential import Params, Potential
 from mlip_md.signals import ENDINGS, Interruptions
 from mlip_md.trainer import metrics
 from mlip_md.trainer.checkpoint import CheckpointFolder
-from mlip_md.trainer.data import TrainingData, iterate_batches, write_structures
+from mlip_md.trainer.data import Batch, TrainingData, write_structures
 from mlip_md.trainer.evaluation import evaluate_sets
 from mlip_md.trainer.finetune import adopt_elements, describe_parent, starting_weights
 from mlip_md.trainer.loggers import Logger, open_loggers
@@ -47,7 +48,13 @@ from mlip_md.trainer.metrics import Errors
 from mlip_md.trainer.optimizer import learning_rate_schedule, lowered_rate, settle_steps
 from mlip_md.trainer.recipe import Origins, Recipe, StartConfig, dump_resolved, find_differences
 from mlip_md.trainer.report import write_report
-from mlip_md.trainer.resume import TrainingProgress, check_same, identify, with_defaults
+from mlip_md.trainer.resume import (
+    TrainingProgress,
+    check_same,
+    identify,
+    keep_shape,
+    with_defaults,
+)
 from mlip_md.trainer.runlog import (
     Echo,
     RunLog,
@@ -150,9 +157,18 @@ class Trainer:
             origins: of the recipe's values, for ``config.resolved.yaml``.
             echo: called with every line of the log.
             tick: called after every step with epoch, batches done and batches of the epoch.
+
+        Raises:
+            ConfigError: if the recipe starts from a potential and none is given.
         """
+        if parent is None and recipe.start is not None:
+            raise ConfigError(
+                f"the recipe starts from {recipe.start.potential}; hand that potential over as "
+                "parent, and the recipe as finetune.adopt_network gives it"
+            )
         if parent is not None:
             data = adopt_elements(data, parent, _start(recipe).atomic_energies == "keep")
+        data = keep_shape(data, recipe, folder)
         self.recipe, self.data, self.folder, self.parent = recipe, data, folder, parent
         self.origins = origins or Origins()
         statistics = data.statistics
@@ -168,19 +184,23 @@ class Trainer:
         self.optimizer = settle_steps(recipe.optimizer, steps, recipe.train.epochs)
         settled = recipe.model_copy(update={"optimizer": self.optimizer})
         # First, because they look whether this process and its compiler can compute.
-        scaling = () if parent is None else (parent.scaling_mean, parent.scaling_stdev)
-        self.train_step = make_train_step(network.apply, settled, *scaling)
-        self.eval_step = make_eval_step(network.apply, *scaling)
+        scaling = {}
+        if parent is not None:
+            scaling = {n: getattr(parent, n) for n in ("scaling_mean", "scaling_stdev")}
+        self.train_step = make_train_step(network.apply, settled, **scaling)
+        self.eval_step = make_eval_step(network.apply, dtype=recipe.train.precision, **scaling)
         example = data.example()
         # jit leaves the forward pass out and compiles the rest once instead of piece by piece
         draw = functools.partial(draw_weights, network, recipe.network)
         key = jax.random.key(recipe.seed)
-        if parent is None:
-            params = jit(draw)(key, example.graph)
-        else:
-            nearest = _start(recipe).new_elements == "nearest"
-            params = starting_weights(parent, statistics.elements, nearest, key, example.graph)
-        self.state = init_state(settled, params)
+        with precision("float32", find_device(None).platform):  # a seed's weights are its weights
+            if parent is None:
+                params = jit(draw)(key, example.graph)
+            else:
+                nearest = _start(recipe).new_elements == "nearest"
+                params = starting_weights(parent, statistics.elements, nearest, key, example.graph)
+        with self.computing():
+            self.state = init_state(settled, params)
         self.progress = TrainingProgress()
         self.checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint.keep_latest)
         self.log = RunLog(folder, echo)
@@ -190,6 +210,22 @@ class Trainer:
         self._last_save = self._told = time.monotonic()
         self._done = self._saved = 0  # last step that is computed, and that is on the disk
         self._long_validation = True  # until it is known: the first one compiles
+
+    def computing(self) -> AbstractContextManager[None]:
+        """The precision of the run, around whatever calls its steps or touches its state."""
+        return precision(self.recipe.train.precision, find_device(None).platform)
+
+    def batches(self, epoch: int, done: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
+        """What the steps of an epoch are made with, see ``TrainingData.batches``.
+
+        Args:
+            epoch: from 1.
+            done: batches to leave out at the start.
+        """
+        recipe = self.recipe
+        return self.data.batches(
+            recipe.seed, epoch, done, recipe.train.precision, _start(recipe).replay_weight
+        )
 
     @property
     def unsaved(self) -> bool:
@@ -220,7 +256,7 @@ class Trainer:
             NonFiniteError: if too many steps in a row gave NaN or infinity.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with owning(self.folder):
+        with owning(self.folder), self.computing():
             return self._run(resume, max_seconds)
 
     def _run(self, resume: Resume, max_seconds: float) -> Outcome:
@@ -312,16 +348,15 @@ class Trainer:
     def _train_epoch(self) -> bool:
         """Train the rest of the present epoch; False if interrupted (the state is saved then)."""
         progress, data = self.progress, self.data
-        plan = data.plan(self.recipe.seed, progress.epoch)
-        count, plan = len(plan), plan[progress.batch :]
+        count = len(data.plan(self.recipe.seed, progress.epoch))
         weights = weights_at(self.recipe.loss, progress.epoch)
         lowers = self.optimizer.schedule == "plateau" or progress.rate != 1.0
         rate = (np.float32(progress.rate),) if lowers else ()
         waiting: collections.deque[Waiting] = collections.deque()
         clock = begun = time.monotonic()
         slow = True  # until it is known
-        for indices, batch in iterate_batches(data.train, plan, data.budget):
-            with naming_out_of_memory(*self._memory_words()):
+        for indices, batch in self.batches(progress.epoch, progress.batch):
+            with naming_out_of_memory(*self.memory_words()):
                 self.state, log = self.train_step(self.state, batch, weights, *rate)
             progress.batch += 1
             progress.step += 1
@@ -353,7 +388,7 @@ class Trainer:
 
     def _note(self, step: int, indices: np.ndarray, log: StepLog) -> None:
         """Wait for a step and record it under its number."""
-        with naming_out_of_memory(*self._memory_words()):
+        with naming_out_of_memory(*self.memory_words()):
             loss, norm, bad = float(log.loss), float(log.gradient_norm), int(log.bad_in_row)
         self._done = step
         self.progress.add(structures=float(log.structures))
@@ -379,11 +414,15 @@ class Trainer:
             f"epoch {self.recipe.train.epochs}"
         )
 
-    def _memory_words(self) -> tuple[str, str]:
-        budget = self.data.budget
+    def memory_words(self) -> tuple[str, str]:
+        """What a step computes, and how to make it smaller."""
+        data = self.data
+        budgets = [b for b in (data.budget, data.replay_budget) if b is not None]
+        graphs, nodes, edges = (
+            sum(getattr(b, name) for b in budgets) for name in ("n_graph", "n_node", "n_edge")
+        )
         return (
-            f"steps of {budget.n_graph - 1} structures in {budget.n_node} atoms and "
-            f"{budget.n_edge} edges",
+            f"steps of {graphs - len(budgets)} structures in {nodes} atoms and {edges} edges",
             "lower data.batch_size (and raise optimizer.num_gradient_accumulation_steps by as "
             "much), data.max_n_node or data.max_n_edge",
         )
@@ -580,7 +619,12 @@ class Trainer:
         if problem:
             self.log.line(f"Warning: {problem}")
         part, evaluation = write_report(
-            self.folder, self.eval_step, self.data, self.recipe.log.plots, problem
+            self.folder,
+            self.eval_step,
+            self.data,
+            self.recipe.log.plots,
+            problem,
+            self.recipe.train.precision,
         )
         test = evaluation.overall if part == "test" else {}
         if test:

@@ -66,7 +66,7 @@ def saved():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "build_network", build)
         patch.setattr(train, "make_train_step", compiled_once)
-        patch.setattr(train, "make_eval_step", lambda apply: evaluation)
+        patch.setattr(train, "make_eval_step", lambda apply, **_: evaluation)
         patch.setattr(train.own, "save", save)
         patch.setattr(train.own, "load", lambda path: models[-1][1])
         yield models
@@ -761,3 +761,23 @@ def test_a_set_that_is_not_there_cannot_choose(recipe, tmp_path):
         load_data(with_sets(recipe, tmp_path, train={"select_by": "farr"}))
     with pytest.raises(ConfigError, match=r"select_by is near, .*; it names none: {NAME: FILE}"):
         load_data(changed(recipe, train={"select_by": "near"}))
+
+
+def test_a_run_keeps_the_shape_of_its_batches(recipe, tmp_path):
+    """Where the recipe leaves it open, whatever this version would measure."""
+    free = changed(recipe, data={"max_n_node": None, "max_n_edge": None})
+    data = load_data(free)
+    other = dataclasses.replace(data, budget=dataclasses.replace(data.budget, n_node=99))
+    stop_at_step(Trainer(free, other, tmp_path), 3)
+    again = Trainer(free, data, tmp_path)
+    assert again.data.budget == other.budget
+    assert again.run().status == "done"
+    smaller = changed(free, data={"batch_size": 4})
+    with pytest.raises(CheckpointError, match=r"differing: data\.batch_size"):
+        Trainer(smaller, load_data(smaller), tmp_path).run()
+
+
+def test_the_fill_of_batches_is_told(finished, data):
+    log = (finished[0].folder / "log.txt").read_text(encoding="utf-8")
+    sizes = data.train.num_atoms.sum() / (STEPS * data.budget.n_node)
+    assert f"6 batches of 8 structures, at most 8, {100 * sizes:.0f} % of the nodes" in log

@@ -37,7 +37,8 @@ ALIASES = {
 
 
 PATHS = (
-    ("data", "path"), ("data", "validation"), ("data", "test"), ("model", "atomic_energies"),
+    ("data", "path"), ("data", "validation"), ("data", "test"), ("start", "replay"),
+    ("model", "atomic_energies"),
 )  # fmt: skip
 """Rows that name files; ``model.atomic_energies`` may."""
 

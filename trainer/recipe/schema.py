@@ -208,7 +208,8 @@ class DataConfig(Section):
         curate: filters; null keeps everything readable. A section, even an empty one, switches on
             those of the SPICE curation that it does not set otherwise.
         cutoff: Å, radius of the neighborhoods.
-        max_n_node: atoms per structure for which batches are sized, on average; null: measured.
+        max_n_node: atoms per structure for which batches are sized, on average; null: measured, so
+            that batch_size structures fit as a rule.
         max_n_edge: undirected edges per structure, likewise.
         batch_size: most structures in a batch. Batches are padded to batch_size·max_n_node + 1
             nodes, 2·batch_size·max_n_edge edges and batch_size + 1 structures.
@@ -243,6 +244,8 @@ class TrainConfig(Section):
 
     Attributes:
         epochs: passes over the training set, counted from 1.
+        precision: "float32" or "float64", in which weights and labels are held and steps computed;
+            the model file holds float32.
         ema_decay: d of the exponential moving average of the weights.
         select_energy_weight: 1/Å; the best model has the lowest
             forces_rmse + select_energy_weight · energy_rmse_per_atom on the validation set. The
@@ -256,6 +259,7 @@ class TrainConfig(Section):
     """
 
     epochs: int = Field(default=220, ge=1)
+    precision: Literal["float32", "float64"] = "float32"
     ema_decay: float = Field(default=0.99, ge=0, lt=1)
     select_energy_weight: float = Field(default=10.0, ge=0)
     select_stress_weight: float = Field(default=10.0, ge=0)
@@ -317,11 +321,17 @@ class StartConfig(Section):
             those of the data (model.atomic_energies), and its of elements that these lack.
         new_elements: weights of elements it does not know: copies of the "nearest" relative's, or
             "fresh" random ones.
+        replay: file(s) of a second data set, of the parent's level of theory, or a folder of
+            prepared data: every step is made with a batch of it beside the other one, so that what
+            the parent knew is kept.
+        replay_weight: of the loss of that batch; 0 leaves it out.
     """
 
     potential: str
     atomic_energies: Literal["keep", "refit"] = "keep"
     new_elements: Literal["nearest", "fresh"] = "nearest"
+    replay: str | list[str] | None = None
+    replay_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
 
 
 class Recipe(Section):
