@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from mlip_md.devices import available_memory, device_name, find_device
-from mlip_md.errors import CapacityError, ConfigError, NonFiniteError
+from mlip_md.errors import CapacityError, NonFiniteError
 from mlip_md.trainer.data import iterate_batches, plan_epoch
 from mlip_md.trainer.loss import weights_at
 from mlip_md.trainer.train import Trainer
@@ -81,7 +81,6 @@ def judge_costs(trainer: Trainer) -> Costs:
 
     Raises:
         CapacityError: if a step needs more memory than is there.
-        ConfigError: if there are less than two batches.
         NonFiniteError: if a loss is NaN or infinite.
     """
     begun = time.monotonic()
@@ -138,19 +137,19 @@ def time_steps(trainer: Trainer, steps: int, enough: float = math.inf) -> dict[s
 
     Args:
         trainer: of the run, not to be run afterwards.
-        steps: steps to time after the first one, which compiles.
+        steps: steps to time after the first one, which compiles; at least 1.
         enough: seconds after which the step at hand is the last.
 
     Returns:
         compile_seconds, seconds_per_step, structures_per_second.
 
     Raises:
-        ConfigError: if there are less than two batches.
         NonFiniteError: if a loss is NaN or infinite.
     """
     data, weights = trainer.data, weights_at(trainer.recipe.loss, 1)
     times, structures = [time.monotonic()], []
-    for indices, batch in itertools.islice(trainer.batches(1), steps + 1):
+    batches = itertools.chain.from_iterable(map(trainer.batches, itertools.count(1)))
+    for indices, batch in itertools.islice(batches, steps + 1):
         with trainer.computing():
             trainer.state, log = trainer.train_step(trainer.state, batch, weights)
         if not math.isfinite(float(log.loss)):
@@ -159,8 +158,6 @@ def time_steps(trainer: Trainer, steps: int, enough: float = math.inf) -> dict[s
         structures.append(len(indices))
         if len(times) > 2 and times[-1] - times[0] > enough:
             break
-    if len(times) < 3:
-        raise ConfigError("a dry run needs at least two batches; reduce data.batch_size")
     seconds = times[-1] - times[1]
     return {
         "compile_seconds": times[1] - times[0],

@@ -19,7 +19,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
@@ -208,23 +208,27 @@ class Trainer:
         self.loggers: list[Logger] = []
         self._tick = tick
         self._last_save = self._told = time.monotonic()
-        self._done = self._saved = 0  # last step that is computed, and that is on the disk
+        self._done = self._saved = 0  # last good step, and the last one on the disk
         self._long_validation = True  # until it is known: the first one compiles
 
     def computing(self) -> AbstractContextManager[None]:
         """The precision of the run, around whatever calls its steps or touches its state."""
         return precision(self.recipe.train.precision, find_device(None).platform)
 
-    def batches(self, epoch: int, done: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
+    def batches(
+        self, epoch: int, done: int = 0, plan: Sequence[np.ndarray] | None = None
+    ) -> Iterator[tuple[np.ndarray, Batch]]:
         """What the steps of an epoch are made with, see ``TrainingData.batches``.
 
         Args:
             epoch: from 1.
             done: batches to leave out at the start.
+            plan: of the epoch, if it is known already.
         """
         recipe = self.recipe
+        plan = self.data.plan(recipe.seed, epoch) if plan is None else plan
         return self.data.batches(
-            recipe.seed, epoch, done, recipe.train.precision, _start(recipe).replay_weight
+            plan, recipe.seed, epoch, done, recipe.train.precision, _start(recipe).replay_weight
         )
 
     @property
@@ -348,14 +352,15 @@ class Trainer:
     def _train_epoch(self) -> bool:
         """Train the rest of the present epoch; False if interrupted (the state is saved then)."""
         progress, data = self.progress, self.data
-        count = len(data.plan(self.recipe.seed, progress.epoch))
+        plan = data.plan(self.recipe.seed, progress.epoch)
+        count = len(plan)
         weights = weights_at(self.recipe.loss, progress.epoch)
         lowers = self.optimizer.schedule == "plateau" or progress.rate != 1.0
         rate = (np.float32(progress.rate),) if lowers else ()
         waiting: collections.deque[Waiting] = collections.deque()
         clock = begun = time.monotonic()
         slow = True  # until it is known
-        for indices, batch in self.batches(progress.epoch, progress.batch):
+        for indices, batch in self.batches(progress.epoch, progress.batch, plan):
             with naming_out_of_memory(*self.memory_words()):
                 self.state, log = self.train_step(self.state, batch, weights, *rate)
             progress.batch += 1
@@ -368,7 +373,7 @@ class Trainer:
             elif time.monotonic() - self._told > TELL_AFTER:
                 self._tell_progress(count, time.monotonic() - clock)
             stop = self.interruptions.reason is not None
-            if stop or slow or self._checkpoint_due():
+            if stop or (slow and self.unsaved) or self._checkpoint_due():
                 self._note_until(waiting, 0)
                 progress.add(seconds=time.monotonic() - clock)
                 self._save()
@@ -390,9 +395,9 @@ class Trainer:
         """Wait for a step and record it under its number."""
         with naming_out_of_memory(*self.memory_words()):
             loss, norm, bad = float(log.loss), float(log.gradient_norm), int(log.bad_in_row)
-        self._done = step
         self.progress.add(structures=float(log.structures))
         if bad == 0:
+            self._done = step
             self.progress.add(loss=loss, gradient_norm=norm, good=1)
         else:
             names = self.data.names(indices)

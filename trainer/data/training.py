@@ -89,6 +89,7 @@ class TrainingData:
 
     def batches(
         self,
+        plan: Sequence[np.ndarray],
         seed: int,
         epoch: int,
         done: int = 0,
@@ -101,13 +102,14 @@ class TrainingData:
         which begins again where it is shorter.
 
         Args:
+            plan: of the epoch, see ``plan``.
             seed: of the run.
             epoch: from 1.
             done: batches to leave out at the start.
             dtype: as ``make_batch`` takes it.
             replay_weight: of the loss of replayed structures.
         """
-        plan = self.plan(seed, epoch)[done:]
+        plan = plan[done:]
         batches = iterate_batches(self.train, plan, self.budget, dtype=dtype)
         if self.replay is None or self.replay_budget is None:
             yield from batches
