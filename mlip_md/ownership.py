@@ -28,6 +28,9 @@ TOUCH_SECONDS = 15.0
 DEAD_SECONDS = 90.0
 """An owner on another host that was not heard of for so long is gone."""
 
+_held: dict[Path, bytes] = {}
+"""Owner files of this process, with their content."""
+
 
 @contextlib.contextmanager
 def owning(folder: Path) -> Iterator[None]:
@@ -47,15 +50,25 @@ def owning(folder: Path) -> Iterator[None]:
     thread = threading.Thread(target=_keep_touching, args=(path, ended), daemon=True)
     thread.start()
     owner = os.getpid()
+    _held[path] = mine
     try:
         yield
     finally:
         ended.set()
-        # A forked child leaves through here too, and a folder may have been taken over meanwhile.
-        if os.getpid() == owner:
-            with contextlib.suppress(OSError):
-                if path.read_bytes() == mine:
-                    path.unlink()
+        if os.getpid() == owner:  # a forked child leaves through here too
+            _release(path, _held.pop(path))
+
+
+def release_all() -> None:
+    """Give up every folder of this process, which is about to end without leaving ``owning``."""
+    for path, mine in list(_held.items()):
+        _release(path, mine)
+
+
+def _release(path: Path, mine: bytes) -> None:
+    with contextlib.suppress(OSError):
+        if path.read_bytes() == mine:  # the folder may have been taken over meanwhile
+            path.unlink()
 
 
 def _claim(path: Path) -> None:

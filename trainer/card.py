@@ -148,6 +148,9 @@ def _describe_training(recipe: Mapping[str, Any], training: Mapping[str, Any]) -
 def _describe_errors(info: Mapping[str, Any], part: str, evaluation: Evaluation) -> list[str]:
     training, counts = info["training"], info["data"]["structures"]
     rows = {"validation": {"structures": counts["validation"], **training["validation"]}}
+    for name, errors in training.get("validation_sets", {}).items():
+        count = info["data"]["validation_sets"][name]
+        rows[f"validation, {name}"] = {"structures": count, **errors}
     rows[part] = evaluation.overall
     lines = [UNITS, "", *error_rows("part", "structures", rows)]
     for head, first, second, errors in (

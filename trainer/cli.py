@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import logging
 import math
@@ -18,13 +19,21 @@ from rich.table import Table
 
 from mlip_md.errors import ConfigError, DataError, NotLearnedError, RejectedError
 from mlip_md.files import check_new_file, check_new_folder, write_text
-from mlip_md.signals import EXIT_KEYBOARD, EXIT_SAVED
+from mlip_md.ownership import release_all
+from mlip_md.signals import (
+    ENDINGS,
+    EXIT_KEYBOARD,
+    EXIT_SAVED,
+    Interruptions,
+    ending_process,
+)
 
 if TYPE_CHECKING:
     from mlip_md.potential import Potential
-    from mlip_md.trainer.data import Statistics
+    from mlip_md.trainer.data import Statistics, TrainingData
     from mlip_md.trainer.evaluation import Evaluation
     from mlip_md.trainer.recipe import Recipe
+    from mlip_md.trainer.train import Trainer
 
 
 STARTED = time.monotonic()
@@ -40,8 +49,9 @@ REJECTED = "rejected.csv"
 """Where bad records are listed: in a run's folder, beside a prepared one, or here."""
 
 PREPARED = "prepared"
-TELL_SECONDS = 10.0
 """Folder in a run's folder for the data of files, so that they are read once; may be deleted."""
+TELL_SECONDS = 10.0
+"""Between lines on what was read."""
 
 Strict = Annotated[
     bool, typer.Option("--strict", help="Stop (exit code 3) if the data are warned of.")
@@ -124,42 +134,70 @@ def train_command(
     """
     from mlip_md.trainer.recipe import load_recipe
 
-    seconds = parse_duration(max_time)
+    end = STARTED + parse_duration(max_time)
     chosen = [] if start is None else [f"start.potential={start}"]
     checked, origins = load_recipe(recipe, [*(overrides or []), *chosen])
-    checked, parent = _with_parent(checked)
-    from mlip_md.trainer.costs import time_steps
-    from mlip_md.trainer.data import load_data, usable_cores
-    from mlip_md.trainer.train import Trainer
-
     folder = run or Path("runs") / checked.name
     check_new_folder(folder, "--run")
-    _say_reading(checked.data.path)
+    trainer: Trainer | None = None
+    with _answering(lambda: trainer is None or not trainer.unsaved, end - time.monotonic()):
+        checked, parent = _with_parent(checked)
+        data = _load(checked, folder, strict, keep=not dry_run)
+        typer.echo("compiling the network")
+        if dry_run:
+            _dry_run(checked, data, folder, parent, dry_run)
+            return
+        with _plain_warnings(), _bar() as (echo, tick):
+            from mlip_md.trainer.train import Trainer
+
+            trainer = Trainer(
+                checked, data, folder, parent=parent, origins=origins, echo=echo, tick=tick
+            )
+            outcome = trainer.run(resume, end - time.monotonic())
+    if outcome.problem:
+        raise NotLearnedError(outcome.problem)
+    raise typer.Exit({"done": 0, "keyboard": EXIT_KEYBOARD}.get(outcome.status, EXIT_SAVED))
+
+
+def _load(recipe: Recipe, folder: Path, strict: bool, keep: bool) -> TrainingData:
+    """The data of a run, which says what it reads; kept prepared in the run's folder or not."""
+    from mlip_md.trainer.data import load_data, usable_cores
+
+    _say_reading(recipe.data.path)
     with _listing_rejected(folder / REJECTED) as bad, _plain_warnings(strict):
-        # in memory, where nothing is to be written
-        kept = None if dry_run else folder / PREPARED
-        data = load_data(checked, kept, workers=usable_cores(), tell=_tell_structures())
+        kept = folder / PREPARED if keep else None
+        data = load_data(recipe, kept, workers=usable_cores(), tell=_tell_structures())
         bad += data.rejected
     _say_kept(folder / PREPARED)
     for line in (*data.notes, *statistics_lines(data.statistics)):
         typer.echo(line)
-    typer.echo("compiling the network")
-    if dry_run:
-        typer.echo(data.summary())
-        for name, value in time_steps(
-            Trainer(checked, data, folder, parent=parent), dry_run
-        ).items():
-            typer.echo(f"{name}: {value:.4g}")
-        return
-    with _plain_warnings(), _bar() as (echo, tick):
-        trainer = Trainer(
-            checked, data, folder, parent=parent, origins=origins, echo=echo, tick=tick
-        )
-        outcome = trainer.run(resume, seconds - (time.monotonic() - STARTED))
-        status = outcome.status
-    if outcome.problem:
-        raise NotLearnedError(outcome.problem)
-    raise typer.Exit({"done": 0, "keyboard": EXIT_KEYBOARD}.get(status, EXIT_SAVED))
+    return data
+
+
+def _dry_run(
+    recipe: Recipe, data: TrainingData, folder: Path, parent: Potential | None, steps: int
+) -> None:
+    from mlip_md.trainer.costs import time_steps
+    from mlip_md.trainer.train import Trainer
+
+    typer.echo(data.summary())
+    for name, value in time_steps(Trainer(recipe, data, folder, parent=parent), steps).items():
+        typer.echo(f"{name}: {value:.4g}")
+
+
+@contextlib.contextmanager
+def _answering(
+    may_end: Callable[[], bool] = lambda: True, max_seconds: float = math.inf
+) -> Iterator[None]:
+    """Signals and a time limit end the command with 75 or 130 within seconds, whatever it does.
+
+    Args:
+        may_end: whether the process may end at once, with nothing lost.
+        max_seconds: until the limit.
+    """
+    watch = ending_process(may_end, release_all, max_seconds=max_seconds)
+    with Interruptions(*ENDINGS, patient=False), watch:
+        yield
 
 
 def _with_parent(recipe: Recipe) -> tuple[Recipe, Potential | None]:
@@ -233,7 +271,7 @@ def check_command(
     recipe: Annotated[str, typer.Argument(help="Recipe: a YAML file or a shipped name.")] = "",
     overrides: Overrides = None,
     deep: Annotated[
-        bool, typer.Option("--deep", help="Also compile a step: memory and arithmetic it takes.")
+        bool, typer.Option("--deep", help="Also compile and time some steps: memory, hours.")
     ] = False,
     print_only: Annotated[
         bool, typer.Option("--print", help="Print the recipe as it is written, nothing else.")
@@ -259,7 +297,7 @@ def check_command(
         return
     checked, origins = load_recipe(recipe, overrides or [])
     checked, parent = _with_parent(checked)
-    from mlip_md.trainer.costs import count_costs
+    from mlip_md.trainer.costs import judge_costs
     from mlip_md.trainer.data import load_data
     from mlip_md.trainer.train import Trainer
 
@@ -272,8 +310,8 @@ def check_command(
         typer.echo(line)
     typer.echo(f"{checked.model['kind']} with {trainer.num_parameters:,} weights")
     if deep:
-        for name, value in count_costs(trainer).items():
-            typer.echo(f"{name}: {value:,.0f}")
+        for line in judge_costs(trainer).lines():
+            typer.echo(line)
 
 
 def init_command(
@@ -284,6 +322,10 @@ def init_command(
         "train.yaml"
     ),
     name: Annotated[str | None, typer.Option(help="Name of the potential.")] = None,
+    hours: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Length of the training, from some steps that are timed here."),
+    ] = None,
 ) -> None:
     """Look at a data set and write a recipe for it, every row explained."""
     from mlip_md.trainer.init import look_at, paths_for, write_recipe
@@ -296,11 +338,30 @@ def init_command(
     _say_reading(paths)
     with _plain_warnings():
         look = look_at(paths)
-    write_text(output, write_recipe(look, name or data[0].name.split(".")[0]))
-    load_recipe(str(output))
+    name = name or data[0].name.split(".")[0]
+    write_text(output, write_recipe(look, name))
+    recipe, _ = load_recipe(str(output))
+    if hours is not None:
+        write_text(output, write_recipe(look, name, _epochs_in(hours, recipe)))
+        load_recipe(str(output))
     typer.echo(f"{output} is for {look.count} structures; go on with")
     typer.echo(f"  mlip-md check {output}")
     typer.echo(f"  mlip-md train {output}")
+
+
+def _epochs_in(hours: float, recipe: Recipe) -> int:
+    """How many epochs of a recipe take so many hours here."""
+    from mlip_md.trainer.costs import judge_costs
+    from mlip_md.trainer.data import load_data
+    from mlip_md.trainer.train import Trainer
+
+    typer.echo("compiling the network and timing some steps")
+    with _plain_warnings():
+        costs = judge_costs(Trainer(recipe, load_data(recipe), Path("runs") / recipe.name))
+    epochs = costs.epochs_in(hours)
+    for line in dataclasses.replace(costs, epochs=epochs).lines():
+        typer.echo(line)
+    return epochs
 
 
 def statistics_lines(statistics: Statistics) -> list[str]:
@@ -337,7 +398,8 @@ def prepare_command(
     prepared = load_recipe(recipe, overrides or [])[0]
     check_new_folder(folder, "prepare")
     _say_reading(prepared.data.path)
-    with _listing_rejected(folder.parent / REJECTED) as bad, _plain_warnings(strict):
+    listing = _listing_rejected(folder.parent / REJECTED)
+    with _answering(), listing as bad, _plain_warnings(strict):
         data = prepare(
             prepared.data, prepared.network.atomic_energies, folder,
             workers=workers or usable_cores(), tell=_tell_structures(),

@@ -25,6 +25,7 @@ from mlip_md.trainer.data import (
     IsolatedAtoms,
     LabeledStructure,
     LabelKeys,
+    TrainingData,
     is_prepared,
     iterate,
     iterate_batches,
@@ -121,18 +122,44 @@ def evaluate_store(
         budget: shape of the batches.
         on_oversize: "error" or "drop" for structures larger than a batch.
     """
+    return metrics.mean_errors(_sums(step, params, store, budget, on_oversize))
+
+
+def evaluate_sets(
+    step: EvalStep, params: Params, data: TrainingData
+) -> tuple[Errors, dict[str, Errors]]:
+    """Errors of weights on the validation part: of all its structures, and by name of their set.
+
+    Args:
+        step: the compiled evaluation of the network.
+        params: its weights.
+        data: of the run.
+    """
     total: dict[str, float] = {}
-    for _, batch in _batches(store, budget, on_oversize):
+    errors = {}
+    for name, store in data.sets().items():
+        sums = _sums(step, params, store, data.budget, data.on_oversize)
+        metrics.add_sums(total, sums)
+        errors[name] = metrics.mean_errors(sums)
+    return metrics.mean_errors(total), {name: values for name, values in errors.items() if name}
+
+
+def _sums(
+    step: EvalStep, params: Params, store: GraphStore, budget: BatchBudget, on_oversize: str
+) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for _, batch in _batches(params, store, budget, on_oversize):
         metrics.add_sums(total, step(params, batch)[1])
-    return metrics.mean_errors(total)
+    return total
 
 
 def _batches(
-    store: GraphStore, budget: BatchBudget, on_oversize: str
+    params: Params, store: GraphStore, budget: BatchBudget, on_oversize: str
 ) -> Iterator[tuple[np.ndarray, Batch]]:
-    """All structures of a store in its order."""
+    """All structures of a store in its order, in the precision of the weights."""
     plan = plan_epoch(store, budget, 0, 0, shuffle=False, on_oversize=on_oversize)
-    return iterate_batches(store, plan, budget)
+    dtype = str(jax.tree_util.tree_leaves(params)[0].dtype)
+    return iterate_batches(store, plan, budget, dtype=dtype)
 
 
 def evaluate_in_detail(
@@ -146,7 +173,7 @@ def evaluate_in_detail(
     """All errors, with every prediction; arguments as for ``evaluate_store``."""
     params = jax.tree_util.tree_map(jnp.asarray, params)  # once, not for every batch
     collection = _Collection(store)
-    for indices, batch in _batches(store, budget, on_oversize):
+    for indices, batch in _batches(params, store, budget, on_oversize):
         collection.add(indices, batch, step(params, batch)[0])
     return collection.evaluation()
 

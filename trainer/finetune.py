@@ -103,6 +103,9 @@ def adopt_elements(data: TrainingData, parent: Potential, keep: bool) -> Trainin
     stores: dict[str, Any] = {
         name: adopted(getattr(data, name)) for name in ("train", "validation", "test")
     }
+    if data.replay is not None:  # of the parent's method, whatever E0 the new data have
+        theirs = data.replay.with_elements(elements)
+        stores["replay"] = theirs.with_atomic_energies({**energies, **parents})
     return dataclasses.replace(data, statistics=changed, **stores)
 
 

@@ -99,14 +99,17 @@ def look_at(paths: Sequence[str]) -> Look:
     )
 
 
-def write_recipe(look: Look, name: str) -> str:
+def write_recipe(look: Look, name: str, length: int | None = None) -> str:
     """The recipe for a data set as YAML, every row commented.
 
     Args:
         look: at the data set.
         name: of the potential.
+        length: of the training in epochs; None for ``STEPS`` steps.
     """
-    sections = (_head(look, name), _model(look), _data(look), _loss(look), _training(look))
+    length = epochs(look) if length is None else length
+    training = (_loss(look, length), _training(look, length))
+    sections = (_head(look, name), _model(look), _data(look), *training)
     return "\n".join(sections)
 
 
@@ -186,8 +189,8 @@ def _split(look: Look) -> str:
     return f"{{train: {1 - share:g}, validation: {share:g}, by: {by}, seed: 0}}    # {why}"
 
 
-def _loss(look: Look) -> str:
-    flip = max(2, round(0.75 * epochs(look)))
+def _loss(look: Look, length: int) -> str:
+    flip = max(2, round(0.75 * length))
     forces = "{weight: 0.0}    # there are none"
     energy = "{weight: 40.0}"
     if look.forces:
@@ -210,8 +213,7 @@ loss:
 """
 
 
-def _training(look: Look) -> str:
-    length = epochs(look)
+def _training(look: Look, length: int) -> str:
     steps = length * steps_per_epoch(look)
     warmup = min(1000, max(10, steps // 20))
     return f"""\
@@ -220,7 +222,7 @@ optimizer:
   peak_learning_rate: 0.003   # within the steps of the warm-up, and falls to
   final_learning_rate: 0.00002
   warmup_steps: {warmup}
-  transition_steps: {steps - warmup:<10d}# to the end of the training
+  transition_steps: {max(1, steps - warmup):<10d}# to the end of the training
   grad_norm: 100.0            # longer gradients are clipped
 
 train:

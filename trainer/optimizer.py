@@ -186,8 +186,7 @@ def update_ema(ema: Params, params: Params, decay: float) -> Params:
 
 def debiased_ema(ema: Params, updates: jax.Array | int, decay: float) -> Params:
     """The average without the pull of its zero start: ema / (1 - d^n) after n >= 1 updates."""
-    correction = 1.0 - jnp.asarray(decay, jnp.float32) ** updates
-    return jax.tree_util.tree_map(lambda e: e / correction, ema)
+    return jax.tree_util.tree_map(lambda e: e / (1.0 - jnp.asarray(decay, e.dtype) ** updates), ema)
 
 
 def schedule_free_average(opt_state: optax.OptState, params: Params) -> Params:

@@ -14,7 +14,7 @@ from mlip_md.trainer.card import write_card
 from mlip_md.trainer.data import BatchBudget, GraphStore
 from mlip_md.trainer.evaluation import Evaluation, evaluate_in_detail, write_errors
 from mlip_md.trainer.runlog import RunLog, describe_environment
-from mlip_md.trainer.step import EvalStep
+from mlip_md.trainer.step import EvalStep, cast
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,11 +29,17 @@ FEW_POINTS = 10_000
 
 
 def write_report(
-    folder: Path, step: EvalStep, data: TrainingData, plots: bool = True, problem: str = ""
+    folder: Path,
+    step: EvalStep,
+    data: TrainingData,
+    plots: bool = True,
+    problem: str = "",
+    dtype: str = "float32",
 ) -> tuple[str, Evaluation]:
     """Evaluate the model of a finished run, and write ``card.md`` and ``report/`` to its folder.
 
-    ``report/`` holds errors-PART.json and, with plots, parity.png and curves.png.
+    ``report/`` holds errors-PART.json, the same of named validation sets and, with plots,
+    parity.png and curves.png.
 
     Args:
         folder: of the run, with ``metrics.csv`` and ``model.safetensors``.
@@ -41,6 +47,7 @@ def write_report(
         data: of the run; its test part is evaluated, without one the validation part.
         plots: whether to draw.
         problem: why the model is of no use, for the card; empty if it is.
+        dtype: precision of the run, for which ``step`` is compiled.
 
     Returns:
         Name of the part, and its evaluation.
@@ -51,12 +58,19 @@ def write_report(
     part = "test" if data.test is not None else "validation"
     store = data.parts()[part]
     potential = own.load(folder / "model.safetensors")
+    params = cast(potential.params, dtype)
     evaluation = evaluate_in_detail(
-        step, potential.params, store, _room_for(store, data), on_oversize=data.on_oversize
+        step, params, store, _room_for(store, data), on_oversize=data.on_oversize
     )
     report = folder / "report"
     report.mkdir(exist_ok=True)
     write_errors(evaluation, report / f"errors-{part}.json")
+    for name, rows in data.validation_sets.items():
+        own_set = data.validation.subset(rows)
+        judged = evaluate_in_detail(
+            step, params, own_set, _room_for(own_set, data), on_oversize=data.on_oversize
+        )
+        write_errors(judged, report / f"errors-validation-{name}.json")
     if plots:
         draw_parity(evaluation, report / "parity.png", part)
         draw_curves(RunLog(folder).rows(), report / "curves.png")
@@ -97,13 +111,24 @@ def draw_curves(rows: list[dict[str, float]], path: Path) -> None:
     panels = figure.subplots(1, len(curves))
     changes = [b["epoch"] for a, b in itertools.pairwise(rows) if a["stage"] != b["stage"]]
     for panel, (name, factor, label) in zip(panels, curves, strict=True):
-        panel.semilogy(epochs, [factor * row[name] for row in rows], ".-")
+        panel.semilogy(epochs, [factor * row[name] for row in rows], ".-", label="all")
+        for one, values in _curves_of_sets(rows, name).items():
+            panel.semilogy(epochs, [factor * value for value in values], label=one)
+            panel.legend(fontsize="x-small")
         for epoch in changes:
             panel.axvline(epoch - 0.5, color="gray", linestyle="--")
         panel.set(xlabel="epoch")
         panel.set_title(label, fontsize="small")
         panel.grid(alpha=0.3)
     _save(figure, path)
+
+
+def _curves_of_sets(rows: list[dict[str, float]], name: str) -> dict[str, list[float]]:
+    """What stands beside a column for each validation set that has a name."""
+    before, after = "validation_", name.removeprefix("validation")
+    columns = [c for c in (rows or [{}])[0] if c.startswith(before) and c.endswith(after)]
+    found = {c[len(before) : -len(after)]: [row[c] for row in rows] for c in columns if c != name}
+    return found if name.startswith(before) else {}
 
 
 def draw_parity(evaluation: Evaluation, path: Path, part: str) -> None:

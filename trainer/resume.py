@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlip_md.errors import CheckpointError
-from mlip_md.trainer.data import TrainingData
+from mlip_md.errors import CheckpointError, DataError
+from mlip_md.trainer.data import BatchBudget, TrainingData
 from mlip_md.trainer.recipe import Recipe, find_differences
 
 FREE = (
@@ -105,6 +105,28 @@ def with_defaults(identity: Mapping[str, Any]) -> dict[str, Any]:
         for name, rows in defaults.items()
         if isinstance(rows, dict) and name in identity
     }
+
+
+def keep_shape(data: TrainingData, recipe: Recipe, folder: Path) -> TrainingData:
+    """The data in batches of the shape that a run began with, if its recipe leaves that open.
+
+    Versions measure it by different rules; a run keeps its own.
+
+    Args:
+        data: of the run.
+        recipe: of the run.
+        folder: of the run, with ``data.json`` if it has begun.
+    """
+    rows = recipe.data
+    if rows.max_n_node is not None and rows.max_n_edge is not None:
+        return data
+    try:
+        known = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+        budget = BatchBudget(**known["batch"])
+    except (OSError, ValueError, KeyError, TypeError, DataError):
+        return data
+    fits = budget.fits(data.train).all() and budget.n_graph == data.budget.n_graph
+    return dataclasses.replace(data, budget=budget) if fits else data
 
 
 def check_same(

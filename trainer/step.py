@@ -67,8 +67,8 @@ EvalStep = Callable[[Params, Batch], tuple[Prediction, Sums]]
 
 
 def init_state(recipe: Recipe, params: Params) -> TrainState:
-    """The state before the first step, on the device."""
-    params = jax.tree_util.tree_map(jnp.array, params)
+    """The state before the first step, on the device, in the precision of the recipe."""
+    params = cast(params, recipe.train.precision)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         params=params,
@@ -102,7 +102,7 @@ def make_train_step(
     Raises:
         CompilerError: if the installed compiler adds up wrongly.
     """
-    check_sums("float32", device := find_device(None))
+    check_sums(recipe.train.precision, device := find_device(None))
     memory = message_memory(device)
     optimizer = make_optimizer(recipe.optimizer, recipe.network.decays)
     every, decay = recipe.optimizer.num_gradient_accumulation_steps, recipe.train.ema_decay
@@ -147,7 +147,10 @@ def make_train_step(
 
 
 def make_eval_step(
-    apply: Callable[..., Any], scaling_mean: float = 0.0, scaling_stdev: float = 1.0
+    apply: Callable[..., Any],
+    scaling_mean: float = 0.0,
+    scaling_stdev: float = 1.0,
+    dtype: str = "float32",
 ) -> EvalStep:
     """The compiled evaluation ``(params, batch) -> (prediction, sums of errors)``.
 
@@ -155,11 +158,12 @@ def make_eval_step(
         apply: ``network.apply``: (params, graph) to node energies (n_nodes,), eV.
         scaling_mean: added to every node energy, eV.
         scaling_stdev: factor of the network's node energies before that.
+        dtype: precision in which it is to be called.
 
     Raises:
         CompilerError: if the installed compiler adds up wrongly.
     """
-    check_sums("float32", device := find_device(None))
+    check_sums(dtype, device := find_device(None))
     memory = message_memory(device)
 
     def step(params: Params, batch: Batch) -> tuple[Prediction, Sums]:
@@ -194,6 +198,11 @@ def averaged_params(
     return jax.tree_util.tree_map(
         lambda average, now, factor: average if factor else now, averaged, state.params, factors
     )
+
+
+def cast(params: Params, dtype: str) -> Params:
+    """Weights on the device in a precision; float64 needs ``devices.precision`` around it."""
+    return jax.tree_util.tree_map(lambda leaf: jnp.array(leaf, dtype), params)
 
 
 def _select(condition: jax.Array, chosen: Any, other: Any) -> Any:

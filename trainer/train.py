@@ -19,7 +19,8 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,8 +29,15 @@ import numpy as np
 
 import mlip_md
 from mlip_md.compiler import jit
-from mlip_md.devices import Load, check_memory, find_device, naming_out_of_memory, plan_memory
-from mlip_md.errors import CheckpointError, NonFiniteError
+from mlip_md.devices import (
+    Load,
+    check_memory,
+    find_device,
+    naming_out_of_memory,
+    plan_memory,
+    precision,
+)
+from mlip_md.errors import CheckpointError, ConfigError, NonFiniteError
 from mlip_md.files import write_text
 from mlip_md.formats import own
 from mlip_md.networks import build_network, draw_weights
@@ -38,15 +46,22 @@ from mlip_md.potential import Params, Potential
 from mlip_md.signals import ENDINGS, Interruptions
 from mlip_md.trainer import metrics
 from mlip_md.trainer.checkpoint import CheckpointFolder
-from mlip_md.trainer.data import TrainingData, iterate_batches, write_structures
-from mlip_md.trainer.evaluation import evaluate_store
+from mlip_md.trainer.data import Batch, TrainingData, write_structures
+from mlip_md.trainer.evaluation import evaluate_sets
 from mlip_md.trainer.finetune import adopt_elements, describe_parent, starting_weights
 from mlip_md.trainer.loggers import Logger, open_loggers
 from mlip_md.trainer.loss import stage_at, weights_at
+from mlip_md.trainer.metrics import Errors
 from mlip_md.trainer.optimizer import learning_rate_schedule, lowered_rate, settle_steps
 from mlip_md.trainer.recipe import Origins, Recipe, StartConfig, dump_resolved, find_differences
 from mlip_md.trainer.report import write_report
-from mlip_md.trainer.resume import TrainingProgress, check_same, identify, with_defaults
+from mlip_md.trainer.resume import (
+    TrainingProgress,
+    check_same,
+    identify,
+    keep_shape,
+    with_defaults,
+)
 from mlip_md.trainer.runlog import (
     Echo,
     RunLog,
@@ -66,6 +81,10 @@ from mlip_md.trainer.step import (
 
 IN_FLIGHT = 2
 """Steps that may wait on the device; unbounded queues can deadlock and hold memory."""
+
+SLOW = 2.0
+"""Seconds; what a longer step has done is saved at once, and no step waits behind it. So a signal
+is answered soon: a process may end while a step is computed, but not before one is saved."""
 
 TELL_AFTER = 60.0
 """Seconds between lines about an epoch."""
@@ -116,6 +135,10 @@ def _start(recipe: Recipe) -> StartConfig:
     return recipe.start or StartConfig(potential="")
 
 
+def _labeled(errors: Errors) -> Errors:
+    return {name: value for name, value in errors.items() if math.isfinite(value)}
+
+
 class Trainer:
     """One run of a recipe on prepared data, in one folder."""
 
@@ -141,9 +164,18 @@ class Trainer:
             origins: of the recipe's values, for ``config.resolved.yaml``.
             echo: called with every line of the log.
             tick: called after every step with epoch, batches done and batches of the epoch.
+
+        Raises:
+            ConfigError: if the recipe starts from a potential and none is given.
         """
+        if parent is None and recipe.start is not None:
+            raise ConfigError(
+                f"the recipe starts from {recipe.start.potential}; hand that potential over as "
+                "parent, and the recipe as finetune.adopt_network gives it"
+            )
         if parent is not None:
             data = adopt_elements(data, parent, _start(recipe).atomic_energies == "keep")
+        data = keep_shape(data, recipe, folder)
         self.recipe, self.data, self.folder, self.parent = recipe, data, folder, parent
         self.origins = origins or Origins()
         statistics = data.statistics
@@ -159,19 +191,23 @@ class Trainer:
         self.optimizer = settle_steps(recipe.optimizer, steps, recipe.train.epochs)
         settled = recipe.model_copy(update={"optimizer": self.optimizer})
         # First, because they look whether this process and its compiler can compute.
-        scaling = () if parent is None else (parent.scaling_mean, parent.scaling_stdev)
-        self.train_step = make_train_step(network.apply, settled, *scaling)
-        self.eval_step = make_eval_step(network.apply, *scaling)
+        scaling = {}
+        if parent is not None:
+            scaling = {n: getattr(parent, n) for n in ("scaling_mean", "scaling_stdev")}
+        self.train_step = make_train_step(network.apply, settled, **scaling)
+        self.eval_step = make_eval_step(network.apply, dtype=recipe.train.precision, **scaling)
         example = data.example()
         # jit leaves the forward pass out and compiles the rest once instead of piece by piece
         draw = functools.partial(draw_weights, network, recipe.network)
         key = jax.random.key(recipe.seed)
-        if parent is None:
-            params = jit(draw)(key, example.graph)
-        else:
-            nearest = _start(recipe).new_elements == "nearest"
-            params = starting_weights(parent, statistics.elements, nearest, key, example.graph)
-        self.state = init_state(settled, params)
+        with precision("float32", find_device(None).platform):  # a seed's weights are its weights
+            if parent is None:
+                params = jit(draw)(key, example.graph)
+            else:
+                nearest = _start(recipe).new_elements == "nearest"
+                params = starting_weights(parent, statistics.elements, nearest, key, example.graph)
+        with self.computing():
+            self.state = init_state(settled, params)
         self.progress = TrainingProgress()
         self.checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint.keep_latest)
         self.log = RunLog(folder, echo)
@@ -179,8 +215,35 @@ class Trainer:
         self.loggers: list[Logger] = []
         self._tick = tick
         self._last_save = self._told = time.monotonic()
-        self._load, self._device = self._describe_load(), find_device(None)
+        self.load, self.device = self._describe_load(), find_device(None)
         self._needed: int | None = None  # bytes of a step, known when it is compiled
+        self._done = self._saved = 0  # last good step, and the last one on the disk
+        self._long_validation = True  # until it is known: the first one compiles
+
+    def computing(self) -> AbstractContextManager[None]:
+        """The precision of the run, around whatever calls its steps or touches its state."""
+        return precision(self.recipe.train.precision, find_device(None).platform)
+
+    def batches(
+        self, epoch: int, done: int = 0, plan: Sequence[np.ndarray] | None = None
+    ) -> Iterator[tuple[np.ndarray, Batch]]:
+        """What the steps of an epoch are made with, see ``TrainingData.batches``.
+
+        Args:
+            epoch: from 1.
+            done: batches to leave out at the start.
+            plan: of the epoch, if it is known already.
+        """
+        recipe = self.recipe
+        plan = self.data.plan(recipe.seed, epoch) if plan is None else plan
+        return self.data.batches(
+            plan, recipe.seed, epoch, done, recipe.train.precision, _start(recipe).replay_weight
+        )
+
+    @property
+    def unsaved(self) -> bool:
+        """Whether steps are computed that no checkpoint holds; may be asked in any thread."""
+        return self._done > self._saved
 
     @property
     def num_parameters(self) -> int:
@@ -206,7 +269,7 @@ class Trainer:
             NonFiniteError: if too many steps in a row gave NaN or infinity.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with owning(self.folder):
+        with owning(self.folder), self.computing():
             return self._run(resume, max_seconds)
 
     def _run(self, resume: Resume, max_seconds: float) -> Outcome:
@@ -280,6 +343,7 @@ class Trainer:
         self.state = jax.tree_util.tree_map(jax.numpy.array, state)
         values = {name: value for name, value in saved.items() if name != "recipe"}
         self.progress = TrainingProgress(**values)
+        self._done = self._saved = self.progress.step
         self.log.truncate(self.progress.step, self.progress.validated)
 
     def _identity(self) -> dict[str, Any]:
@@ -298,32 +362,36 @@ class Trainer:
         """Train the rest of the present epoch; False if interrupted (the state is saved then)."""
         progress, data = self.progress, self.data
         plan = data.plan(self.recipe.seed, progress.epoch)
-        count, plan = len(plan), plan[progress.batch :]
+        count = len(plan)
         weights = weights_at(self.recipe.loss, progress.epoch)
         lowers = self.optimizer.schedule == "plateau" or progress.rate != 1.0
         rate = (np.float32(progress.rate),) if lowers else ()
         waiting: collections.deque[Waiting] = collections.deque()
-        clock = time.monotonic()
-        for indices, batch in iterate_batches(data.train, plan, data.budget):
+        clock = begun = time.monotonic()
+        slow = True  # until it is known
+        for indices, batch in self.batches(progress.epoch, progress.batch, plan):
             log = self.step(batch, weights, *rate)
             progress.batch += 1
             progress.step += 1
             waiting.append((progress.step, indices, log))
-            self._note_until(waiting, IN_FLIGHT)
+            self._note_until(waiting, 0 if slow else IN_FLIGHT)
+            slow, begun = time.monotonic() - begun > SLOW, time.monotonic()
             if self._tick is not None:
                 self._tick(progress.epoch, progress.batch, count)
             elif time.monotonic() - self._told > TELL_AFTER:
                 self._tell_progress(count, time.monotonic() - clock)
             stop = self.interruptions.reason is not None
-            if stop or self._checkpoint_due():
+            if stop or (slow and self.unsaved) or self._checkpoint_due():
                 self._note_until(waiting, 0)
                 progress.add(seconds=time.monotonic() - clock)
-                clock = time.monotonic()
                 self._save()
+                clock = begun = time.monotonic()
             if stop:
                 return False
         self._note_until(waiting, 0)
         progress.add(seconds=time.monotonic() - clock)
+        if self._long_validation and self.unsaved:
+            self._save()
         return True
 
     def _note_until(self, waiting: collections.deque[Waiting], left: int) -> None:
@@ -333,10 +401,11 @@ class Trainer:
 
     def _note(self, step: int, indices: np.ndarray, log: StepLog) -> None:
         """Wait for a step and record it under its number."""
-        with naming_out_of_memory(self._load, self._device, self._needed):
+        with naming_out_of_memory(self.load, self.device, self._needed):
             loss, norm, bad = float(log.loss), float(log.gradient_norm), int(log.bad_in_row)
         self.progress.add(structures=float(log.structures))
         if bad == 0:
+            self._done = step
             self.progress.add(loss=loss, gradient_norm=norm, good=1)
         else:
             names = self.data.names(indices)
@@ -368,19 +437,23 @@ class Trainer:
             CapacityError: if it does not fit.
         """
         if self._needed is None:
-            with naming_out_of_memory(self._load, self._device):
+            with naming_out_of_memory(self.load, self.device):
                 self._needed = plan_memory(self.train_step, self.state, *arguments) or 0
-            check_memory(self._load, self._device, self._needed)
-        with naming_out_of_memory(self._load, self._device, self._needed):
+            check_memory(self.load, self.device, self._needed)
+        with naming_out_of_memory(self.load, self.device, self._needed):
             self.state, log = self.train_step(self.state, *arguments)
         return log
 
     def _describe_load(self) -> Load:
-        budget = self.data.budget
+        """What a step computes, and how to make it smaller."""
+        budgets = [b for b in (self.data.budget, self.data.replay_budget) if b is not None]
+        graphs, nodes, edges = (
+            sum(getattr(b, name) for b in budgets) for name in ("n_graph", "n_node", "n_edge")
+        )
+        structures = graphs - len(budgets)
         return Load(
-            f"steps of {budget.n_graph - 1} structures in {budget.n_node} atoms and "
-            f"{budget.n_edge} edges",
-            budget.n_graph - 1,
+            f"steps of {structures} structures in {nodes} atoms and {edges} edges",
+            structures,
             "structures",
             "lower data.batch_size (and raise optimizer.num_gradient_accumulation_steps by as "
             "much), data.max_n_node or data.max_n_edge",
@@ -420,28 +493,30 @@ class Trainer:
         values = dataclasses.asdict(self.progress)
         values["recipe"] = self._identity()
         self.checkpoints.save(self.state, values, self.progress.step)
+        self._done = self._saved = self.progress.step
         self._last_save = time.monotonic()
 
-    def _validate(self, epoch: int, params: Params) -> tuple[dict[str, float], float]:
-        """Errors of weights on the validation part and their score, recorded under an epoch."""
-        data = self.data
-        values = evaluate_store(
-            self.eval_step, params, data.validation, data.budget, on_oversize=data.on_oversize
-        )
-        row = self._row(epoch, values)
+    def _validate(self, epoch: int, params: Params) -> tuple[Errors, dict[str, Errors], float]:
+        """Errors of weights, whole and by set, and their score, recorded under an epoch."""
+        begun = time.monotonic()
+        errors = evaluate_sets(self.eval_step, params, self.data)
+        self._long_validation = time.monotonic() - begun > SLOW
+        row = self._row(epoch, *errors)
         self.log.epoch(row)
         for logger in self.loggers:
             logger(row)
         self.log.line(describe_epoch(row))
+        for name, values in errors[1].items():
+            self.log.line(f"  {name}: {describe_errors(values)}")
         if not math.isfinite(row["score"]):
             raise NonFiniteError(
                 f"the validation errors after epoch {epoch} are not finite. Check the validation "
                 f"labels, or {LOWER_RATES}"
             )
         self.progress.validated = epoch
-        return values, row["score"]
+        return *errors, row["score"]
 
-    def _row(self, epoch: int, errors: Mapping[str, float]) -> dict[str, float]:
+    def _row(self, epoch: int, errors: Errors, by_set: Mapping[str, Errors]) -> dict[str, float]:
         """The row of an epoch in ``metrics.csv``."""
         sums, weights = self.progress.sums, weights_at(self.recipe.loss, epoch)
         good = sums.get("good", math.nan)
@@ -459,30 +534,37 @@ class Trainer:
             "seconds": round(sums.get("seconds", 0.0), 3),
             "structures_per_second": sums.get("structures", 0.0)
             / (sums.get("seconds") or math.nan),
-            "score": self._score(errors),
+            "score": self._score(by_set.get(self.recipe.train.select_by or "", errors)),
             **{f"validation_{name}": value for name, value in errors.items()},
+            **{
+                f"validation_{name}_{error}": value
+                for name, values in by_set.items()
+                for error, value in values.items()
+            },
         }
 
-    def _score(self, errors: Mapping[str, float]) -> float:
+    def _score(self, errors: Errors) -> float:
         """Of the weights with these validation errors; the lowest is the best model's."""
         settings, trained = self.recipe.train, self.recipe.loss.trains_stress
         return metrics.selection_score(
             errors,
             settings.select_energy_weight,
-            self.data.validates_forces,
+            self.data.validates_forces(settings.select_by),
             settings.select_stress_weight if trained else 0.0,
         )
 
     def _finish_epoch(self) -> None:
         progress, epoch = self.progress, self.progress.epoch
         params = averaged_params(self.state, self.recipe.train.ema_decay, self.optimizer)
-        errors, score = self._validate(epoch, params)
-        errors = {name: value for name, value in errors.items() if math.isfinite(value)}  # labeled
+        errors, by_set, score = self._validate(epoch, params)
+        errors = _labeled(errors)
+        sets = {name: _labeled(values) for name, values in by_set.items()}
         stage = str(stage_at(self.recipe.loss, epoch))
         best = progress.best.get(stage)
         if best is None or score < best["score"]:
             progress.best[stage] = {"epoch": epoch, "score": score, "errors": errors}
-            potential = self.make_potential(params, {"epoch": epoch, "validation": errors})
+            training = {"epoch": epoch, "validation": errors, "validation_sets": sets}
+            potential = self.make_potential(params, training)
             for name in (f"best-stage{stage}.safetensors", "model.safetensors"):
                 own.save(potential, self.folder / name)
             self.log.event("best", step=progress.step, epoch=epoch, stage=stage, score=score)
@@ -570,7 +652,12 @@ class Trainer:
         if problem:
             self.log.line(f"Warning: {problem}")
         part, evaluation = write_report(
-            self.folder, self.eval_step, self.data, self.recipe.log.plots, problem
+            self.folder,
+            self.eval_step,
+            self.data,
+            self.recipe.log.plots,
+            problem,
+            self.recipe.train.precision,
         )
         test = evaluation.overall if part == "test" else {}
         if test:

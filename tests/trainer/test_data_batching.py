@@ -7,6 +7,7 @@ import json
 import os
 import threading
 import time
+from types import SimpleNamespace
 
 import ase.build
 import jax
@@ -160,18 +161,34 @@ def test_cards():
 
 def test_automatic_budget(structures):
     small = GraphStore.from_structures(structures[:12], CUTOFF)
-    degrees = small.degrees()
     budget = BatchBudget.from_card(16, store=small)
-    nodes = int(np.ceil(np.median(small.num_atoms)))
-    assert budget.n_node == 16 * nodes + 1
-    assert budget.n_edge == 32 * int(np.ceil(np.ceil(np.median(degrees)) * nodes / 2))
+    nodes, pairs = small.num_atoms, small.num_edges / 2
+    usual = np.ceil(nodes.mean() + 2 * nodes.std() / 4), np.ceil(pairs.mean() + 2 * pairs.std() / 4)
+    assert dataclasses.astuple(budget) == (16 * usual[0] + 1, 32 * usual[1], 17)
     tight = BatchBudget.from_card(1, store=small)
     assert tight.n_node == small.num_atoms.max() + 1
     assert tight.fits(small).all()
+    half = BatchBudget.from_card(16, int(usual[0] // 2), store=small)
+    assert 0.4 < half.n_edge / budget.n_edge < 0.6
     with pytest.raises(DataError, match="max_n_edge is not given"):
         BatchBudget.from_card(16, 32)
     with pytest.raises(DataError, match="batch_size = 0"):
         BatchBudget.from_card(0, 32, 288)
+
+
+@pytest.mark.parametrize("size", [4, 16, 64])
+def test_as_many_structures_as_are_asked_for_fit_as_a_rule(size):
+    """Of sizes as molecules have them: most are small, some several times as large."""
+    random = np.random.default_rng(size)
+    atoms = np.round(np.exp(random.normal(2.5, 0.6, 5000))).astype(np.int64) + 1
+    edges = 2 * np.round(atoms * np.minimum(atoms - 1, random.normal(14, 2, 5000)) / 2)
+    many = SimpleNamespace(num_atoms=atoms, num_edges=edges.astype(np.int64))
+    budget = BatchBudget.from_card(size, store=many)
+    assert budget.fits(many).all()
+    starts = pack_greedily(atoms, many.num_edges, budget)
+    counts = np.diff([*starts, 5000])
+    assert (counts[:-1] == size).mean() > 0.85
+    assert atoms.sum() / (len(starts) * (budget.n_node - 1)) > 0.55
 
 
 def test_published_packing(reference_data):

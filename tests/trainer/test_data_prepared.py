@@ -319,6 +319,50 @@ def test_what_a_recipe_leaves_to_the_folder_is_not_compared(path, tmp_path):
             open_prepared_for(DataConfig.model_validate({**run, **own}), "average")
 
 
+def test_validation_sets_keep_their_names_in_a_folder(path, tmp_path):
+    """Those that marks in the training file put there form a set of their own."""
+    sets = {}
+    for name, seed in (("wet", 7), ("dry", 8)):
+        sets[name] = str(tmp_path / f"{name}.xyz")
+        ase.io.write(sets[name], frames(("H2O",), 2, seed=seed), format="extxyz")
+    marked = frames()
+    for k, atoms in enumerate(marked):
+        atoms.info["split"] = ("train", "validation")[k == 5]
+    ase.io.write(tmp_path / "marked.xyz", marked, format="extxyz")
+    folder, split = str(tmp_path / "prepared"), {"from_file": True}
+    for data in (
+        prepared(tmp_path / "marked.xyz", folder, validation=sets, split=split),
+        open_prepared(folder),
+    ):
+        found = {name: [data.parts["validation"].names[k] for k in rows]
+                 for name, rows in data.validation_sets.items()}  # fmt: skip
+        assert {name: len(names) for name, names in found.items()} == {
+            "split": 1, "wet": 2, "dry": 2
+        }  # fmt: skip
+        assert all(f"{name}.xyz" in text for name in sets for text in found[name])
+    rows = {"path": folder, "cutoff": 4.0, "split": split}
+    for own, same in ((None, True), (sets, True), (list(sets.values()), False),
+                      ({"rain": sets["wet"], "dry": sets["dry"]}, False)):  # fmt: skip
+        config = DataConfig.model_validate({**rows, "validation": own})
+        if same:
+            assert len(open_prepared_for(config, "average").validation_sets) == 3
+            continue
+        with pytest.raises(ConfigError, match=r"data\.validation"):
+            open_prepared_for(config, "average")
+    with pytest.raises(DataError, match=r"is in two sets of data\.validation, wet and damp"):
+        prepared(tmp_path / "marked.xyz", validation={"wet": sets["wet"], "damp": sets["wet"]})
+
+
+def test_a_run_reads_again_where_sets_have_other_names(path, tmp_path):
+    one = str(tmp_path / "one.xyz")
+    ase.io.write(one, frames(("H2O",), 2, seed=7), format="extxyz")
+    for name in ("a", "b", "b"):
+        rows = {"path": str(path), "cutoff": 4.0, "validation": {name: one}}
+        config = DataConfig.model_validate(rows)
+        data = prepared_module.prepare_once(config, "average", tmp_path / "kept")
+        assert list(data.validation_sets) == [name]
+
+
 def test_fractions_mean_nothing_beside_marks(tmp_path):
     marked = frames()
     for k, atoms in enumerate(marked):

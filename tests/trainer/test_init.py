@@ -1,5 +1,7 @@
 """A recipe for a data set: it fits, it is explained, and nothing has to be repaired by hand."""
 
+from types import SimpleNamespace
+
 import ase
 import ase.io
 import numpy as np
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 
 from mlip_md.cli import app
 from mlip_md.errors import ConfigError, DataError
+from mlip_md.trainer import costs
 from mlip_md.trainer.recipe import load_recipe
 
 
@@ -138,3 +141,22 @@ def test_what_is_refused(tmp_path):
     (tmp_path / "odd.xyz").write_text("nothing\n")
     assert isinstance(run("init", "odd.xyz", "-o", "b.yaml").exception, DataError)
     assert not (tmp_path / "b.yaml").exists()
+
+
+def test_the_length_is_that_of_the_hours_given(tmp_path, monkeypatch):
+    write("set.xyz", SETS["one molecule"])
+    seen = []
+
+    def judged(trainer):
+        seen.append(trainer)
+        return costs.Costs(1.0, None, 1.0, 12, 1.0, 3.0, 5.0, trainer.recipe.train.epochs)
+
+    monkeypatch.setattr(costs, "judge_costs", judged)
+    monkeypatch.setattr("mlip_md.trainer.train.Trainer", lambda r, d, f: SimpleNamespace(recipe=r))
+    result = run("init", "set.xyz", "--hours", "0.5")
+    assert result.exit_code == 0, (result.output, result.exception)
+    recipe, _ = load_recipe("train.yaml")
+    assert recipe.train.epochs == (1800 - 5 - 3) // (12 + 3)
+    assert seen[0].recipe.train.epochs != recipe.train.epochs
+    assert recipe.loss.energy.weight[1].from_epoch == round(0.75 * recipe.train.epochs)
+    assert f"{recipe.train.epochs} epochs take 0.4" in result.stdout

@@ -23,11 +23,11 @@ from pair_potential import PairPotential, pair_potential
 from training_cases import E0, molecules, small_recipe, write_data_set
 from typer.testing import CliRunner
 
-from mlip_md import trainer
+from mlip_md import devices, trainer
 from mlip_md.cli import EXIT_CODES
 from mlip_md.engine import Engine
-from mlip_md.errors import ConfigError, DataError, OutputError
-from mlip_md.trainer import cli
+from mlip_md.errors import CapacityError, ConfigError, DataError, OutputError
+from mlip_md.trainer import cli, costs
 from mlip_md.trainer.data import LabeledStructure, Statistics, load_data, prepare, read
 from mlip_md.trainer.data.statistics import warn_of_open_energies
 from mlip_md.trainer.evaluation import evaluate, write_errors
@@ -329,7 +329,15 @@ def test_commands_check_and_prepare(tmp_path):
     recipe.write_text(json.dumps(resolved))
     result = CliRunner().invoke(app, ["check", str(recipe), "--deep"])
     assert result.exit_code == 0, result.output
-    for part in ("48 train, 6 validation, 6 test", "E0 (", "neighbors per atom", "working_bytes"):
+    for part in (
+        "48 train, 6 validation, 6 test",
+        "E0 (",
+        "neighbors per atom",
+        "a step needs 0.0",
+        " GB available",
+        "6 steps per epoch",
+        "4 epochs take ",
+    ):
         assert part in result.output
     result = CliRunner().invoke(app, ["prepare", str(recipe), str(tmp_path / "prepared")])
     assert result.exit_code == 0, result.output
@@ -337,6 +345,30 @@ def test_commands_check_and_prepare(tmp_path):
     mapped = load_recipe(str(recipe), [f"data.path={tmp_path / 'prepared'}"])[0]
     direct = load_recipe(str(recipe))[0]
     assert load_data(mapped).fingerprint == load_data(direct).fingerprint
+
+
+def test_a_step_that_cannot_fit_is_refused_before_it_is_made(tmp_path, monkeypatch):
+    recipe = small_recipe(write_data_set(tmp_path / "set.hdf5"))
+    trainer = Trainer(recipe, load_data(recipe), tmp_path / "run")
+    little = devices.DeviceMemory(1000, 1000, "a chip")
+    monkeypatch.setattr(devices, "device_memory", lambda device: little)
+    monkeypatch.setattr(costs, "time_steps", None)
+    with pytest.raises(
+        CapacityError, match=r"steps of 8 .* need about .* GiB of a chip.*batch_size"
+    ):
+        costs.judge_costs(trainer)
+
+
+def test_hours_are_those_of_steps_and_validations():
+    found = costs.Costs(
+        needed=2e9, available=None, flops=np.nan, steps=100, seconds_per_step=0.5,
+        validation_seconds=10.0, compile_seconds=50.0, epochs=60,
+    )  # fmt: skip
+    assert found.hours() == pytest.approx((50 + 10 + 60 * 60) / 3600)
+    assert found.epochs_in(found.hours() + 1e-6) == 60
+    assert found.epochs_in(0.0) == 1
+    assert "60 epochs take 1.02 hours on cpu:0" in found.lines()[1]
+    assert found.lines()[0] == "memory: a step needs 2 GB"
 
 
 @pytest.fixture(scope="module")

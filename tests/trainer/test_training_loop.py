@@ -21,6 +21,7 @@ from mlip_md.devices import DeviceMemory
 from mlip_md.errors import (
     CapacityError,
     CheckpointError,
+    ConfigError,
     DataError,
     NonFiniteError,
     OwnershipError,
@@ -67,7 +68,7 @@ def saved():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "build_network", build)
         patch.setattr(train, "make_train_step", compiled_once)
-        patch.setattr(train, "make_eval_step", lambda apply: evaluation)
+        patch.setattr(train, "make_eval_step", lambda apply, **_: evaluation)
         patch.setattr(train.own, "save", save)
         patch.setattr(train.own, "load", lambda path: models[-1][1])
         yield models
@@ -704,3 +705,91 @@ def test_a_better_model_of_an_earlier_stage_is_told(first, told, recipe, data, t
     log = (tmp_path / "log.txt").read_text(encoding="utf-8")
     assert ("stage 1 had a better one by its score, 0.1 eV/Å" in log) == told
     assert ("best-stage1.safetensors" in log) == told
+
+
+# Validation sets with names
+
+
+def with_sets(recipe, folder, **sections):
+    """The recipe with two validation sets of other molecules and nothing else to validate on."""
+    sets = {}
+    for seed, name in ((11, "near"), (12, "far-off")):
+        sets[name] = str(write_data_set(folder / f"{name}.hdf5", count=9, seed=seed))
+    return changed(recipe, data={"validation": sets, "test": None}, **sections)
+
+
+def test_sets_are_judged_apart_and_one_of_them_chooses_the_best_model(
+    recipe, saved, tmp_path, monkeypatch
+):
+    chosen = with_sets(recipe, tmp_path, train={"select_by": "far-off", "epochs": 2})
+    data = load_data(chosen)
+    trainer, saved[:] = Trainer(chosen, data, tmp_path / "run"), []
+    assert trainer.run().status == "done"
+    params = averaged_params(trainer.state, chosen.train.ema_decay)
+    last = rows(tmp_path / "run")[-1]
+    squares = 0.0
+    for name, store in data.sets().items():
+        errors = evaluate_store(trainer.eval_step, params, store, data.budget)
+        for error, value in errors.items():
+            assert float(last[f"validation_{name}_{error}"]) == pytest.approx(value, rel=1e-6)
+        squares += errors["forces_rmse"] ** 2 * store.num_atoms.sum()
+        if name == "far-off":
+            score = errors["forces_rmse"] + 10.0 * errors["energy_rmse_per_atom"]
+            assert float(last["score"]) == pytest.approx(score, rel=1e-6)
+        report = tmp_path / "run" / "report" / f"errors-validation-{name}.json"
+        assert json.loads(report.read_text())["overall"]["structures"] == 9
+    whole = (squares / data.validation.num_atoms.sum()) ** 0.5
+    assert float(last["validation_forces_rmse"]) == pytest.approx(whole, rel=1e-6)
+    log = (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
+    assert len(re.findall(r"  far-off: energy +[\d.]+ meV/atom", log)) == 3
+    training = saved[-1][1].info["training"]
+    best = rows(tmp_path / "run")[training["epoch"]]
+    found = training["validation_sets"]["near"]["forces_rmse"]
+    assert found == pytest.approx(float(best["validation_near_forces_rmse"]))
+    card = (tmp_path / "run" / "card.md").read_text(encoding="utf-8")
+    error = 1000 * training["validation_sets"]["near"]["energy_mae_per_atom"]
+    assert f"| validation, near | 9 | {error:.3f} |" in card
+
+
+def test_sets_change_nothing_in_the_steps_and_count_in_the_fingerprint(recipe, tmp_path):
+    named = with_sets(recipe, tmp_path)
+    paths = list(named.data.validation.values())
+    plain = changed(named, data={"validation": paths})
+    first, second = load_data(named), load_data(plain)
+    assert not second.validation_sets
+    assert first.fingerprint != second.fingerprint
+    np.testing.assert_array_equal(first.validation.energy, second.validation.energy)
+    trainers = [Trainer(r, d, tmp_path / n) for r, d, n in
+                ((named, first, "named"), (plain, second, "plain"))]  # fmt: skip
+    for trainer in trainers:
+        trainer.run()
+    assert fingerprint(trainers[0]) == fingerprint(trainers[1])
+    for one, other in zip(rows(tmp_path / "named"), rows(tmp_path / "plain"), strict=True):
+        assert float(one["score"]) == pytest.approx(float(other["score"]), rel=1e-5)
+
+
+def test_a_set_that_is_not_there_cannot_choose(recipe, tmp_path):
+    with pytest.raises(ConfigError, match=r"select_by is farr, .*; it has only near, far-off"):
+        load_data(with_sets(recipe, tmp_path, train={"select_by": "farr"}))
+    with pytest.raises(ConfigError, match=r"select_by is near, .*; it names none: {NAME: FILE}"):
+        load_data(changed(recipe, train={"select_by": "near"}))
+
+
+def test_a_run_keeps_the_shape_of_its_batches(recipe, tmp_path):
+    """Where the recipe leaves it open, whatever this version would measure."""
+    free = changed(recipe, data={"max_n_node": None, "max_n_edge": None})
+    data = load_data(free)
+    other = dataclasses.replace(data, budget=dataclasses.replace(data.budget, n_node=99))
+    stop_at_step(Trainer(free, other, tmp_path), 3)
+    again = Trainer(free, data, tmp_path)
+    assert again.data.budget == other.budget
+    assert again.run().status == "done"
+    smaller = changed(free, data={"batch_size": 4})
+    with pytest.raises(CheckpointError, match=r"differing: data\.batch_size"):
+        Trainer(smaller, load_data(smaller), tmp_path).run()
+
+
+def test_the_fill_of_batches_is_told(finished, data):
+    log = (finished[0].folder / "log.txt").read_text(encoding="utf-8")
+    sizes = data.train.num_atoms.sum() / (STEPS * data.budget.n_node)
+    assert f"6 batches of 8 structures, at most 8, {100 * sizes:.0f} % of the nodes" in log

@@ -273,3 +273,15 @@ def test_the_page_of_rows_is_what_the_schema_says():
 def test_a_check_without_a_recipe_says_what_it_wants():
     result = CliRunner().invoke(app, ["check"])
     assert "name a recipe" in str(result.exception or result.output)
+
+
+def test_validation_sets_are_named_in_a_map(write, tmp_path):
+    (tmp_path / "a.xyz").write_text("")
+    recipe = load_recipe(write("data:\n  validation: {one: a.xyz, two: [a.xyz, b.xyz]}\n"))[0]
+    beside = str(tmp_path / "a.xyz")
+    assert recipe.data.validation == {"one": beside, "two": [beside, "b.xyz"]}
+    chosen = load_recipe(write("data: {validation: {}}\n"), ["data.validation.mine=a.xyz"])[0]
+    assert chosen.data.validation == {"mine": "a.xyz"}
+    for text in ("{'a b': a.xyz}", "{'a,b': a.xyz}", "{a: 3}", "3"):
+        with pytest.raises(ConfigError, match=r"train\.yaml:2:3: data\.validation"):
+            load_recipe(write(f"data:\n  validation: {text}\n"))

@@ -51,10 +51,11 @@ class BatchBudget:
         Args:
             batch_size: most structures in a batch, B.
             max_n_node: atoms per structure on average; a batch has B·max_n_node + 1 nodes. None:
-                the median of the store, enlarged until its largest structure fits.
+                as B random structures of the store need but for one time in forty, enlarged until
+                its largest one fits.
             max_n_edge: undirected edges per structure on average; a batch has 2·B·max_n_edge
-                edges. None: half the median number of neighbors times max_n_node, enlarged
-                likewise.
+                edges. None: the same of edges; with max_n_node given, as many as that many atoms
+                have on average, enlarged likewise.
             store: graphs from which missing values are taken.
 
         Returns:
@@ -67,15 +68,16 @@ class BatchBudget:
         for name, value in given.items():
             if value is not None and value < 1:
                 raise DataError(f"{name} = {value} is not allowed; it must be at least 1")
-        if max_n_node is None:
-            nodes = _needed(store, "max_n_node").num_atoms
-            max_n_node = max(_ceil(np.median(nodes)), _ceil(nodes.max() / batch_size))
         if max_n_edge is None:
             graphs = _needed(store, "max_n_edge")
-            degrees = graphs.degrees()
-            neighbors = _ceil(np.median(degrees[degrees > 0])) if degrees.any() else 1
-            largest = _ceil(graphs.num_edges.max() / (2 * batch_size))
-            max_n_edge = max(_ceil(neighbors * max_n_node / 2), largest, 1)
+            pairs, share = graphs.num_edges / 2, 1.0
+            if max_n_node is not None:
+                share = max_n_node / _usual(graphs.num_atoms, batch_size)
+            largest = _ceil(pairs.max() / batch_size)
+            max_n_edge = max(_ceil(share * _usual(pairs, batch_size)), largest, 1)
+        if max_n_node is None:
+            nodes = _needed(store, "max_n_node").num_atoms
+            max_n_node = max(_ceil(_usual(nodes, batch_size)), _ceil(nodes.max() / batch_size))
         return cls(batch_size * max_n_node + 1, 2 * batch_size * max_n_edge, batch_size + 1)
 
     def fits(self, store: GraphStore) -> np.ndarray:
@@ -85,6 +87,11 @@ class BatchBudget:
 
 def _ceil(value: Any) -> int:
     return int(np.ceil(value))
+
+
+def _usual(sizes: np.ndarray, count: int) -> float:
+    """Size per structure that so many random ones exceed one time in forty (two deviations)."""
+    return float(np.mean(sizes) + 2.0 * np.std(sizes) / np.sqrt(count))
 
 
 def _needed(store: GraphStore | None, name: str) -> GraphStore:
@@ -195,16 +202,19 @@ def _padded(values: np.ndarray, size: int, dtype: Any, fill: float = 0) -> np.nd
     return out
 
 
-def make_batch(store: GraphStore, indices: np.ndarray, budget: BatchBudget) -> Batch:
+def make_batch(
+    store: GraphStore, indices: np.ndarray, budget: BatchBudget, dtype: str = "float32"
+) -> Batch:
     """Assemble one batch.
 
     Args:
         store: graphs with energy labels.
         indices: (k,) structures, one entry of ``plan_epoch``.
         budget: shape of the batch.
+        dtype: "float32" or "float64", of its real numbers.
 
     Returns:
-        The batch as NumPy arrays, float32 and int32; padding as ``mlip_md.graph`` defines it.
+        The batch as NumPy arrays, real and int32; padding as ``mlip_md.graph`` defines it.
 
     Raises:
         DataError: if the structures do not fit, or the store has no atomic energies yet.
@@ -223,11 +233,11 @@ def make_batch(store: GraphStore, indices: np.ndarray, budget: BatchBudget) -> B
     shifts = np.zeros((n_edge, 3), np.int32)
     if store.shifts is not None:
         shifts[: len(edge)] = store.shifts[edge]
-    cell = np.zeros((n_graph, 3, 3), np.float32)
+    cell = np.zeros((n_graph, 3, 3), dtype)
     if store.cell is not None:
         cell[: len(indices)] = store.cell[indices]
     graph = Graph(
-        positions=_padded(store.positions[node], n_node, np.float32),
+        positions=_padded(store.positions[node], n_node, dtype),
         species=_padded(store.species_of[store.atomic_numbers[node]], n_node, np.int32),
         cell=cell,
         senders=_padded(store.senders[edge] + first_node, n_edge, np.int32, n_node - 1),
@@ -242,17 +252,17 @@ def make_batch(store: GraphStore, indices: np.ndarray, budget: BatchBudget) -> B
     )
     stress = mask = None
     if store.stress is not None and store.stress_mask is not None:
-        stress = _padded(store.stress[indices], n_graph, np.float32)
+        stress = _padded(store.stress[indices], n_graph, dtype)
         mask = _padded(store.stress_mask[indices], n_graph, bool)
     forces_mask = weights = None
     if store.forces_mask is not None:
         forces_mask = _padded(store.forces_mask[indices], n_graph, bool)
     if store.weights is not None:
-        weights = _padded(store.weights[indices], n_graph, np.float32)
+        weights = _padded(store.weights[indices], n_graph, dtype)
     return Batch(
         graph=graph,
-        energy=_padded(store.interaction_energy[indices], n_graph, np.float32),
-        forces=_padded(store.forces[node], n_node, np.float32),
+        energy=_padded(store.exact_interaction_energy[indices], n_graph, dtype),
+        forces=_padded(store.forces[node], n_node, dtype),
         stress=stress,
         stress_mask=mask,
         forces_mask=forces_mask,
@@ -260,8 +270,55 @@ def make_batch(store: GraphStore, indices: np.ndarray, budget: BatchBudget) -> B
     )
 
 
+def join_batches(first: Batch, second: Batch, weight: float) -> Batch:
+    """One batch whose loss is L(first) + weight · L(second), each the mean over its structures.
+
+    Args:
+        first: any batch of NumPy arrays.
+        second: another one, of the same precision; its structures follow the padding of the first.
+        weight: at least 0.
+    """
+    one, two = first.graph, second.graph
+    n_nodes, n_graphs = len(one.positions), len(one.graph_mask)
+    counts = [int(graph.graph_mask.sum()) for graph in (one, two)]
+    behind = {"senders": n_nodes, "receivers": n_nodes, "node_graph": n_graphs}
+    graph = Graph(**{
+        field.name: np.concatenate([getattr(one, field.name),
+                                    getattr(two, field.name) + behind[field.name]
+                                    if field.name in behind else getattr(two, field.name)])
+        for field in dataclasses.fields(Graph)
+    })  # fmt: skip
+    parts: list[dict[str, Any]] = []
+    for batch, share in ((first, 1.0 / counts[0]), (second, weight / counts[1])):
+        size, dtype = len(batch.energy), batch.energy.dtype
+        weights = np.ones((size, 3), dtype) if batch.weights is None else batch.weights
+        parts.append({
+            "energy": batch.energy,
+            "forces": batch.forces,
+            "stress": np.zeros((size, 3, 3), dtype) if batch.stress is None else batch.stress,
+            "stress_mask": _or(batch.stress_mask, np.zeros(size, bool)),
+            "forces_mask": _or(batch.forces_mask, np.ones(size, bool)),
+            "weights": (sum(counts) * share * np.asarray(weights)).astype(dtype),
+        })  # fmt: skip
+    if first.stress is None and second.stress is None:
+        parts = [p | {"stress": None, "stress_mask": None} for p in parts]
+    joined: dict[str, Any] = {
+        name: None if value is None else np.concatenate([value, parts[1][name]])
+        for name, value in parts[0].items()
+    }
+    return Batch(graph=graph, **joined)
+
+
+def _or(array: Array | None, usual: np.ndarray) -> Array:
+    return usual if array is None else array
+
+
 def iterate_batches(
-    store: GraphStore, plan: Sequence[np.ndarray], budget: BatchBudget, ahead: int = 2
+    store: GraphStore,
+    plan: Sequence[np.ndarray],
+    budget: BatchBudget,
+    ahead: int = 2,
+    dtype: str = "float32",
 ) -> Iterator[tuple[np.ndarray, Batch]]:
     """The batches of a plan with the indices of their structures, assembled in another thread.
 
@@ -273,12 +330,13 @@ def iterate_batches(
         plan: as ``plan_epoch`` gives it.
         budget: shape of the batches.
         ahead: batches that are assembled before they are asked for.
+        dtype: as ``make_batch`` takes it.
     """
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as worker:
         waiting: deque[tuple[np.ndarray, Future[Batch]]] = deque()
         try:
             for indices in plan:
-                waiting.append((indices, worker.submit(make_batch, store, indices, budget)))
+                waiting.append((indices, worker.submit(make_batch, store, indices, budget, dtype)))
                 if len(waiting) > ahead:
                     first, batch = waiting.popleft()
                     yield first, batch.result()

@@ -29,10 +29,12 @@ from mlip_md.trainer.data.judgement import Finding, describe_findings, judge
 from mlip_md.trainer.data.sources import (
     BLOCKS,
     PARTIAL,
+    UNNAMED,
     Reading,
     is_prepared,
     is_unfinished,
     list_paths,
+    list_sets,
 )
 from mlip_md.trainer.data.split import find_overlap, split_groups
 from mlip_md.trainer.data.statistics import (
@@ -80,6 +82,8 @@ class PreparedData:
         findings: what is probably wrong with labels, see ``judgement``.
         overlap: molecules in several parts, a line for each pair of parts that has some.
         rejected: records that were left out as unusable, and why; empty for an opened folder.
+        validation_sets: rows of the validation part by the name of the set that they form; empty
+            where sets have no names.
     """
 
     parts: Mapping[str, GraphStore]
@@ -90,6 +94,7 @@ class PreparedData:
     findings: tuple[Finding, ...] = ()
     overlap: Sequence[str] = ()
     rejected: Sequence[tuple[str, str]] = ()
+    validation_sets: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def prepare(
@@ -245,6 +250,7 @@ def open_prepared(folder: str | Path) -> PreparedData:
         isolated = IsolatedAtoms.from_dict(index.get("isolated", {"found": {}, "ions": []}))
         findings = tuple(Finding(**found) for found in index.get("findings", []))
         together = np.sort(np.concatenate(list(rows.values())))
+        sets = {name: np.load(_set_file(folder, name)) for name in index.get("sets", [])}
     store = open_store(folder / "graphs")
     if not np.array_equal(together, np.arange(len(store))):
         raise DataError(
@@ -255,8 +261,9 @@ def open_prepared(folder: str | Path) -> PreparedData:
         check_sums(folder, index.get("sha256", {}))  # written since version 0.2.0
     parts = {name: _labeled(store.subset(r), statistics) for name, r in rows.items()}
     return PreparedData(
-        parts, statistics, reports, config, isolated, findings, index.get("overlap", [])
-    )
+        parts, statistics, reports, config, isolated, findings, index.get("overlap", []),
+        validation_sets=sets,
+    )  # fmt: skip
 
 
 def open_prepared_for(config: DataConfig, atomic_energies: AtomicEnergies) -> PreparedData:
@@ -332,7 +339,7 @@ def _find_reason(folder: Path, config: DataConfig) -> str:
     except DataError as error:
         return str(error)
     for name in OF_FILES:
-        if list_paths(getattr(config, name)) != list_paths(getattr(before, name)):
+        if list_sets(getattr(config, name)) != list_sets(getattr(before, name)):
             return f"data.{name} is another"
     for path, state in index["files"].items():
         if Path(path).exists() and list(_state(path)) != state:
@@ -357,7 +364,8 @@ def _find_changes(prepared: DataConfig, given: DataConfig) -> dict[str, tuple[An
             if getattr(given, name) is None:  # leaves it to the folder
                 del rows[name]
             else:
-                rows[name] = list_paths(rows[name])
+                named = isinstance(rows[name], Mapping)
+                rows[name] = list_sets(rows[name]) if named else list_paths(rows[name])
         if config.split.from_file:
             rows["split"] = {"from_file": True}  # the others mean nothing then
         trees.append(rows)
@@ -388,6 +396,7 @@ def _upgrade(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _part(store: GraphStore, reading: Reading, atomic_energies: AtomicEnergies) -> PreparedData:
     """The parts of a store with everything that was read, and their statistics."""
     part = np.delete(np.array(reading.part), sorted(reading.dropped))
+    names = np.delete(np.array(reading.sets), sorted(reading.dropped))
     free = np.flatnonzero(part < 0)
     merged = merge_groups(reading.molecules)
     if len(free):
@@ -406,8 +415,21 @@ def _part(store: GraphStore, reading: Reading, atomic_energies: AtomicEnergies) 
     parts = {name: _labeled(part, statistics) for name, part in stores.items()}
     findings = tuple(judge(reading.sample.frames()))
     reports, config = reading.reports, reading.config
+    sets = _find_sets(names[rows["validation"]])
     return PreparedData(parts, statistics, reports, config, reading.isolated, findings, overlap,
-                        reading.rejected.records)  # fmt: skip
+                        reading.rejected.records, sets)  # fmt: skip
+
+
+def _find_sets(names: np.ndarray) -> dict[str, np.ndarray]:
+    """Rows by name of the set; structures of none form one too where others have names."""
+    if not names.astype(bool).any():
+        return {}
+    names = np.where(names == "", UNNAMED, names)
+    return {name: np.flatnonzero(names == name) for name in dict.fromkeys(names.tolist())}
+
+
+def _set_file(folder: Path, name: str) -> Path:
+    return folder / f"validation.{name}.npy"
 
 
 def _labeled(store: GraphStore, statistics: Statistics) -> GraphStore:
@@ -418,11 +440,15 @@ def _write(folder: Path, data: PreparedData, store: GraphStore) -> None:
     for name, part in data.parts.items():
         rows = np.searchsorted(store.first_atom, part.first_atom)
         np.save(folder / f"{name}.npy", rows)
-    files = [*(f"{name}.npy" for name in data.parts), "graphs/index.json"]
+    for name, places in data.validation_sets.items():
+        np.save(_set_file(folder, name), places)
+    sets = [_set_file(folder, name).name for name in data.validation_sets]
+    files = [*(f"{name}.npy" for name in data.parts), *sets, "graphs/index.json"]
     index = {
         "format_version": FORMAT_VERSION,
         "written_by": WRITTEN_BY,
         "parts": list(data.parts),
+        "sets": list(data.validation_sets),
         "sha256": sum_files(folder, files),
         "data": data.config.model_dump(mode="json"),
         "statistics": data.statistics.to_dict(),

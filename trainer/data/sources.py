@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mlip_md.constants import SPLITS
@@ -20,10 +20,21 @@ from mlip_md.trainer.data.rejected import Rejected
 from mlip_md.trainer.data.structures import LabeledStructure
 from mlip_md.trainer.recipe.schema import DataConfig
 
+Paths = str | list[str] | None
+UNNAMED = "split"
+"""The set of validation structures that ``data.split`` takes from a file beside named sets."""
 
-def list_paths(paths: str | list[str] | None) -> list[str]:
-    """One path or several, or none, as a list."""
-    return [paths] if isinstance(paths, str) else paths or []
+
+def list_paths(paths: Paths | Mapping[str, Paths]) -> list[str]:
+    """One path or several, or none, or those of several sets, as a list."""
+    return [path for given in list_sets(paths).values() for path in given]
+
+
+def list_sets(paths: Paths | Mapping[str, Paths]) -> dict[str, list[str]]:
+    """Lists of paths by the name of their set; empty names are of no set."""
+    if isinstance(paths, Mapping):
+        return {name: list_paths(given) for name, given in paths.items()}
+    return {"": [paths] if isinstance(paths, str) else paths or []}
 
 
 PARTIAL, BLOCKS = ".partial", "blocks"
@@ -88,6 +99,7 @@ class Reading:
         given = (config.path, config.validation, config.test)
         self.given = [list_paths(paths) for paths in given]
         self.part: list[int] = []  # of each kept structure; -1: to be split
+        self.sets: list[str] = []  # of each kept structure; empty: none that has a name
         self.reports: dict[str, CurationReport] = {}
         self.isolated, self.sample = IsolatedAtoms(), Sample()
         self.rejected = Rejected()
@@ -97,6 +109,7 @@ class Reading:
         self.files = [[f for path in paths for f in find_files(path)] for paths in self.given]
         self._sizes = {f: sum_sizes(f) for files in self.files for f in files}
         self._done, self._now = 0, 0  # bytes of the files before, and of the one that is read
+        self.set_of = self._name_files()
 
     def _check_files(self) -> None:
         if not self.config.path:
@@ -106,6 +119,19 @@ class Reading:
                 raise DataError(
                     f"{path} is a folder of prepared data; it can only stand alone, as data.path"
                 )
+
+    def _name_files(self) -> dict[str, str]:
+        """The validation set of every file that belongs to one."""
+        named: dict[str, str] = {}
+        for name, paths in list_sets(self.config.validation).items():
+            for file in (file for path in paths if name for file in find_files(path)):
+                if file in named:
+                    raise DataError(
+                        f"{file} is in two sets of data.validation, {named[file]} and {name}; "
+                        "leave it in one of them"
+                    )
+                named[file] = name
+        return named
 
     def structures(self) -> Iterator[LabeledStructure]:
         """What passes the filters, file by file."""
@@ -125,6 +151,7 @@ class Reading:
                 frames = self.isolated.part_from(read, config.cutoff)
                 for structure in apply_filters(self.sample.watch(frames), filters, report):
                     self.part.append(self._part_of(structure, part))
+                    self.sets.append(self.set_of.get(path, "") if part else "")
                     if structure.group not in self.molecules:
                         self.molecules[structure.group] = self._identify(structure, path)
                     yield structure

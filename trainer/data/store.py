@@ -250,7 +250,12 @@ class GraphStore:
 
     @functools.cached_property
     def interaction_energy(self) -> np.ndarray:
-        """(n,) float32 eV: total energy minus the sum of E0, subtracted in float64.
+        """(n,) float32 eV: ``exact_interaction_energy``, rounded."""
+        return self.exact_interaction_energy.astype(np.float32)
+
+    @functools.cached_property
+    def exact_interaction_energy(self) -> np.ndarray:
+        """(n,) float64 eV: total energy minus the sum of E0.
 
         Raises:
             DataError: if the store has no E0 yet.
@@ -260,7 +265,8 @@ class GraphStore:
                 "the store has no atomic energies (E0) yet, so there are no energy labels; compute "
                 "statistics and call with_atomic_energies first"
             )
-        return (self.energy - self.compositions @ self.atomic_energies).astype(np.float32)
+        exact: np.ndarray = self.energy - self.compositions @ self.atomic_energies
+        return exact
 
     def degrees(self) -> np.ndarray:
         """Number of neighbors of every atom of every structure, in their order; (sum of atoms,)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,19 @@ import numpy as np
 
 from mlip_md.elements import symbol
 from mlip_md.errors import ConfigError, DataError
-from mlip_md.trainer.data.batching import Batch, BatchBudget, make_batch, plan_epoch
+from mlip_md.trainer.data.batching import (
+    Batch,
+    BatchBudget,
+    iterate_batches,
+    join_batches,
+    make_batch,
+    plan_epoch,
+)
 from mlip_md.trainer.data.blocks import OF_ATOMS, OF_EDGES
 from mlip_md.trainer.data.prepared import (
     PreparedData,
     Tell,
+    open_prepared,
     open_prepared_for,
     prepare,
     prepare_once,
@@ -26,7 +34,7 @@ from mlip_md.trainer.data.prepared import (
 from mlip_md.trainer.data.sources import is_prepared
 from mlip_md.trainer.data.statistics import Statistics, describe_open_energies
 from mlip_md.trainer.data.store import GraphStore
-from mlip_md.trainer.recipe.schema import Recipe
+from mlip_md.trainer.recipe.schema import Recipe, SplitConfig
 
 IF_THERE = ("forces_mask", "weights")
 """Arrays that count in a fingerprint only if there are any, as runs without them began without."""
@@ -47,6 +55,10 @@ class TrainingData:
         on_oversize: "error" or "drop" for structures larger than a batch.
         notes: what reading and curation counted, as plain text.
         rejected: records that were left out as unusable, and why.
+        validation_sets: rows of ``validation`` by the name of the set that they form; empty where
+            sets have no names.
+        replay: graphs of ``start.replay``; E0 are the parent's.
+        replay_budget: shape of their batches.
     """
 
     train: GraphStore
@@ -57,19 +69,63 @@ class TrainingData:
     on_oversize: str = "error"
     notes: tuple[str, ...] = ()
     rejected: Sequence[tuple[str, str]] = ()
+    validation_sets: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    replay: GraphStore | None = None
+    replay_budget: BatchBudget | None = None
 
     def plan(self, seed: int, epoch: int) -> list[np.ndarray]:
         """Which structures form which batch of a training epoch, see ``plan_epoch``."""
         return plan_epoch(self.train, self.budget, seed, epoch, on_oversize=self.on_oversize)
 
-    @property
-    def validates_forces(self) -> bool:
-        """Whether any validation structure has force labels."""
+    def validates_forces(self, name: str | None = None) -> bool:
+        """Whether any validation structure, or any of the set of a name, has force labels."""
         mask = self.validation.forces_mask
-        return mask is None or bool(mask.any())
+        rows = slice(None) if name is None else self.validation_sets[name]
+        return mask is None or bool(mask[rows].any())
 
-    def example(self) -> Batch:
+    def sets(self) -> dict[str, GraphStore]:
+        """The validation sets by name, the name of a single one being empty."""
+        named = {name: self.validation.subset(r) for name, r in self.validation_sets.items()}
+        return named or {"": self.validation}
+
+    def batches(
+        self,
+        plan: Sequence[np.ndarray],
+        seed: int,
+        epoch: int,
+        done: int = 0,
+        dtype: str = "float32",
+        replay_weight: float = 1.0,
+    ) -> Iterator[tuple[np.ndarray, Batch]]:
+        """The batches of a training epoch with the indices of their training structures.
+
+        Beside each stands the batch of the same number of an epoch of the replayed structures,
+        which begins again where it is shorter.
+
+        Args:
+            plan: of the epoch, see ``plan``.
+            seed: of the run.
+            epoch: from 1.
+            done: batches to leave out at the start.
+            dtype: as ``make_batch`` takes it.
+            replay_weight: of the loss of replayed structures.
+        """
+        plan = plan[done:]
+        batches = iterate_batches(self.train, plan, self.budget, dtype=dtype)
+        if self.replay is None or self.replay_budget is None:
+            yield from batches
+            return
+        replayed = plan_epoch(self.replay, self.replay_budget, seed, epoch)
+        beside = [replayed[k % len(replayed)] for k in range(done, done + len(plan))]
+        others = iterate_batches(self.replay, beside, self.replay_budget, dtype=dtype)
+        for (indices, batch), (_, other) in zip(batches, others, strict=True):
+            yield indices, join_batches(batch, other, replay_weight)
+
+    def example(self, dtype: str = "float32") -> Batch:
         """One batch, to build a network with.
+
+        Args:
+            dtype: as ``make_batch`` takes it.
 
         Raises:
             DataError: if no training structure fits into a batch.
@@ -79,7 +135,7 @@ class TrainingData:
             raise DataError(
                 "no training structure fits into a batch; raise max_n_node or max_n_edge"
             )
-        return make_batch(self.train, first, self.budget)
+        return make_batch(self.train, first, self.budget, dtype)
 
     def names(self, indices: np.ndarray) -> list[str]:
         """Where training structures came from."""
@@ -89,7 +145,9 @@ class TrainingData:
     def fingerprint(self) -> str:
         """SHA-256 over everything that the course of the training depends on."""
         digest = hashlib.sha256(repr((self.budget, self.on_oversize)).encode())
-        for store in (self.train, self.validation):
+        if self.replay is not None:
+            digest.update(repr(self.replay_budget).encode())
+        for store in (self.train, self.validation, *([self.replay] if self.replay else [])):
             digest.update(repr((store.cutoff, store.elements)).encode())
             for part, atoms, edges in store.chunks():
                 rows = {**dict.fromkeys(OF_ATOMS, atoms), **dict.fromkeys(OF_EDGES, edges)}
@@ -99,6 +157,8 @@ class TrainingData:
                     digest.update(f"\0{name}\0".encode())
                     if array is not None:
                         digest.update(array[rows.get(name, part)].tobytes())
+        for name, rows_of_set in self.validation_sets.items():
+            digest.update(f"\0{name}\0".encode() + rows_of_set.tobytes())
         return digest.hexdigest()
 
     def fill(self) -> tuple[float, float]:
@@ -113,7 +173,8 @@ class TrainingData:
         """Counts, statistics and fingerprint as plain JSON values."""
         nodes, edges = self.fill()
         return {
-            "structures": {name: len(store) for name, store in self.parts().items()},
+            "structures": self._counts(),
+            "validation_sets": {name: len(rows) for name, rows in self.validation_sets.items()},
             "statistics": self.statistics.to_dict(),
             "batch": dataclasses.asdict(self.budget),
             "batch_fill": {"nodes": round(nodes, 4), "edges": round(edges, 4)},
@@ -126,14 +187,20 @@ class TrainingData:
         parts = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: store for name, store in parts.items() if store is not None}
 
+    def _counts(self) -> dict[str, int]:
+        stores = self.parts() | ({} if self.replay is None else {"replay": self.replay})
+        return {name: len(store) for name, store in stores.items()}
+
     def summary(self) -> str:
         """One line for the log."""
-        counts = ", ".join(f"{len(store)} {name}" for name, store in self.parts().items())
+        counts = ", ".join(f"{count} {name}" for name, count in self._counts().items())
         nodes, edges = self.fill()
         elements = " ".join(symbol(z) for z in self.statistics.elements)
+        plan = self.plan(0, 1)
+        mean = sum(map(len, plan)) / len(plan)
         return (
-            f"{counts} structures of {elements}; {len(self.plan(0, 1))} batches of "
-            f"{self.budget.n_graph - 1} structures, {100 * nodes:.0f} % of the nodes and "
+            f"{counts} structures of {elements}; {len(plan)} batches of {mean:.3g} structures, at "
+            f"most {self.budget.n_graph - 1}, {100 * nodes:.0f} % of the nodes and "
             f"{100 * edges:.0f} % of the edges used"
         )
 
@@ -176,12 +243,17 @@ def load_data(
             "the validation part is empty, but the best model is chosen by it; change data.split, "
             "or name a file in data.validation"
         )
+    by, sets = recipe.train.select_by, data.validation_sets
+    if by is not None and by not in sets:
+        there = f"has only {', '.join(sets)}" if sets else "names none: {NAME: FILE}"
+        raise ConfigError(f"train.select_by is {by}, a set that data.validation lacks; it {there}")
     train = data.parts["train"]
     if recipe.loss.trains_stress and train.stress is None:
         raise ConfigError("loss.stress has a weight, but the data set has no stresses")
     unlabeled = train.forces_mask is not None and not train.forces_mask.any()
     if any(step.value for step in recipe.loss.forces.weight) and unlabeled:
         raise ConfigError("loss.forces has a weight, but the data set has no forces")
+    replay = _load_replay(recipe, keep, workers, tell)
     return TrainingData(
         train=train,
         validation=data.parts["validation"],
@@ -193,7 +265,41 @@ def load_data(
         on_oversize=config.on_oversize,
         notes=tuple(describe_reading(data)),
         rejected=data.rejected,
+        validation_sets=sets,
+        replay=replay,
+        replay_budget=None
+        if replay is None
+        else BatchBudget.from_card(config.batch_size, store=replay),
     )
+
+
+def _load_replay(
+    recipe: Recipe, keep: Path | None, workers: int, tell: Callable[[int], None] | None
+) -> GraphStore | None:
+    """All structures of ``start.replay``, read as those of ``data.path`` are; without E0 yet."""
+    start = recipe.start
+    if start is None or start.replay is None or not start.replay_weight:
+        return None
+    config = recipe.data.model_copy(
+        update={
+            "path": start.replay,
+            "validation": None,
+            "test": None,
+            "split": SplitConfig(train=1.0, validation=0.0),
+        }
+    )
+    if isinstance(start.replay, str) and is_prepared(start.replay):
+        store = open_prepared(start.replay).parts["train"]
+        if store.cutoff != config.cutoff:
+            raise ConfigError(
+                f"start.replay: {start.replay} was prepared with a cutoff of {store.cutoff} Å, the "
+                f"parent has {config.cutoff} Å; name the data files themselves"
+            )
+        return store
+    if keep is None:
+        return prepare(config, "zero", tell=tell).parts["train"]
+    kept = keep.with_name(f"{keep.name}-replay")
+    return prepare_once(config, "zero", kept, workers=workers, tell=tell).parts["train"]
 
 
 def describe_reading(data: PreparedData) -> list[str]:

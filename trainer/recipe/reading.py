@@ -37,7 +37,8 @@ ALIASES = {
 
 
 PATHS = (
-    ("data", "path"), ("data", "validation"), ("data", "test"), ("model", "atomic_energies"),
+    ("data", "path"), ("data", "validation"), ("data", "test"), ("start", "replay"),
+    ("model", "atomic_energies"),
 )  # fmt: skip
 """Rows that name files; ``model.atomic_energies`` may."""
 
@@ -216,14 +217,18 @@ def _resolve_paths(
     for section, name in PATHS:
         part = values.get(section)
         if isinstance(part, dict) and name in part and (section, name) not in changed:
-            given = part[name]
-            several = isinstance(given, list)
-            found = [_find_from(folder, item) for item in (given if several else [given])]
-            part[name] = found if several else found[0]
+            part[name] = _find_from(folder, part[name], (section, name), changed)
 
 
-def _find_from(folder: Path, name: Any) -> Any:
-    if not isinstance(name, str) or not name or _is_there(name):
+def _find_from(
+    folder: Path, name: Any, keys: tuple[str, ...], changed: frozenset[tuple[str | int, ...]]
+) -> Any:
+    """A path, a list of paths or a map that holds some; what was given here stays as it is."""
+    if isinstance(name, list):
+        return [_find_from(folder, item, keys, changed) for item in name]
+    if isinstance(name, dict):
+        return {k: _find_from(folder, item, (*keys, k), changed) for k, item in name.items()}
+    if keys in changed or not isinstance(name, str) or not name or _is_there(name):
         return name
     beside = folder / name
     return str(beside) if _is_there(str(beside)) else name

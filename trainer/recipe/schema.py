@@ -191,19 +191,25 @@ class CurationConfig(Section):
         return elements
 
 
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+"""Name of a validation set, of letters, digits, _ and -, for it becomes part of a column's name."""
+
+
 class DataConfig(Section):
     """Where the structures come from and how they are batched.
 
     Attributes:
         path: file of the data set, a list of files, or one folder made by ``mlip-md prepare``. With
             a folder, the rows on reading, filters and splits must be those it was made with.
-        validation: file(s) used for validation instead of a split of ``path``.
+        validation: file(s) used for validation instead of a split of ``path``; or several sets by
+            name, ``{NAME: FILE}``, whose errors are told apart.
         test: file(s) used for the final test instead of a split of ``path``.
         split: into training, validation and test set, where no own files are given.
         curate: filters; null keeps everything readable. A section, even an empty one, switches on
             those of the SPICE curation that it does not set otherwise.
         cutoff: Å, radius of the neighborhoods.
-        max_n_node: atoms per structure for which batches are sized, on average; null: measured.
+        max_n_node: atoms per structure for which batches are sized, on average; null: measured, so
+            that batch_size structures fit as a rule.
         max_n_edge: undirected edges per structure, likewise.
         batch_size: most structures in a batch. Batches are padded to batch_size·max_n_node + 1
             nodes, 2·batch_size·max_n_edge edges and batch_size + 1 structures.
@@ -217,7 +223,7 @@ class DataConfig(Section):
     """
 
     path: str | list[str] = ""
-    validation: str | list[str] | None = None
+    validation: str | list[str] | dict[SetName, str | list[str]] | None = None
     test: str | list[str] | None = None
     split: SplitConfig = SplitConfig()
     curate: CurationConfig | None = None
@@ -238,20 +244,26 @@ class TrainConfig(Section):
 
     Attributes:
         epochs: passes over the training set, counted from 1.
+        precision: "float32" or "float64", in which weights and labels are held and steps computed;
+            the model file holds float32.
         ema_decay: d of the exponential moving average of the weights.
         select_energy_weight: 1/Å; the best model has the lowest
             forces_rmse + select_energy_weight · energy_rmse_per_atom on the validation set. The
             search starts anew when the loss weights change.
         select_stress_weight: Å²; select_stress_weight · stress_rmse is added to that where
             loss.stress has a weight and the validation set has labels of stress.
+        select_by: name of the set in data.validation whose errors alone choose the best model;
+            null takes those of all validation structures together.
         patience: epochs without a better model after which the training ends early, counted in the
             last stage of the loss weights; null trains to the end.
     """
 
     epochs: int = Field(default=220, ge=1)
+    precision: Literal["float32", "float64"] = "float32"
     ema_decay: float = Field(default=0.99, ge=0, lt=1)
     select_energy_weight: float = Field(default=10.0, ge=0)
     select_stress_weight: float = Field(default=10.0, ge=0)
+    select_by: str | None = None
     patience: int | None = Field(default=None, ge=1)
 
 
@@ -309,11 +321,17 @@ class StartConfig(Section):
             those of the data (model.atomic_energies), and its of elements that these lack.
         new_elements: weights of elements it does not know: copies of the "nearest" relative's, or
             "fresh" random ones.
+        replay: file(s) of a second data set, of the parent's level of theory, or a folder of
+            prepared data: every step is made with a batch of it beside the other one, so that what
+            the parent knew is kept.
+        replay_weight: of the loss of that batch; 0 leaves it out.
     """
 
     potential: str
     atomic_energies: Literal["keep", "refit"] = "keep"
     new_elements: Literal["nearest", "fresh"] = "nearest"
+    replay: str | list[str] | None = None
+    replay_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
 
 
 class Recipe(Section):

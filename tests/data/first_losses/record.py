@@ -1,0 +1,66 @@
+"""Record the first losses of the cards' recipes, in float64, with the version that is installed.
+
+The numbers of ``losses.json`` are version 0.1.0's (the last commit of that version), from
+
+    python tests/data/first_losses/record.py losses.json
+
+Batches and first weights are those of a training in float32; all arithmetic is in float64.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import mlip_md
+from mlip_md.trainer.data import load_data
+from mlip_md.trainer.loss import weights_at
+from mlip_md.trainer.recipe import load_recipe
+from mlip_md.trainer.step import init_state, make_train_step
+from mlip_md.trainer.train import Trainer, build_network
+
+HERE = Path(__file__).parent
+CASES = json.loads((HERE / "cases.json").read_text(encoding="utf-8"))
+
+
+def doubled(tree):
+    return jax.tree_util.tree_map(
+        lambda a: np.asarray(a, np.float64) if np.asarray(a).dtype == np.float32 else a, tree
+    )
+
+
+def record(name, overrides, count):
+    files = [f"data.path={HERE / 'train.xyz'}", f"data.validation={HERE / 'validation.xyz'}"]
+    recipe = load_recipe(name, [*overrides, *files])[0]
+    data = load_data(recipe)
+    params = jax.device_get(Trainer(recipe, data, HERE / "none").state.params)
+    statistics = data.statistics
+    network = build_network(
+        recipe.network,
+        num_species=len(statistics.elements),
+        cutoff=recipe.data.cutoff,
+        avg_num_neighbors=statistics.avg_num_neighbors,
+        avg_r_min=statistics.avg_r_min,
+    )
+    losses, epoch = [], 0
+    with jax.enable_x64(True):
+        step = make_train_step(network.apply, recipe)
+        state = init_state(recipe, doubled(params))
+        while len(losses) < count:
+            epoch += 1
+            weights = weights_at(recipe.loss, epoch)
+            for indices in data.plan(recipe.seed, epoch):
+                batch = doubled(make_batch(data.train, indices, data.budget))
+                state, log = step(state, batch, weights)
+                losses.append(float(log.loss))
+    return losses[:count]
+
+
+if __name__ == "__main__":
+    from mlip_md.trainer.data.batching import make_batch
+
+    found = {name: record(name, rows, CASES["count"]) for name, rows in CASES["rows"].items()}
+    content = {"version": mlip_md.__version__, "jax": jax.__version__, "losses": found}
+    Path(sys.argv[1]).write_text(json.dumps(content, indent=0) + "\n", encoding="utf-8")
