@@ -15,9 +15,9 @@ from mlip_md.errors import CheckpointError, ConfigError, DataError
 from mlip_md.potential import predict
 from mlip_md.trainer import train
 from mlip_md.trainer.checkpoint import leaves_by_path, state_hash
-from mlip_md.trainer.data import BatchBudget, load_data, make_batch, prepare
+from mlip_md.trainer.data import load_data, make_batch, prepare
 from mlip_md.trainer.data.batching import join_batches
-from mlip_md.trainer.evaluation import evaluate_store
+from mlip_md.trainer.evaluation import evaluate, evaluate_store
 from mlip_md.trainer.loss import batch_loss, weights_at
 from mlip_md.trainer.recipe import StartConfig
 from mlip_md.trainer.train import Trainer
@@ -123,18 +123,24 @@ def test_a_weight_of_zero_equals_none(files, tmp_path):
 
 
 def test_what_is_replayed_is_kept(files, tmp_path):
-    """The old set has twice the energies and forces of the new one; both cannot be met."""
-    store = load_data(tuning(files, replay=files["old"])).replay
-    assert store is not None
-    store = store.with_elements(PARENT.elements).with_atomic_energies(PARENT.atomic_energies)
+    """The old set is labelled by the parent, so that every error on it is what was forgotten."""
+    data = load_data(tuning(files, replay=files["old"]))
+    store = data.replay.with_elements(PARENT.elements)
+    store = store.with_atomic_energies(PARENT.atomic_energies)
+    said = evaluate(PARENT, store).predictions
+    forces = np.concatenate(said.forces).astype(np.float32)
+    data = dataclasses.replace(
+        data, replay=dataclasses.replace(store, energy=said.energy, forces=forces)
+    )
     errors = {}
-    for weight in (0.0, 30.0):
+    for weight in (1e-9, 10.0):
         recipe = tuning(files, replay=files["old"], replay_weight=weight)
-        trainer, _ = result_of(recipe, tmp_path / str(weight))
-        budget = BatchBudget.from_card(4, store=store)
-        params = trainer.state.params
-        errors[weight] = evaluate_store(trainer.eval_step, params, store, budget)["forces_rmse"]
-    assert errors[30.0] < 0.95 * errors[0.0]
+        trainer = Trainer(recipe, data, tmp_path / str(weight), parent=PARENT)
+        trainer.run()
+        params, old = trainer.state.params, trainer.data.replay
+        found = evaluate_store(trainer.eval_step, params, old, trainer.data.replay_budget)
+        errors[weight] = found["forces_rmse"]
+    assert errors[10.0] < 0.6 * errors[1e-9]
 
 
 def test_energies_of_the_old_set_are_the_parents(files, tmp_path):
