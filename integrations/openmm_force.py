@@ -26,6 +26,7 @@ from mlip_md.constants import ANGSTROM_PER_NM, KJ_PER_MOL_PER_EV
 from mlip_md.engine import Engine, Result
 from mlip_md.errors import MLIPError, ModelFileError, NonFiniteError, StructureError
 from mlip_md.formats import own
+from mlip_md.integrations.models import name_then
 from mlip_md.integrations.openmm_calls import ADVICE, Calls, enter_inside_try
 from mlip_md.integrations.openmm_wall import evaluate_walled
 from mlip_md.integrations.versions import find_version_problem
@@ -58,7 +59,9 @@ def share_potential(
     with _potentials_lock:
         if sha256 is not None and sha256 in _potentials:
             return _potentials[sha256]
-        potential = mlip_md.load(model) if content is None else own.from_bytes(content)
+        potential = (
+            mlip_md.load(name_then(model, sha256)) if content is None else own.from_bytes(content)
+        )
         if sha256 is not None and potential.sha256 != sha256:
             raise ModelFileError(
                 f"{model} holds another model (sha256 {potential.sha256[:12]}…) than this System "

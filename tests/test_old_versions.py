@@ -16,8 +16,10 @@ from ase.io import read
 
 import mlip_md
 from mlip_md.engine import Engine
+from mlip_md.errors import ModelFileError
 from mlip_md.graph import Graph
-from mlip_md.integrations.md import restart_md
+from mlip_md.integrations.md import MDSettings, restart_md, run_md
+from mlip_md.integrations.openmm_force import share_potential
 from mlip_md.networks import MACEConfig, NequIPConfig, build_network, draw_weights
 from mlip_md.trainer.data import load_data
 from mlip_md.trainer.recipe import load_recipe
@@ -51,10 +53,31 @@ def test_models(name, ending):
     assert result.energy == pytest.approx(expected["energy"], rel=1e-11)
 
 
-def test_systems_and_restart_files_still_name_the_bundled_potential():
-    """Its file was saved anew; what 0.1.0 called it is the same."""
-    identity = "25d57c210a7d768df60df880f73c1b5e850c638e9f9dccb6c4847e7594f4b65a"
-    assert mlip_md.load("organics-gfn2").sha256 == identity
+BUNDLED_THEN = "25d57c210a7d768df60df880f73c1b5e850c638e9f9dccb6c4847e7594f4b65a"
+"""Identity of what 0.1.0 called organics-gfn2."""
+
+
+def test_a_system_of_the_potential_that_was_bundled_then():
+    """Another has its name now; Systems find it by its identity."""
+    assert mlip_md.load("organics-gfn2").sha256 != BUNDLED_THEN
+    assert share_potential("organics-gfn2", BUNDLED_THEN).sha256 == BUNDLED_THEN
+    assert share_potential("organics-gfn2").sha256 == mlip_md.load("organics-gfn2").sha256
+    with pytest.raises(ModelFileError, match="holds another model"):
+        share_potential("organics-gfn2", "0" * 64)
+
+
+@pytest.mark.parametrize("engine", ["ase", "openmm"])
+def test_dynamics_of_the_potential_that_was_bundled_then(tmp_path, engine):
+    folder = tmp_path / "run"
+    settings = MDSettings(
+        str(OLD / "water.xyz"), "organics-gfn2-v1", engine, steps=2, report_interval=1
+    )
+    run_md(settings, folder)
+    written = json.loads((folder / "settings.json").read_text())
+    written["model"] = "organics-gfn2"  # as 0.1.0 called it
+    (folder / "settings.json").write_text(json.dumps(written))
+    restart_md(folder, steps=2)
+    assert json.loads((folder / "summary.json").read_text())["model_sha256"] == BUNDLED_THEN
 
 
 def test_a_trained_model():

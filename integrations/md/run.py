@@ -43,7 +43,7 @@ from mlip_md.integrations.md.structures import (
     describe_contact,
     read_structure,
 )
-from mlip_md.integrations.models import lasting_name
+from mlip_md.integrations.models import lasting_name, name_then
 from mlip_md.ownership import FILE as OWNER
 from mlip_md.ownership import owning
 from mlip_md.signals import ENDINGS, Interruptions
@@ -216,6 +216,7 @@ def _continue(
             f"the run in {folder} has all its {done} steps; say how much further to go: --steps or "
             "--length (in Python steps=...)"
         )
+    settings = dataclasses.replace(settings, model=name_then(settings.model, values["sha256"]))
     structure = restart.read_saved_structure(folder, arrays, values["name"])
     backend = make_backend(settings, structure)
     if backend.potential.sha256 != values["sha256"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +274,7 @@ def load_data(
 
 
 def _load_replay(
-    recipe: Recipe, keep: Path | None, workers: int, tell: Callable[[int], None] | None
+    recipe: Recipe, keep: Path | None, workers: int, tell: Tell | None
 ) -> GraphStore | None:
     """All structures of ``start.replay``, read as those of ``data.path`` are; without E0 yet."""
     start = recipe.start
