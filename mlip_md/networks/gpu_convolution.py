@@ -6,6 +6,7 @@ such a device. In float64, and where Pallas refuses, the definition is compiled.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import warnings
@@ -24,6 +25,8 @@ from mlip_md.networks.gpu_programs import Task
 
 CAPABILITY = 8
 """Compute capability from which on Triton makes programs for a card (Ampere)."""
+CARD = "NVIDIA A100"
+"""A card of that capability, for which programs are made where there is none."""
 
 
 def gradient(*operands: Any, interpret: bool = False, **params: Any) -> list[jax.Array]:
@@ -77,14 +80,29 @@ def runs_kernels(device: jax.Device) -> bool:
     return float(device.compute_capability) >= CAPABILITY
 
 
+def _cards() -> list[jax.Device]:
+    """The GPUs of this process, if there are any."""
+    try:
+        return jax.local_devices(backend="cuda")
+    except RuntimeError:
+        return []
+
+
 def _refusing_card() -> str:
     """Why the cards of this process have no kernels; nothing if they have, or if there are none."""
-    try:
-        cards = jax.local_devices(backend="cuda")
-    except RuntimeError:
-        return ""
-    old = [card for card in cards if not runs_kernels(card)]
+    old = [card for card in _cards() if not runs_kernels(card)]
     return f"{old[0].device_kind} is older than compute capability {CAPABILITY}" if old else ""
+
+
+def _for_a_card() -> contextlib.AbstractContextManager[Any]:
+    """Where Pallas makes programs: from JAX 0.12 on it asks the default device for its kind.
+
+    That may be a processor, in a process that computes on both, or where there is no card at all.
+    """
+    if cards := _cards():
+        return jax.default_device(cards[0])
+    kind = jax.sharding.AbstractDevice(CARD, None, "gpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=kind))
 
 
 @functools.cache
@@ -109,7 +127,8 @@ def _lowering(
             reason = _refusing_card()
             try:
                 if not reason:
-                    return by_kernels(context, *operands, **params)
+                    with _for_a_card():
+                        return by_kernels(context, *operands, **params)
             except Exception as error:  # whatever this version's Pallas raises
                 reason = f"Pallas cannot make them ({type(error).__name__}: {error})"[:300]
             _say_refused(reason)

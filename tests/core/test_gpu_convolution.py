@@ -199,6 +199,18 @@ def test_kernels_are_chosen_by_platform_and_precision():
         assert KERNEL not in exported(jnp.float64)
 
 
+def test_pallas_makes_programs_for_a_card_whatever_the_default_device(monkeypatch):
+    """JAX 0.12 looks at that; where there is no card, at one that need not be there."""
+    monkeypatch.setattr(gpu_convolution, "_cards", list)
+    with gpu_convolution._for_a_card():
+        assert jax.sharding.get_abstract_mesh().abstract_device.device_kind == gpu_convolution.CARD
+    device = jax.devices("cpu")[0]
+    monkeypatch.setattr(gpu_convolution, "_cards", lambda: [device])
+    with gpu_convolution._for_a_card():
+        assert jax.config.jax_default_device is device
+    assert jax.config.jax_default_device is not device
+
+
 def refuse(*_args, **_params):
     raise NotImplementedError("nothing for you")
 
