@@ -402,9 +402,9 @@ def made(monkeypatch):
     """What ``make_batch`` was called with."""
     calls = []
 
-    def make(store, indices, budget):
+    def make(store, indices, budget, dtype):
         calls.append(int(indices[0]))
-        return make_batch(store, indices, budget)
+        return make_batch(store, indices, budget, dtype)
 
     monkeypatch.setattr("mlip_md.trainer.data.batching.make_batch", make)
     return calls
