@@ -115,8 +115,8 @@ train.build_network = lambda config, num_species, cutoff, **_: PairNetwork(num_s
 where, recipe, folder = sys.argv[1:]
 make, count = getattr(train, f"make_{where}_step"), 0
 
-def stuck(*arguments):
-    step = make(*arguments)
+def stuck(*arguments, **options):
+    step = make(*arguments, **options)
     def wait(*given):
         global count
         count += 1
