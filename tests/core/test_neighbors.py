@@ -705,11 +705,11 @@ def test_too_many_pairs_are_refused_before_the_memory_is_gone(backend):
 
 def test_estimates_of_pairs_do_not_refuse_what_fits(monkeypatch):
     """Judged from counts in cubes, a liquid has the pairs that it has, to a factor of two."""
-    monkeypatch.setattr(host, "_memory", lambda: host.BYTES_PER_EDGE * 300_000)
+    monkeypatch.setattr(host, "total_memory", lambda: host.BYTES_PER_EDGE * 300_000)
     positions, cell = crowd(5000, 36.8)  # 0.1 atoms/Å³, like water: 167,000 pairs
     for pbc in (True, [True, True, False], False):
         assert len(neighbor_list(positions, cell, pbc, CUTOFF)[0]) > 100_000
-    monkeypatch.setattr(host, "_memory", lambda: host.BYTES_PER_EDGE * 80_000)
+    monkeypatch.setattr(host, "total_memory", lambda: host.BYTES_PER_EDGE * 80_000)
     with pytest.raises(CapacityError, match="pairs within 4"):
         neighbor_list(positions, cell, True, CUTOFF)
 
