@@ -9,6 +9,7 @@ of mlip its network's gradient and an update by Adam. Medians of CPU and wall ti
 """
 
 import argparse
+import contextlib
 import json
 import resource
 import sys
@@ -64,6 +65,10 @@ def mlip_md(model: str, structures: list[Atoms]) -> Callable[[], float]:
     )
     weights = weights_at(recipe.loss, 1)
     state = init_state(recipe, potential.params)
+    with contextlib.suppress(ImportError):  # earlier versions began at once
+        from mlip_md.devices import plan_memory
+
+        plan_memory(step, state, batch, weights)
 
     def once() -> float:
         nonlocal state

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mlip_md.allocation import release_memory
 from mlip_md.errors import CapacityError, ConfigError, DeviceError, ForkError
 from mlip_md.memory import as_gib, free_memory, total_memory
 
@@ -173,6 +174,8 @@ def reserves_most(device: jax.Device) -> bool:
 def plan_memory(function: Any, *arguments: Any) -> int | None:
     """Bytes that a call takes, from the compiler's plan; the call itself need not compile again.
 
+    What compiling leaves is given back, so that it does not add to what the call takes.
+
     Args:
         function: of ``compiler.jit``.
         arguments: of the call; none is used up.
@@ -183,6 +186,7 @@ def plan_memory(function: Any, *arguments: Any) -> int | None:
     if not isinstance(function, jax.stages.Wrapped):
         return None
     plan = function.lower(*arguments).compile().memory_analysis()
+    release_memory()
     if plan is None:
         return None
     kept = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes

@@ -259,7 +259,6 @@ class Runtime:
             # Two threads would compile the same function twice.
             with self._lock, naming_out_of_memory(load, self.device):
                 needed = plan_memory(getattr(self, name), *arguments)
-            release_memory()
             check_memory(load, self.device, needed)
             self._planned[key] = needed
         with naming_out_of_memory(load, self.device, self._planned[key]):

@@ -14,6 +14,7 @@ from flax import struct
 from mlip_md.compiler import check_sums, jit
 from mlip_md.devices import find_device, message_memory
 from mlip_md.networks.layers import bounding_turns
+from mlip_md.networks.native_convolution import find_native
 from mlip_md.potential import Params, Prediction, predict
 from mlip_md.trainer.data.batching import Batch
 from mlip_md.trainer.loss import LossWeights, batch_loss
@@ -60,6 +61,10 @@ class StepLog(NamedTuple):
     structures: jax.Array
 
 
+TURN_MEMORY = 512 * 2**20
+"""Bytes that a turn of messages may take in training with the compiled convolution, which makes a
+quarter of them: computing anew in the backward pass costs more than warm caches save."""
+
 TrainStep = Any
 """``jax.jit`` of (TrainState, Batch, LossWeights) to (TrainState, StepLog); a fourth argument is a
 factor on the learning rate."""
@@ -104,6 +109,8 @@ def make_train_step(
     """
     check_sums(recipe.train.precision, device := find_device(None))
     memory = message_memory(device)
+    if device.platform == "cpu" and find_native().available:
+        memory = TURN_MEMORY
     optimizer = make_optimizer(recipe.optimizer, recipe.network.decays)
     every, decay = recipe.optimizer.num_gradient_accumulation_steps, recipe.train.ema_decay
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from pair_potential import pair_potential
 
-from mlip_md import engine as engine_module
+from mlip_md import devices
 from mlip_md.engine import Engine
 
 SCRIPT = """
@@ -70,7 +70,7 @@ def test_memory_is_given_back_between_compiling_and_computing(monkeypatch):
     events = []
     engine = Engine(pair_potential())
     runtime, get = engine.runtime, jax.device_get
-    monkeypatch.setattr(engine_module, "release_memory", lambda: events.append("released"))
+    monkeypatch.setattr(devices, "release_memory", lambda: events.append("released"))
     monkeypatch.setattr(jax, "device_get", lambda tree: events.append("computed") or get(tree))
     engine.evaluate(np.eye(3), [1, 6, 8])
     engine.evaluate(1.1 * np.eye(3), [1, 6, 8])
