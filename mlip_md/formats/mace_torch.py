@@ -141,10 +141,13 @@ class _Module:
         """A number that is an attribute or a tensor."""
         value = self._state.get(name)
         if isinstance(value, int | float):
-            return float(value)
-        tensor = value if isinstance(value, Tensor) else None
-        array = self.array(name) if tensor is None else self.file.array(tensor)
-        require(array.size == 1, f"{self.name}.{name} is no single number")
+            array = np.array([value], np.float64) if abs(value) < 1e300 else np.array([np.inf])
+        elif isinstance(value, Tensor):
+            array = self.file.array(value)
+        else:
+            array = self.array(name)
+        single = array.size == 1 and bool(np.isfinite(array).all())
+        require(single, f"{self.name}.{name} is no single finite number")
         return float(array.ravel()[0])
 
     def attribute(self, name: str, default: Any = None) -> Any:
@@ -155,7 +158,8 @@ class _Module:
         """Irreps that are an attribute, as (multiplicity, degree, parity)."""
         try:
             pairs = [mul_ir.arguments[0] for mul_ir in self._state[name].arguments[0]]
-            return [(mul, *ir.arguments[0]) for mul, ir in pairs]
+            found = [(mul, *ir.arguments[0]) for mul, ir in pairs]
+            return [(mul, degree, parity) for mul, degree, parity in found]
         except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
             raise ModelFileError(f"{self.name}.{name} are no irreps. {_SUPPORTED}") from error
 
@@ -171,6 +175,7 @@ def _potential(model: _Module, head: str | None, name: str) -> Potential:
     numbers = model.array("atomic_numbers").ravel()
     order = np.argsort(numbers, kind="stable")
     elements = tuple(int(z) for z in numbers[order])
+    require(len(elements) > 0, "it has no elements")
     index, heads = _head(model, head)
     config = _config(model, elements)
     energies = model.child("atomic_energies_fn").array("atomic_energies")
@@ -254,15 +259,16 @@ def _config(model: _Module, elements: tuple[int, ...]) -> Any:
     _refusing(harmonics != natural, "harmonics of even parity (use_so3)")
     num_species = len(elements)
     embedding = model.child("node_embedding").child("linear").array("weight")
-    channels = embedding.size // max(num_species, 1)
+    channels = embedding.size // num_species
+    require(channels > 0, f"its node_embedding has no weights. {_SUPPORTED}")
     hidden = [product.child("linear").irreps("irreps_out") for product in products]
     symmetry = len(hidden[0]) - 1
     inner = [(channels, l, (-1) ** l) for l in range(symmetry + 1)]
     same = all(irreps == inner for irreps in hidden[:-1]) and hidden[-1] == inner[:1]
     _refusing(not same, "other features than equally many of 0e, 1o, 2e, … (0e in the last layer)")
     contractions = [p.child("symmetric_contractions").children("contractions") for p in products]
-    orders = {c.attribute("correlation") for several in contractions for c in several}
-    _refusing(len(orders) != 1, "different correlations")
+    orders = [c.attribute("correlation") for several in contractions for c in several]
+    _refusing(not orders or orders.count(orders[0]) < len(orders), "different correlations")
     radial, last = model.child("radial_embedding"), model.children("readouts")[-1:]
     basis, widths = _radial(model, radial)
     fields = {
@@ -270,7 +276,7 @@ def _config(model: _Module, elements: tuple[int, ...]) -> Any:
         "num_channels": channels,
         "l_max": l_max,
         "node_symmetry": symmetry,
-        "correlation": orders.pop(),
+        "correlation": orders[0],
         "first_interaction": kinds[0],
         "interaction": kinds[-1],
         "last_readout_only": bool(model.attribute("use_last_readout_only", False)),
@@ -319,10 +325,10 @@ def _radial(model: _Module, radial: _Module) -> tuple[dict[str, Any], list[int]]
     _refusing(not same, "a cutoff function that ends elsewhere than at r_max")
     if basis == "bessel":
         number = functions.array("bessel_weights").size
-        values = functions.array("bessel_weights"), np.pi / rc * np.arange(1, number + 1)
+        values = functions.array("bessel_weights").ravel(), np.pi / rc * np.arange(1, number + 1)
     else:
         number = functions.array("gaussian_weights").size
-        values = functions.array("gaussian_weights"), np.linspace(0, rc, number)
+        values = functions.array("gaussian_weights").ravel(), np.linspace(0, rc, number)
     trained = not np.allclose(*values, rtol=_CONSTANTS, atol=_CONSTANTS * rc)
     _refusing(trained, "radial functions of trained frequencies or centers")
     transform = "none"

@@ -344,7 +344,7 @@ class _Machine:
             _set_item(self._stack[-1], key, value)
 
     def _text(self) -> None:
-        self._push(self._take(self._number("I")).decode("utf-8", "surrogatepass"))
+        self._push(self._take(self._number("I")).decode())
 
     def _long(self) -> None:
         self._push(int.from_bytes(self._take(self._number("B")), "little", signed=True))
