@@ -110,6 +110,21 @@ def golden_batch(arrays):
     return Prediction(energies, None, forces, None), batch, arrays["loss_weight"][:4]
 
 
+def random_batch():
+    """The same of numbers that mean nothing: three structures and padding, errors everywhere."""
+    rng = np.random.default_rng(0)
+    n_node = np.array([3, 2, 4, 3])
+    forces = [rng.normal(size=(n_node.sum(), 3)).astype(np.float32) for _ in range(2)]
+    for array in forces:
+        array[n_node[:3].sum() :] = 0
+    energies = [np.append(rng.normal(size=3), 0).astype(np.float32) for _ in range(2)]
+    return golden_batch({
+        "loss_n_node": n_node, "loss_weight": np.ones(4, np.float32),
+        "loss_e_ref": energies[0], "loss_e_pred": energies[1],
+        "loss_f_ref": forces[0], "loss_f_pred": forces[1],
+    })  # fmt: skip
+
+
 def golden_with_stress(arrays, error):
     """The same with stresses that are off by ``error`` (4, 3, 3); the second has no label."""
     prediction, batch, _ = golden_batch(arrays)
