@@ -58,10 +58,9 @@ CONFIGS = {
         interaction="RealAgnosticDensityResidualInteractionBlock",
         readout_width=8,
         distance_transform="agnesi",
-        pair_repulsion=True,
     ),
 }
-RADIAL_STRENGTH = {"mace": 1.0, "nequip": 4.0, "mace-torch": 1.0}
+RADIAL_STRENGTH = {"mace": 1.0, "nequip": 4.0, "mace-torch": 0.3}
 """Factor on the radial networks of random weights: forces of some eV/Å."""
 ROUNDING = 128 * 2.0**-24
 """Part of the largest component by which forces and stresses in float32 may be off.
@@ -123,7 +122,7 @@ def strengthened(params, factor):
 
     def strengthen(path, leaf):
         key = jax.tree_util.keystr(path)
-        if re.search("MLP_0|MultiLayerPerceptron_0", key):
+        if re.search(r"MLP_0|MultiLayerPerceptron_0|convolution'\]\['perceptron", key):
             leaf = (leaf * factor ** (1 / (3 if "MLP_0" in key else 4))).astype(leaf.dtype)
         return leaf
 
