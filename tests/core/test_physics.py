@@ -60,7 +60,7 @@ CONFIGS = {
         distance_transform="agnesi",
     ),
 }
-RADIAL_STRENGTH = {"mace": 1.0, "nequip": 4.0, "mace-torch": 0.3}
+RADIAL_STRENGTH = {"mace": 1.0, "nequip": 4.0, "mace-torch": 0.6}
 """Factor on the radial networks of random weights: forces of some eV/Å."""
 ROUNDING = 128 * 2.0**-24
 """Part of the largest component by which forces and stresses in float32 may be off.
