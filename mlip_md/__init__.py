@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from mlip_md.potential import Potential
 
 
-def load(name_or_path: str | os.PathLike[str]) -> Potential:
+def load(name_or_path: str | os.PathLike[str], head: str | None = None) -> Potential:
     """Open a potential.
 
     Args:
         name_or_path: name of a bundled potential ("organics-gfn2"), or path of a training run's
             folder or of a model file: the formats are those of ``mlip_md.formats.names``.
+        head: which head of a model of mace-torch that has several.
 
     Returns:
         The potential.
@@ -35,7 +36,7 @@ def load(name_or_path: str | os.PathLike[str]) -> Potential:
     """
     from mlip_md.formats.open import open_potential
 
-    return open_potential(name_or_path)
+    return open_potential(name_or_path, head)
 
 
 def enable_cache(folder: str | os.PathLike[str] | None = None) -> Path | None:

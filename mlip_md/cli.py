@@ -17,7 +17,7 @@ import typer
 
 import mlip_md
 from mlip_md import errors, files, native
-from mlip_md.formats.names import FORMAT_HELP, MODEL_HELP
+from mlip_md.formats.names import FORMAT_HELP, HEAD_HELP, MODEL_HELP
 from mlip_md.integrations.md.cli import md_command, minimize_command
 from mlip_md.signals import EXIT_SAVED, Interruptions
 from mlip_md.streams import lasting_streams
@@ -153,6 +153,7 @@ def show(
         typer.Argument(help=MODEL_HELP),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+    head: Annotated[str | None, typer.Option(metavar="NAME", help=HEAD_HELP)] = None,
 ) -> None:
     """Show what a model is: network, elements, energies of atoms, origin, licence."""
     from rich.console import Console
@@ -160,7 +161,7 @@ def show(
 
     from mlip_md import bundled
 
-    potential = mlip_md.load(model)
+    potential = mlip_md.load(model, head)
     if as_json:
         identity = {"sha256": potential.sha256, "num_parameters": potential.num_parameters}
         typer.echo(json.dumps(potential.description() | identity, indent=2))
@@ -186,6 +187,7 @@ def convert(
         typer.Option(metavar="FORMAT", help=FORMAT_HELP),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    head: Annotated[str | None, typer.Option(metavar="NAME", help=HEAD_HELP)] = None,
 ) -> None:
     """Write a model in another format; its weights and energies stay the same.
 
@@ -199,7 +201,7 @@ def convert(
     files.check_new_file(destination, "DESTINATION")
     if destination.exists() and not force:
         raise errors.ConfigError(f"{destination} exists; give --force to replace it")
-    potential = mlip_md.load(source)
+    potential = mlip_md.load(source, head)
     writers[to](potential, destination)
     FORMATS[to].load(destination)  # reads and checks what was written
     network = f"{potential.config.architecture}, {potential.num_parameters:,} parameters"

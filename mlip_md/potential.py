@@ -103,7 +103,7 @@ class Potential:
 
     Attributes:
         config: hyperparameters of its network.
-        params: weights as a nested dict of float32 NumPy arrays.
+        params: weights as a nested dict of NumPy arrays, in float32 or, converted, in float64.
         elements: atomic numbers, ascending; an atom's species is its element's index here.
         atomic_energies: (len(elements),) float64 eV, E0 by species.
         cutoff: Å.
@@ -148,6 +148,7 @@ class Potential:
         return build_network(
             self.config,
             num_species=len(self.elements),
+            elements=self.elements,
             cutoff=self.cutoff,
             avg_num_neighbors=self.avg_num_neighbors,
             avg_r_min=self.avg_r_min,

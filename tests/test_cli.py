@@ -168,7 +168,8 @@ def test_convert_between_formats_that_share_an_ending_or_are_only_read(
 def test_help_names_every_format(run):
     for command in ("show", "convert", "md"):
         text = " ".join(run(command, "--help")[1].replace("│", " ").split())
-        assert "Bundled name, .safetensors file, InstaDeep .zip or run folder." in text
+        names = ".safetensors file, InstaDeep .zip, mace-torch .model or run folder."
+        assert f"Bundled name, {names}" in text
     assert {name: known[:2] for name, known in FORMATS.items()} == NAMES
 
 
@@ -179,7 +180,7 @@ def test_convert_into_a_folder_is_refused(run, tiny, tmp_path):
 
 
 def test_errors_of_the_operating_system_name_the_users_file(run, monkeypatch):
-    def fail(model):
+    def fail(model, head=None):
         raise OSError(28, "No space left on device", ".m.zip.bc8c.tmp", None, "m.zip")
 
     monkeypatch.setattr(mlip_md, "load", fail)
@@ -257,7 +258,7 @@ def test_debug_raises(monkeypatch, arguments):
     ],
 )
 def test_exit_codes(run, monkeypatch, error, expected):
-    def fail(model: str) -> None:
+    def fail(model: str, head: str | None = None) -> None:
         raise error
 
     monkeypatch.setattr(mlip_md, "load", fail)
@@ -319,7 +320,7 @@ def test_a_reader_that_leaves_ends_the_printing_only():
 
 
 def test_errors_that_are_not_ours_keep_their_traceback(monkeypatch):
-    def fail(model: str) -> None:
+    def fail(model: str, head: str | None = None) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(mlip_md, "load", fail)
@@ -340,7 +341,7 @@ import time, mlip_md
 from mlip_md.cli import main
 import sys
 sys.argv = ["mlip-md", "show", "x"]
-def wait(model):
+def wait(model, head):
     print("waiting", flush=True)
     time.sleep(240)
 mlip_md.load = wait

@@ -148,7 +148,7 @@ def starting_weights(
         return jax.tree_util.tree_map(lambda leaf: np.asarray(leaf, np.float32), parent.params)
     before, now = len(parent.elements), len(elements)
     network = build_network(
-        parent.config, num_species=now, cutoff=parent.cutoff,
+        parent.config, num_species=now, elements=elements, cutoff=parent.cutoff,
         avg_num_neighbors=parent.avg_num_neighbors, avg_r_min=parent.avg_r_min,
         radial_scale=parent.radial_scale,
     )  # fmt: skip

@@ -182,6 +182,7 @@ class Trainer:
         network = build_network(
             recipe.network,
             num_species=len(statistics.elements),
+            elements=statistics.elements,
             cutoff=recipe.data.cutoff,
             avg_num_neighbors=statistics.avg_num_neighbors,
             avg_r_min=statistics.avg_r_min,

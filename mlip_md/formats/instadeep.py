@@ -7,7 +7,6 @@ for a few statistics. Neither says which network it holds: the hyperparameters t
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
 import json
@@ -16,7 +15,7 @@ import math
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import numpy as np
 
 from mlip_md import files
 from mlip_md.errors import ModelFileError
+from mlip_md.formats.archives import opened, read_member
 from mlip_md.formats.names import NAMES
 from mlip_md.formats.soundness import (
     MAX_HEADER_BYTES,
@@ -53,7 +53,6 @@ HYPERPARAMETERS = "hyperparams.json"
 PARAMETERS = "params.npz"
 MAX_FILE_BYTES = 512 * 2**20
 """Of a file, of its weights unpacked once (params.npz) and unpacked twice (the arrays)."""
-MAX_MEMBERS = 10_000
 
 _LIBRARY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "mace": {"node_symmetry": None, "correlation": 3, "atomic_energies": None},
@@ -152,27 +151,11 @@ def _library_hyperparameters(potential: Potential) -> dict[str, Any]:
 
 
 def _read_members(content: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    with _opened(content, "the file") as archive:
-        text = _read_member(archive, _one_member(archive, HYPERPARAMETERS), MAX_HEADER_BYTES)
-        weights = _read_member(archive, _one_member(archive, PARAMETERS), MAX_FILE_BYTES)
-    with _opened(weights, PARAMETERS) as archive:
+    with opened(content, "the file") as archive:
+        text = read_member(archive, _one_member(archive, HYPERPARAMETERS), MAX_HEADER_BYTES)
+        weights = read_member(archive, _one_member(archive, PARAMETERS), MAX_FILE_BYTES)
+    with opened(weights, PARAMETERS) as archive:
         return parse_json(text, HYPERPARAMETERS), _read_arrays(archive)
-
-
-@contextlib.contextmanager
-def _opened(content: bytes, what: str) -> Iterator[zipfile.ZipFile]:
-    """A zip in memory, with at most MAX_MEMBERS entries; whatever zipfile raises is named."""
-    entries = content.count(b"PK\x01\x02")
-    most = f"{what} lists {entries} members; at most {MAX_MEMBERS} are read"
-    require(entries <= MAX_MEMBERS, most)
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            yield archive
-    except ModelFileError:
-        raise
-    except Exception as error:  # on damaged data zipfile raises a dozen types
-        name = type(error).__name__
-        raise ModelFileError(f"{what} is damaged or no zip ({name}: {error})") from error
 
 
 def _one_member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
@@ -186,16 +169,6 @@ def _one_member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
     return found[0]
 
 
-def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, limit: int) -> bytes:
-    """Bytes of a member; neither more than ``limit`` nor than it declares are ever unpacked."""
-    name, size = info.filename, info.file_size
-    require(size <= limit, f"{name} has {size} bytes; at most {limit} are read")
-    bounded = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others unpack all
-    require(bounded, f"{name} is compressed in a way that is not read")
-    with archive.open(info) as member:
-        return member.read(size)
-
-
 def _read_arrays(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
     members = archive.infolist()
     total = sum(info.file_size for info in members)
@@ -204,7 +177,7 @@ def _read_arrays(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
     names = [info.filename.removesuffix(".npy") for info in members]
     require(len(set(names)) == len(names), f"{PARAMETERS} holds an array twice")
     return {
-        name: _parse_array(name, _read_member(archive, info, MAX_FILE_BYTES))
+        name: _parse_array(name, read_member(archive, info, MAX_FILE_BYTES))
         for name, info in zip(names, members, strict=True)
     }
 

@@ -21,13 +21,24 @@ class FormatName(NamedTuple):
 NAMES: Mapping[str, FormatName] = {
     "mlip-md": FormatName(".safetensors", "a .safetensors file"),
     "instadeep": FormatName(".zip", "an InstaDeep .zip"),
+    "mace-torch": FormatName(".model", "a mace-torch .model"),
 }
-"""By the name that ``mlip-md convert --to`` knows."""
+"""By the name that ``mlip-md convert --to`` knows, as far as they are written."""
+
+READ_ONLY = ("mace-torch",)
 
 MODEL_HELP = "Bundled name, {} or run folder.".format(
     ", ".join(name.what.split(" ", 1)[1] for name in NAMES.values())
 )
 """What an option or argument that names a model takes."""
 
-FORMAT_HELP = " or ".join(f"{name} ({known.ending})" for name, known in NAMES.items()) + "."
+HEAD_HELP = "Which head of a mace-torch model that has several."
+"""What an option that names a head takes."""
+
+FORMAT_HELP = (
+    " or ".join(
+        f"{name} ({known.ending})" for name, known in NAMES.items() if name not in READ_ONLY
+    )
+    + "."
+)
 """What an option that names a format takes."""

@@ -9,13 +9,16 @@ from typing import NamedTuple
 
 from mlip_md import bundled
 from mlip_md.errors import ModelFileError
-from mlip_md.formats import instadeep, own
+from mlip_md.formats import instadeep, mace_torch, own
 from mlip_md.formats.names import NAMES
 from mlip_md.potential import Potential
 
+HEAD_BYTES = 300
+"""Of a file, by which its format is recognised; the first name in a zip is among them."""
+
 RUN_FOLDER_FILE = "model.safetensors"
-PICKLED = (".model", ".pt", ".pth", ".ckpt", ".pkl")
-"""Endings of formats that hold programs."""
+PICKLED = (".pt", ".pth", ".ckpt", ".pkl")
+"""Endings of formats that hold programs; only what mace-torch saved is read of them."""
 
 
 class Format(NamedTuple):
@@ -27,13 +30,20 @@ class Format(NamedTuple):
         begins: whether the first bytes of a file are those of this format.
         load: reads a path.
         save: writes a potential to a path; None if files of this format are only read.
+        has_heads: whether a file may hold several heads, of which ``load`` takes the one named by
+            its argument ``head``.
     """
 
     ending: str
     what: str
     begins: Callable[[bytes], bool]
-    load: Callable[[Path], Potential]
+    load: Callable[..., Potential]
     save: Callable[[Potential, Path], None] | None
+    has_heads: bool = False
+
+
+def _is_of_torch(head: bytes) -> bool:
+    return head.startswith(b"PK\3\4") and b"/data.pkl" in head
 
 
 FORMATS = {
@@ -45,15 +55,18 @@ FORMATS = {
     ),
     "instadeep": Format(
         *NAMES["instadeep"],
-        lambda head: head.startswith(b"PK\3\4"),
+        lambda head: head.startswith(b"PK\3\4") and not _is_of_torch(head),
         instadeep.load_zip,
         instadeep.save_zip,
+    ),
+    "mace-torch": Format(
+        *NAMES["mace-torch"], _is_of_torch, mace_torch.load_model, None, has_heads=True
     ),
 }
 """Formats by the names of ``formats.names``; a new one is an entry of both."""
 
 
-def open_potential(name_or_path: str | os.PathLike[str]) -> Potential:
+def open_potential(name_or_path: str | os.PathLike[str], head: str | None = None) -> Potential:
     """Open a potential by name or path.
 
     A file is recognised by its first bytes and, where these are nothing known, by its ending, so
@@ -63,6 +76,7 @@ def open_potential(name_or_path: str | os.PathLike[str]) -> Potential:
         name_or_path: name of a bundled potential, or path of a file of one of ``FORMATS`` or of a
             training run's folder. Bundled names come first; write ``./name`` for a folder that is
             called like one.
+        head: which head of a file that has several.
 
     Returns:
         The potential.
@@ -75,26 +89,36 @@ def open_potential(name_or_path: str | os.PathLike[str]) -> Potential:
     if not name or not isinstance(name, str):  # Path("") would be the current folder
         raise ModelFileError(f"{name_or_path!r:.60} names no model; {_known_models()}")
     if name in bundled.names():
-        return own.load(bundled.path(name))
+        return _without_heads(own.load(bundled.path(name)), name, head)
     path = Path(os.path.expanduser(name))
     if os.path.isdir(path):  # unlike Path.is_dir it knows names that no file can have
-        return own.load(_file_of_run(path))
+        return _without_heads(own.load(_file_of_run(path)), name, head)
     if not os.path.exists(path):
         raise ModelFileError(f"there is no model {name!r}; {_known_models()}")
-    return _format_of(path).load(path)
+    known = _format_of(path)
+    if known.has_heads:
+        return known.load(path, head)
+    return _without_heads(known.load(path), name, head)
+
+
+def _without_heads(potential: Potential, name: str, head: str | None) -> Potential:
+    if head is not None:
+        raise ModelFileError(f"{name}: it has no heads to choose from; leave head {head!r} out")
+    return potential
 
 
 def _format_of(path: Path) -> Format:
     suffix, head = path.suffix.lower(), _head(path)
-    if suffix not in PICKLED:  # some of them are zips too
-        by_content = [known for known in FORMATS.values() if known.begins(head)]
-        by_ending = [known for known in FORMATS.values() if known.ending == suffix]
-        for known in by_content + by_ending:
-            return known
+    by_content = [known for known in FORMATS.values() if known.begins(head)]
+    by_ending = [known for known in FORMATS.values() if known.ending == suffix]
+    if suffix in PICKLED:  # some of them are zips too
+        by_content = [known for known in by_content if known is FORMATS["mace-torch"]]
+    for known in by_content + by_ending:
+        return known
     endings = " or ".join(f"{known.ending} ({name})" for name, known in FORMATS.items())
     raise ModelFileError(
-        f"{path}: a model file ends in {endings}; pickled formats ({', '.join(PICKLED)}) are not "
-        "read, because opening them can run foreign code"
+        f"{path}: a model file ends in {endings}; of pickled formats ({', '.join(PICKLED)}) only "
+        "whole models of mace-torch are read, without running what they hold"
     )
 
 
@@ -104,7 +128,7 @@ def _head(path: Path) -> bytes:
         if not path.is_file():  # opening a pipe would wait
             return b""
         with open(path, "rb") as file:
-            return file.read(16)
+            return file.read(HEAD_BYTES)
     except OSError:
         return b""
 

@@ -3,7 +3,8 @@
 The description is the text of one metadata entry, ``mlip_md``; its ``sha256`` covers that text
 (with the hash itself blanked) and every tensor's name, shape and bytes, so that a file either
 loads as it was written or is refused. Tensor names are the '#'-joined paths of the parameter tree;
-in format version 1 they had the published block's name in between. Within a format version
+in format version 1 they had the published block's name in between. Version 3 is written where
+all weights are in float64 (converted ones), else version 2. Within a format version
 descriptions may only grow by keys that old readers can ignore and new readers can default; anything
 else takes a new version. Nothing in a file is ever executed.
 """
@@ -46,8 +47,8 @@ from mlip_md.potential import Potential
 from mlip_md.version import __version__
 
 ENDING = NAMES["mlip-md"].ending
-FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)
+FORMAT_VERSION, FORMAT_VERSION_FLOAT64 = 2, 3
+READABLE_VERSIONS = (1, 2, 3)
 MAX_FILE_BYTES = 2 * 2**30
 
 _METADATA_KEY = "mlip_md"
@@ -59,7 +60,7 @@ def save(potential: Potential, path: str | os.PathLike[str]) -> None:
     """Write a potential's model file; an existing file is replaced whole or left as it was.
 
     Args:
-        potential: what to write; its weights are stored in float32.
+        potential: what to write; its weights are stored in float32, or in float64 if all are.
         path: file name ending in ``.safetensors``.
 
     Raises:
@@ -81,7 +82,7 @@ def load(path: str | os.PathLike[str]) -> Potential:
         path: a ``.safetensors`` file written by ``save``.
 
     Returns:
-        The potential, with float32 NumPy weights.
+        The potential, with NumPy weights.
 
     Raises:
         ModelFileError: if the file is missing, damaged, foreign, of a version that this release
@@ -96,7 +97,7 @@ def to_bytes(potential: Potential) -> bytes:
     """Content of a potential's model file.
 
     Args:
-        potential: what to write; its weights are stored in float32.
+        potential: what to write; its weights are stored in float32, or in float64 if all are.
 
     Raises:
         ModelFileError: if it is not sound.
@@ -120,7 +121,7 @@ def from_bytes(content: bytes) -> Potential:
     text = _description_text(header)
     description = _parse_description(text)
     with explaining(after=_origin(description)):
-        tensors = _parse_tensors(content, header)
+        tensors = _parse_tensors(content, header, description["format_version"])
         _check_digest(description["sha256"], text, tensors)
         potential = _potential(description, tensors)
         check_potential(potential)
@@ -141,8 +142,9 @@ def _describe(potential: Potential) -> dict[str, Any]:
     energies = (float(e) for e in potential.atomic_energies)
     e0 = dict(zip(map(symbol, potential.elements), energies, strict=True))
     scale = potential.used_radial_scale
+    precise = _dtype(flatten(potential.params)) == np.float64
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION_FLOAT64 if precise else FORMAT_VERSION,
         "written_by": f"mlip-md {__version__}",
         "units": _UNITS,
         **description,
@@ -151,8 +153,15 @@ def _describe(potential: Potential) -> dict[str, Any]:
     }
 
 
+def _dtype(tensors: Mapping[str, Any]) -> np.dtype[Any]:
+    """What weights are stored in: float64 if all of them are of that type."""
+    precise = all(np.asarray(leaf).dtype == np.float64 for leaf in tensors.values())
+    return np.dtype(np.float64 if precise else np.float32)
+
+
 def _serialize(description: Mapping[str, Any], tensors: Mapping[str, Any]) -> bytes:
-    arrays = {name: np.ascontiguousarray(leaf, np.float32) for name, leaf in tensors.items()}
+    dtype = _dtype(tensors)
+    arrays = {name: np.ascontiguousarray(leaf, dtype) for name, leaf in tensors.items()}
     try:
         text = json.dumps({"sha256": _BLANK_HASH, **description}, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -225,9 +234,12 @@ def _parse_description(text: str) -> dict[str, Any]:
     return description
 
 
-def _parse_tensors(content: bytes, header: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _parse_tensors(
+    content: bytes, header: Mapping[str, Any], version: int
+) -> dict[str, np.ndarray]:
+    allowed = "F64" if version == FORMAT_VERSION_FLOAT64 else "F32"
     types = {str(v.get("dtype")) for name, v in header.items() if name != "__metadata__"}
-    require(types <= {"F32"}, f"it has tensors of type {', '.join(types)}; F32 is allowed")
+    require(types <= {allowed}, f"it has tensors of type {', '.join(types)}; {allowed} is allowed")
     try:
         return dict(safetensors.numpy.load(content))
     except (SafetensorError, ValueError, OverflowError) as error:

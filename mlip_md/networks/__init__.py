@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from mlip_md.elements import COVALENT_RADII
 from mlip_md.errors import ConfigError
 from mlip_md.graph import Graph
 from mlip_md.networks.config import CONFIGS
@@ -17,6 +18,7 @@ from mlip_md.networks.config import Hyperparameters as Hyperparameters
 from mlip_md.networks.config import MACEConfig as MACEConfig
 from mlip_md.networks.config import NequIPConfig as NequIPConfig
 from mlip_md.networks.config import NetworkConfig as NetworkConfig
+from mlip_md.networks.config import TorchMACEConfig as TorchMACEConfig
 from mlip_md.networks.radial_scale import RadialScale, radial_scales
 
 MAX_R_MIN = 0.98
@@ -34,6 +36,7 @@ def build_network(
     avg_num_neighbors: float,
     avg_r_min: float | None,
     radial_scale: RadialScale | None = None,
+    elements: Sequence[int] | None = None,
 ) -> nn.Module:
     """The flax module of a configuration.
 
@@ -45,6 +48,7 @@ def build_network(
         avg_r_min: Å, mean shortest distance in the training set; None leaves the radial basis
             unscaled. Read by MACE only.
         radial_scale: factor on the radial basis that a file states; None for ``scale_basis``.
+        elements: atomic numbers by species, for what reads covalent radii or nuclear charges.
 
     Returns:
         A module with ``init(key, graph)`` and ``apply(params, graph) -> (n_nodes,)``: node
@@ -64,6 +68,17 @@ def build_network(
         from mlip_md.networks.nequip import NequIP
 
         return NequIP(config, num_species, cutoff, neighbors)
+    if isinstance(config, TorchMACEConfig):
+        from mlip_md.networks.torch_mace import TorchMACE
+
+        numbers = tuple(elements or ())
+        chemical = config.pair_repulsion or config.distance_transform != "none"
+        if chemical and (len(numbers) != num_species or max(numbers) > len(COVALENT_RADII)):
+            raise ConfigError(
+                f"elements = {numbers}; pair_repulsion and distance_transform need the atomic "
+                f"numbers of {num_species} elements, up to {len(COVALENT_RADII)} (curium)"
+            )
+        return TorchMACE(config, num_species, cutoff, neighbors, numbers)
     raise ConfigError(
         f"there is no network for {type(config).__name__}; there are: {', '.join(CONFIGS)}"
     )

@@ -21,6 +21,14 @@ from mlip_md.hints import hint
 
 ACTIVATIONS = ("silu", "swish", "elu", "relu", "tanh", "sigmoid", "none")
 RADIAL_ENVELOPES = ("polynomial_envelope", "soft_envelope")
+INTERACTIONS = (
+    "RealAgnosticInteractionBlock",
+    "RealAgnosticResidualInteractionBlock",
+    "RealAgnosticDensityInteractionBlock",
+    "RealAgnosticDensityResidualInteractionBlock",
+)
+"""Interaction blocks of mace-torch: with a residual by species beside the messages or species'
+weights on them, and with messages divided by a mean number of neighbors or by a learned density."""
 
 MAX_MONOMIALS = 10_000
 """Products of feature components that MACE's product basis may have in its highest order."""
@@ -292,14 +300,20 @@ class MACEConfig(Hyperparameters):
         components = (self.l_max + 1) ** 2
         if self.include_pseudotensors:
             components += components - 1  # all but 0o, which never occurs
-        products = math.comb(components + self.correlation - 1, self.correlation)
-        if products > MAX_MONOMIALS:
-            raise ConfigError(
-                f"correlation = {self.correlation} with l_max = {self.l_max} and "
-                f"include_pseudotensors = {self.include_pseudotensors} makes {products} products "
-                f"of feature components; at most {MAX_MONOMIALS} are supported: lower one of them",
-                "correlation",
-            )
+        pseudotensors = f"include_pseudotensors = {self.include_pseudotensors}"
+        others = f"l_max = {self.l_max} and {pseudotensors}"
+        _check_products(components, self.correlation, others)
+
+
+def _check_products(components: int, correlation: int, others: str) -> None:
+    """Refuse a product basis of too many monomials, which hyperparameters besides it make."""
+    products = math.comb(components + correlation - 1, correlation)
+    if products > MAX_MONOMIALS:
+        raise ConfigError(
+            f"correlation = {correlation} with {others} makes {products} products of feature "
+            f"components; at most {MAX_MONOMIALS} are supported: lower one of them",
+            "correlation",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,10 +352,82 @@ class NequIPConfig(Hyperparameters):
     avg_num_neighbors: float | None = _field(None, NEIGHBORS, none=_FROM_DATA)
 
 
-NetworkConfig = MACEConfig | NequIPConfig
+def _check_widths(name: str, value: object) -> None:
+    """Widths of the hidden layers of a perceptron."""
+    several = isinstance(value, (list, tuple)) and 0 < len(value) <= 64
+    _require(several, name, value, "of 1 to 64 widths, such as 64, 64, 64")
+    for width in typing.cast(tuple[Any, ...], value):
+        _WIDTH.check(f"a width in {name}", width, field=name)
 
-CONFIGS: Mapping[str, type[MACEConfig] | type[NequIPConfig]] = types.MappingProxyType(
-    {"mace": MACEConfig, "nequip": NequIPConfig}
+
+@dataclasses.dataclass(frozen=True)
+class TorchMACEConfig(Hyperparameters):
+    """Hyperparameters of MACE as mace-torch 0.3 has it; its own names where they differ are given.
+
+    Attributes:
+        num_layers: interaction layers, at least 1.
+        num_channels: channels of every feature.
+        l_max: highest degree of the spherical harmonics and of the messages (max_ell).
+        node_symmetry: highest degree kept after the product basis (of hidden_irreps).
+        correlation: highest correlation order of the product basis.
+        first_interaction: block of the first layer (interaction_cls_first).
+        interaction: block of the later ones (interaction_cls).
+        readout_width: scalars in the hidden layer of the last readout (MLP_irreps).
+        activation: nonlinearity of that layer (gate); the radial network always has silu.
+        last_readout_only: energies come from the last layer alone (use_last_readout_only).
+        radial_basis: functions of the distance (radial_type).
+        num_basis: number of these (num_bessel).
+        radial_widths: hidden layers of the radial network (radial_MLP).
+        cutoff_exponent: p of the polynomial cutoff (num_polynomial_cutoff).
+        cutoff_on_weights: the cutoff multiplies the radial weights instead of the radial basis
+            (apply_cutoff = False).
+        distance_transform: of the distances that the radial basis is of, by covalent radii.
+        pair_repulsion: with the potential of Ziegler, Biersack and Littmark.
+        atomic_energies: E0 per element: None or "average", fitted to the data set; "isolated", of
+            the isolated atoms in it; "zero"; a file that has them; or {Z: eV}.
+        avg_num_neighbors: divisor of the summed messages; None takes the data set's mean.
+    """
+
+    architecture: ClassVar[str] = "mace-torch"
+    published_block: ClassVar[str] = "TorchMACE_0"
+    decaying: ClassVar[tuple[str, ...]] = ("linear_down", "SymmetricContraction")
+
+    num_layers: int = _field(2, _LAYERS)
+    num_channels: int = _field(128, _WIDTH)
+    l_max: int = _field(3, _DEGREE)
+    node_symmetry: int = _field(1, _DEGREE)
+    correlation: int = _field(3, Number(1, 4, whole=True))
+    first_interaction: str = _field("RealAgnosticResidualInteractionBlock", Choice(INTERACTIONS))
+    interaction: str = _field("RealAgnosticResidualInteractionBlock", Choice(INTERACTIONS))
+    readout_width: int = _field(16, _WIDTH)
+    activation: str = _field("silu", Choice(ACTIVATIONS))
+    last_readout_only: bool = _field(False, FLAG)
+    radial_basis: str = _field("bessel", Choice(("bessel", "gaussian")))
+    num_basis: int = _field(8, _BASIS)
+    radial_widths: tuple[int, ...] = _field((64, 64, 64), _check_widths)
+    cutoff_exponent: int = _field(5, Number(2, 64, whole=True))
+    cutoff_on_weights: bool = _field(False, FLAG)
+    distance_transform: str = _field("none", Choice(("none", "agnesi", "soft")))
+    pair_repulsion: bool = _field(False, FLAG)
+    atomic_energies: AtomicEnergies = _field("average", _check_energies)  # noqa: RUF009
+    avg_num_neighbors: float | None = _field(None, NEIGHBORS, none=_FROM_DATA)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "radial_widths", tuple(self.radial_widths))
+        _check_products((self.l_max + 1) ** 2, self.correlation, f"l_max = {self.l_max}")
+        low = self.node_symmetry <= self.l_max
+        _require(low, "node_symmetry", self.node_symmetry, f"at most l_max = {self.l_max}")
+        several = self.num_basis > 1 or self.radial_basis != "gaussian"
+        _require(several, "num_basis", self.num_basis, "at least 2 with gaussian functions")
+
+
+NetworkConfig = MACEConfig | NequIPConfig | TorchMACEConfig
+
+CONFIGS: Mapping[str, type[MACEConfig] | type[NequIPConfig] | type[TorchMACEConfig]] = (
+    types.MappingProxyType(
+        {"mace": MACEConfig, "nequip": NequIPConfig, "mace-torch": TorchMACEConfig}
+    )
 )
 
 
@@ -349,7 +435,7 @@ def config_from_dict(architecture: str, fields: Mapping[str, Any]) -> NetworkCon
     """Build the configuration of an architecture from plain values (JSON, YAML).
 
     Args:
-        architecture: "mace" or "nequip".
+        architecture: one of ``CONFIGS``.
         fields: values by field name; missing ones take their defaults.
 
     Returns:

@@ -93,13 +93,17 @@ def bessel_basis(lengths: jax.Array, cutoff: float, number: int) -> jax.Array:
     return jnp.sqrt(2.0 / cutoff) * (jnp.sin(n * jnp.pi / cutoff * r) / r)
 
 
-def polynomial_envelope(lengths: jax.Array, cutoff: float) -> jax.Array:
+def polynomial_envelope(
+    lengths: jax.Array, cutoff: float | jax.Array, exponent: int = 5
+) -> jax.Array:
     """Smooth cutoff u(x) = 1 - 21x⁵ + 35x⁶ - 15x⁷, x = r/rc (Gasteiger 2020, Eq. 8, p = 5).
 
-    The function and its first two derivatives vanish at the cutoff.
+    The function and its first two derivatives vanish at the cutoff. Another exponent p has
+    coefficients (p+1)(p+2)/2, p(p+2) and p(p+1)/2.
     """
-    x = jnp.minimum(lengths / cutoff, 1.0)
-    envelope = 1.0 - 21.0 * x**5 + 35.0 * x**6 - 15.0 * x**7
+    p, x = exponent, jnp.minimum(lengths / cutoff, 1.0)
+    a, b, c = (p + 1) * (p + 2) / 2, p * (p + 2.0), p * (p + 1) / 2
+    envelope = 1.0 - a * x**p + b * x ** (p + 1) - c * x ** (p + 2)
     return jnp.where(lengths < cutoff, envelope, 0.0)
 
 

@@ -65,9 +65,11 @@ def message_paths(
     return paths
 
 
-def message_plan(irreps_in: tuple[Irrep, ...], channels: int, config: MACEConfig) -> Plan:
+def message_plan(
+    irreps_in: tuple[Irrep, ...], channels: int, l_max: int, irreps_out: tuple[Irrep, ...]
+) -> Plan:
     """The convolution over ``message_paths``, all of one number of channels, side by side."""
-    paths = message_paths(irreps_in, config.l_max, message_irreps(config))
+    paths = message_paths(irreps_in, l_max, irreps_out)
     found: list[convolution.Path] = []
     for target, of_irrep in enumerate(paths.values()):
         for k, (ir, l, _) in enumerate(of_irrep):
@@ -77,7 +79,7 @@ def message_plan(irreps_in: tuple[Irrep, ...], channels: int, config: MACEConfig
         tuple(Block(ir.l, channels) for ir in irreps_in),
         tuple(Block(ir.l, len(of_irrep) * channels) for ir, of_irrep in paths.items()),
         tuple(found),
-        (config.l_max + 1) ** 2,
+        (l_max + 1) ** 2,
         len(found) * channels,
     )
 
@@ -165,7 +167,7 @@ class MessagePassingConvolution(nn.Module):
             {irrep: (n_nodes, 2l+1, paths to it · channels)}.
         """
         config, channels = self.config, x[SCALAR].shape[-1]
-        plan = message_plan(tuple(x), channels, config)
+        plan = message_plan(tuple(x), channels, config.l_max, message_irreps(config))
         widths = (*RADIAL_WIDTHS, plan.columns)
         kernels = layers.RadialKernels(
             (config.num_bessel, *widths), (1.0,) * 4, scaled=True, name="MultiLayerPerceptron_0"
@@ -402,7 +404,7 @@ class MACE(nn.Module):
         single, double = self.radial_scale
         scale = double if vectors.dtype == jnp.float64 else single
 
-        def radial_basis(lengths: jax.Array) -> jax.Array:
+        def radial_basis(lengths: jax.Array, _species: jax.Array) -> jax.Array:
             return layers.radial_basis(lengths, *basis, scale)
 
         # The published weights belong to harmonics of the vector from receiver to sender.

@@ -21,8 +21,8 @@ from mlip_md.networks.radial_tables import convolve_by_table
 MEMORY = 32 * 2**20
 """Bytes that the messages of one turn may take before the edges are split further."""
 
-Basis = Callable[[jax.Array], jax.Array]
-"""Radial basis (n, num_bessel) of distances (n,) in Å."""
+Basis = Callable[[jax.Array, jax.Array], jax.Array]
+"""Radial basis (n, num_bessel) of distances (n,) in Å and pairs of species (n,)."""
 
 
 class Edges(NamedTuple):
@@ -85,12 +85,13 @@ def read_edges(
     species = jnp.asarray(graph.species)
     lengths = jnp.sqrt(jnp.sum(directions**2, axis=-1))
     harmonics = layers.spherical_harmonics(directions, range(l_max + 1))
+    pairs = species[senders] * num_species + species[receivers]
     return Edges(
         Pairs(senders, receivers, lengths < cutoff),
         lengths,
-        species[senders] * num_species + species[receivers],
+        pairs,
         jnp.concatenate(list(harmonics.values()), axis=-1),
-        basis(lengths),
+        basis(lengths, pairs),
         cutoff,
         basis,
     )
@@ -118,7 +119,7 @@ def sum_messages(
     """
 
     def weights(lengths: jax.Array, species: jax.Array) -> jax.Array:
-        return weigh(edges.basis_of(lengths), (lengths < edges.cutoff)[:, None], species)
+        return weigh(edges.basis_of(lengths, species), (lengths < edges.cutoff)[:, None], species)
 
     if not module.is_initializing():
         module.sow("functions", "radial", RadialFunction(plan, weights))

@@ -309,7 +309,7 @@ class NequIP(nn.Module):
         config = self.config
         basis = self.cutoff, config.num_bessel, config.radial_envelope
 
-        def radial_basis(lengths: jax.Array) -> jax.Array:
+        def radial_basis(lengths: jax.Array, _species: jax.Array) -> jax.Array:
             return layers.radial_basis(lengths, *basis)
 
         highest = max(path.degree for path in message_paths(config, 0))

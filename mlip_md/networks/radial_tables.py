@@ -46,8 +46,10 @@ ERROR = 2.0**-24
 SLOPE_ERROR = 2.0**-22
 """The same of derivatives, which are sums of terms that are each rounded."""
 
-Radial = Callable[[jax.Array], jax.Array]
-"""Radial weights (n, columns) of distances (n,) in Å."""
+Radial = Callable[..., jax.Array]
+"""Radial weights (n, columns) of distances (n,) in Å, and of what else they depend on."""
+Jets = Callable[[np.ndarray], Sequence[jax.Array]]
+"""Value and derivatives of the first orders, each (n, columns), of PIECE distances in Å."""
 
 
 class Fit(NamedTuple):
@@ -64,19 +66,34 @@ class Fit(NamedTuple):
     slope_error: float
 
 
+def compile_jets(radial: Radial) -> Callable[..., list[jax.Array]]:
+    """Compile a radial function's value and derivatives of the first orders, for ``fit_radial``.
+
+    Args:
+        radial: the function.
+
+    Returns:
+        The same of the function's arguments.
+    """
+
+    def jets(lengths: jax.Array, *more: Any) -> list[jax.Array]:
+        return _derivatives(lambda r: radial(r, *more), lengths)
+
+    return jit(jets)
+
+
 def fit_radial(
-    radial: Radial, plan: Plan, cutoff: float, dtype: Any, at_least: int = 0
+    compiled: Jets, plan: Plan, cutoff: float, dtype: Any, at_least: int = 0
 ) -> Fit | None:
     """The smallest table that is as good as float32, or None if there is none (kinks).
 
     Args:
-        radial: the function; computes in float64.
+        compiled: ``compile_jets`` of the function; computes in float64.
         plan: of the convolution, by whose paths the columns are put into blocks.
         cutoff: Å, where the function ends.
         dtype: of the coefficients.
         at_least: number of cells.
     """
-    compiled = jit(functools.partial(_derivatives, radial))
 
     def jets(lengths: np.ndarray) -> list[np.ndarray]:
         """In pieces of one size: one compilation."""
@@ -134,7 +151,7 @@ def _fit(jets: list[np.ndarray], width: float) -> np.ndarray:
     return np.concatenate([np.einsum("ds,sc->dc", _shift(), fitted[0])[None], fitted])
 
 
-def _derivatives(radial: Radial, lengths: jax.Array) -> list[jax.Array]:
+def _derivatives(radial: Callable[[jax.Array], jax.Array], lengths: jax.Array) -> list[jax.Array]:
     """Value and derivatives of the first orders."""
 
     def lower(lengths: jax.Array) -> list[jax.Array]:

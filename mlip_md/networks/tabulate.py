@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from flax import traverse_util
 
 from mlip_md.graph import Graph
 from mlip_md.networks.messages import RadialFunction, radial_functions
-from mlip_md.networks.radial_tables import PIECE, fit_radial
+from mlip_md.networks.radial_tables import PIECE, compile_jets, fit_radial
 
 MEMORY = 256 * 2**20
 """Bytes that the tables of one layer may take."""
@@ -60,11 +61,12 @@ def _tabulate(
 ) -> np.ndarray | None:
     """Coefficients (n_tables, blocks, cells, degree+1, lanes): one for all pairs, or one each."""
     n_tables = num_pairs if function.by_species else 1
+    compiled = compile_jets(functools.partial(_of_pair, function))  # once for all pairs
     cells = 0
     found: list[np.ndarray] = []
     while len(found) < n_tables:
-        weigh = functools.partial(_of_pair, function, len(found))
-        fit = fit_radial(weigh, function.plan, cutoff, dtype, at_least=cells)
+        jets = functools.partial(_call_with, compiled, len(found))
+        fit = fit_radial(jets, function.plan, cutoff, dtype, at_least=cells)
         if fit is None or fit.coefficients.nbytes * n_tables > MEMORY:
             return None
         if fit.coefficients.shape[1] > cells > 0:
@@ -75,7 +77,11 @@ def _tabulate(
     return found[0][None] if n_tables == 1 else np.stack(found)
 
 
-def _of_pair(function: RadialFunction, pair: int, lengths: jax.Array) -> jax.Array:
+def _call_with(compiled: Callable[..., list[jax.Array]], pair: int, lengths: Any) -> Any:
+    return compiled(lengths, pair)
+
+
+def _of_pair(function: RadialFunction, lengths: jax.Array, pair: jax.Array) -> jax.Array:
     return function.weights(lengths, jnp.full(len(lengths), pair, jnp.int32))
 
 

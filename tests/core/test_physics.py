@@ -25,7 +25,7 @@ from mlip_md import bundled
 from mlip_md.engine import DTYPES, Engine, Result, Runtime
 from mlip_md.graph import Graph
 from mlip_md.neighbors import Capacities, Shape
-from mlip_md.networks import MACEConfig, NequIPConfig, build_network
+from mlip_md.networks import MACEConfig, NequIPConfig, TorchMACEConfig, build_network
 from mlip_md.potential import Potential
 from mlip_md.structure import check_structure, list_edges
 
@@ -48,8 +48,19 @@ CONFIGS = {
         l_max=1,
         radial_net_n_hidden=16,
     ),
+    "mace-torch": TorchMACEConfig(
+        num_layers=2,
+        num_channels=8,
+        l_max=2,
+        node_symmetry=1,
+        correlation=2,
+        first_interaction="RealAgnosticDensityInteractionBlock",
+        interaction="RealAgnosticDensityResidualInteractionBlock",
+        readout_width=8,
+        distance_transform="agnesi",
+    ),
 }
-RADIAL_STRENGTH = {"mace": 1.0, "nequip": 4.0}
+RADIAL_STRENGTH = {"mace": 1.0, "nequip": 4.0, "mace-torch": 0.6}
 """Factor on the radial networks of random weights: forces of some eV/Å."""
 ROUNDING = 128 * 2.0**-24
 """Part of the largest component by which forces and stresses in float32 may be off.
@@ -64,7 +75,12 @@ def random_potential(name):
     """A small network for H, C, N, O with strong random weights."""
     config = CONFIGS[name]
     network = build_network(
-        config, num_species=len(ELEMENTS), cutoff=CUTOFF, avg_num_neighbors=8.0, avg_r_min=1.0
+        config,
+        num_species=len(ELEMENTS),
+        elements=ELEMENTS,
+        cutoff=CUTOFF,
+        avg_num_neighbors=8.0,
+        avg_r_min=1.0,
     )
     edge = np.zeros(2, np.int32)
     graph = Graph(
@@ -106,7 +122,7 @@ def strengthened(params, factor):
 
     def strengthen(path, leaf):
         key = jax.tree_util.keystr(path)
-        if re.search("MLP_0|MultiLayerPerceptron_0", key):
+        if re.search(r"MLP_0|MultiLayerPerceptron_0|convolution'\]\['perceptron", key):
             leaf = (leaf * factor ** (1 / (3 if "MLP_0" in key else 4))).astype(leaf.dtype)
         return leaf
 

@@ -16,6 +16,7 @@ from mlip_md.networks.convolution import convolve
 from mlip_md.networks.radial_tables import (
     ERROR,
     SLOPE_ERROR,
+    compile_jets,
     convolve_by_table,
     evaluate_table,
     fit_radial,
@@ -41,7 +42,7 @@ def radial(lengths: jax.Array, scale: float = 1.0) -> jax.Array:
 
 
 def test_a_fit_is_as_good_as_it_says_and_joins_smoothly():
-    fit = fit_radial(radial, PLAN, CUTOFF, np.float64)
+    fit = fit_radial(compile_jets(radial), PLAN, CUTOFF, np.float64)
     assert fit.error <= ERROR
     assert fit.slope_error <= SLOPE_ERROR
     table, zeros = jnp.asarray(fit.coefficients[None]), jnp.zeros(997, int)
@@ -69,12 +70,15 @@ def test_a_kink_has_no_table():
     def kinked(lengths):
         return jnp.abs(lengths - 2.0)[:, None] * radial(lengths)
 
-    assert fit_radial(kinked, PLAN, CUTOFF, np.float64) is None
+    assert fit_radial(compile_jets(kinked), PLAN, CUTOFF, np.float64) is None
 
 
 def test_sums_and_derivatives_are_those_of_the_function():
     """Energies, gradients, second derivatives in both modes; two tables, chosen by edge."""
-    fits = [fit_radial(partial(radial, scale=s), PLAN, CUTOFF, np.float64) for s in (1.0, -2.0)]
+    compiled = compile_jets(radial)
+    fits = [
+        fit_radial(lambda r, s=s: compiled(r, s), PLAN, CUTOFF, np.float64) for s in (1.0, -2.0)
+    ]
     table = jnp.asarray(np.stack([fit.coefficients for fit in fits]))
     pairs, x, y, _ = inputs()
     pairs = pairs._replace(inside=jnp.ones(N_EDGES, bool))
@@ -118,13 +122,20 @@ def test_sums_and_derivatives_are_those_of_the_function():
         ("nequip", {"radial_net_nonlinearity": "relu"}, set()),
     ],
 )
-def test_forces_of_networks_by_tables(architecture, options, tables):
+def test_forces_of_networks_by_tables(architecture, options, tables, monkeypatch):
     """In float64, over the largest component; with a table for each pair where it matters."""
     potential = make_potential(architecture, **options)
     weights = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), dict(potential.params))
+    compiled = []
+    monkeypatch.setattr(
+        tabulate,
+        "compile_jets",
+        lambda radial: compiled.append(compile_jets(radial)) or compiled[-1],
+    )
     made = tabulate_radial(
         potential.network, weights, len(potential.elements), potential.cutoff, np.float64
     )
+    assert [jets._cache_size() for jets in compiled] == [1] * potential.config.num_layers
     assert {len(leaf) for leaf in jax.tree.leaves(made)} == tables
     graph = _cluster(potential)
     apply = jax.jit(lambda params: predict(potential.network.apply, params, graph))

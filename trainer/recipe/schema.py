@@ -342,10 +342,10 @@ class Recipe(Section):
         description: free text; goes into the model file.
         seed: of the initial weights and of the order of the structures.
         start: potential that the weights are taken from; null draws them at random.
-        model: ``kind`` (mace or nequip) and the hyperparameters of the network. E0 are fitted to
-            the data (``atomic_energies: average``), those of its isolated atoms (``isolated``), 0
-            (``zero``), of a file, or given by symbol or atomic number, ``{H: -13.6, 6: -1030.5}``
-            (eV).
+        model: ``kind`` (mace, nequip or mace-torch) and the hyperparameters of the network. E0 are
+            fitted to the data (``atomic_energies: average``), those of its isolated atoms
+            (``isolated``), 0 (``zero``), of a file, or given by symbol or atomic number,
+            ``{H: -13.6, 6: -1030.5}`` (eV).
         data: data set, cutoff, batches.
         loss: terms and weights.
         optimizer: learning rates, clipping, accumulation.

@@ -1,0 +1,273 @@
+"""Models of mace-torch: the numbers of mace-torch itself, and what is refused.
+
+``tests/make_mace_torch_models.py`` made the models and what mace-torch 0.3.16 says of them.
+"""
+
+import dataclasses
+import functools
+import io
+import json
+import lzma
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import ase.io
+import numpy as np
+import pytest
+from model_files import refused
+from typer.testing import CliRunner
+
+import mlip_md
+from mlip_md.cli import app
+from mlip_md.engine import Engine
+from mlip_md.errors import ModelFileError
+from mlip_md.formats import own
+from mlip_md.formats.mace_torch import load_model
+from mlip_md.potential import Potential
+
+FOLDER = Path(__file__).parents[1] / "data" / "mace_torch"
+NAMES = sorted(path.name.removesuffix(".model.xz") for path in FOLDER.glob("*.model.xz"))
+IN_FLOAT32 = "density-agnesi-zbl", "plain-then-residual", "gaussian-plain", "soft-zbl"
+SINGLE = ("single-precision",)
+"""Models whose constants were rounded to float32 before mace-torch computed in float64."""
+
+
+class Numbers(NamedTuple):
+    energy: float
+    forces: np.ndarray
+    stress: np.ndarray | None
+
+
+def content(name: str) -> bytes:
+    return lzma.decompress((FOLDER / f"{name}.model.xz").read_bytes())
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Writes a model's file, or another content, and gives its path."""
+
+    def write(name: str, changed: bytes | None = None) -> Path:
+        path = tmp_path / f"{name}.model"
+        path.write_bytes(content(name) if changed is None else changed)
+        return path
+
+    return write
+
+
+def expected(name: str) -> dict[str, list[Numbers]]:
+    """By head, what mace-torch says of the structures."""
+    numbers: dict[str, list[Numbers]] = {}
+    for result in json.loads((FOLDER / f"{name}.json").read_text())["results"]:
+        stress = None if result["stress"] is None else np.array(result["stress"])
+        row = Numbers(result["energy"], np.array(result["forces"]), stress)
+        numbers.setdefault(result["head"], []).append(row)
+    return numbers
+
+
+@functools.cache
+def structures():
+    return ase.io.read(FOLDER / "structures.extxyz", ":")
+
+
+def computed(potential: Potential, dtype: str = "float64") -> list[Numbers]:
+    """Interaction energy, forces and stress of the structures."""
+    cells = [atoms.cell.array if atoms.pbc.any() else None for atoms in structures()]
+    results = Engine(potential, dtype=dtype).evaluate_batch(
+        [(a.positions, a.numbers, cell, a.pbc) for a, cell in zip(structures(), cells, strict=True)]
+    )
+    numbers = []
+    for atoms, result in zip(structures(), results, strict=True):
+        e0 = potential.reference_energies(potential.species(atoms.numbers)).sum()
+        stress = result.stress if atoms.pbc.all() else None
+        numbers.append(Numbers(result.energy - e0, result.forces, stress))
+    return numbers
+
+
+def assert_equal(found: list[Numbers], wanted: list[Numbers], energies: float, forces: float):
+    """Within tolerances relative to the energy and to the largest component."""
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert abs(mine.energy - theirs.energy) <= energies * abs(theirs.energy)
+        for values, exact in zip(mine[1:], theirs[1:], strict=True):
+            if exact is not None:
+                np.testing.assert_allclose(values, exact, rtol=0, atol=forces * abs(exact).max())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_are_those_of_mace_torch(saved, name):
+    path, rounded = saved(name), name in SINGLE
+    for head, wanted in expected(name).items():
+        for numbers in wanted:
+            assert abs(numbers.energy) >= 0.1 * len(numbers.forces)
+            assert abs(numbers.forces).max() >= 0.5
+        potential = load_model(path, head)
+        limits = (2e-6, 2e-6) if rounded else (1e-10, 1e-9)
+        assert_equal(computed(potential), wanted, *limits)
+
+
+@pytest.mark.parametrize("name", IN_FLOAT32)
+def test_float32_has_the_numbers_too(saved, name):
+    """By tables of the radial weights and the compiled convolution, where there is one."""
+    potential = load_model(saved(name))
+    assert_equal(computed(potential, "float32"), expected(name)["Default"], 2e-5, 2e-5)
+
+
+def test_there_are_models_of_every_block_and_depth(saved):
+    configs = [load_model(saved(name), next(iter(expected(name)))).config for name in NAMES]
+    blocks = {(c.first_interaction, c.interaction) for c in configs if c.num_layers > 1}
+    assert len({block for pair in blocks for block in pair}) == 4
+    assert {c.num_layers for c in configs} == {1, 2, 3}
+    assert {c.distance_transform for c in configs} == {"none", "agnesi", "soft"}
+    assert {c.radial_basis for c in configs} == {"bessel", "gaussian"}
+    assert {c.activation for c in configs} == {"silu", "tanh", "none"}
+    assert {c.correlation for c in configs} == {1, 2, 3, 4}
+    assert {c.node_symmetry for c in configs} == {0, 1, 2, 3}
+    for field in ("pair_repulsion", "cutoff_on_weights", "last_readout_only"):
+        assert {getattr(c, field) for c in configs} == {True, False}, field
+
+
+LEFT_OUT = {
+    "pair_repulsion": False,
+    "distance_transform": "none",
+    "cutoff_on_weights": False,
+    "cutoff_exponent": 4,
+    "radial_basis": "bessel",
+}
+
+
+@pytest.mark.parametrize("field", LEFT_OUT)
+def test_nothing_that_is_left_out_goes_unnoticed(saved, field):
+    value, looked = LEFT_OUT[field], 0
+    for name in NAMES:
+        head, wanted = next(iter(expected(name).items()))
+        potential = load_model(saved(name), head)
+        if getattr(potential.config, field) == value or looked == 2:
+            continue
+        looked += 1
+        config = dataclasses.replace(potential.config, **{field: value})
+        changed = computed(dataclasses.replace(potential, config=config))
+        differences = [
+            abs(a.energy - b.energy) / abs(b.energy) for a, b in zip(changed, wanted, strict=True)
+        ]
+        assert max(differences) > 1e-3, name
+    assert looked
+
+
+def test_the_density_counts(saved):
+    potential = load_model(saved("density-agnesi-zbl"))
+    for layer in potential.params["params"].values():
+        if "density" in layer:
+            layer["density"]["perceptron"]["Dense_0"]["kernel"][:] = 0.0
+    wanted = expected("density-agnesi-zbl")["Default"]
+    differences = [
+        abs(a.energy - b.energy) / abs(b.energy)
+        for a, b in zip(computed(potential), wanted, strict=True)
+    ]
+    assert max(differences) > 1e-3
+
+
+def test_heads_differ_and_must_be_chosen(saved):
+    path, wanted = saved("two-heads"), expected("two-heads")
+    with refused(r"several heads; choose one with head=: mp, own"):
+        mlip_md.load(path)
+    with refused("no head 'x'; it has: mp, own"):
+        mlip_md.load(path, "x")
+    first, second = (mlip_md.load(path, head) for head in ("mp", "own"))
+    assert (first.atomic_energies != second.atomic_energies).all()
+    assert second.info["head"] == "own"
+    assert second.info["heads"] == ["mp", "own"]
+    for mine, theirs in zip(computed(first), wanted["own"], strict=True):
+        assert abs(mine.energy - theirs.energy) > 1e-3 * abs(theirs.energy)
+    with refused("no heads to choose from"):
+        mlip_md.load("organics-gfn2", "mp")
+
+
+def test_a_converted_file_has_the_same_numbers(saved, tmp_path):
+    potential = mlip_md.load(saved("one-residual"))
+    own.save(potential, tmp_path / "m.safetensors")
+    again = mlip_md.load(tmp_path / "m.safetensors")
+    assert again.sha256 == potential.sha256
+    assert again.info["source"] == "mace-torch"
+    assert "not stated" in again.info["licence"]
+    assert_equal(computed(again), computed(potential), 0.0, 0.0)
+    with refused("F32 is allowed"):
+        text = (tmp_path / "m.safetensors").read_bytes()
+        own.from_bytes(text.replace(b'format_version\\": 3', b'format_version\\": 2'))
+
+
+def test_other_models_are_refused_by_name(saved):
+    model = content("one-residual")
+    for old, new, message in (
+        (b"ScaleShiftMACE", b"PolarMACEqqqqq", r"holds a mace\.modules\.models\.PolarMACEqqqqq"),
+        (b"RealAgnosticResidualI", b"RealAgnosticAttResidI", "has RealAgnosticAttResidInteraction"),
+        (b"BesselBasis", b"OtherBasis", "radial functions of OtherBasis,"),
+        (b"BesselBasis", b"ChebychevBasis", "whose derivative its forces leave out"),
+        (b"LinearReadoutBlock", b"LinearReadoutBlocx", "a LinearReadoutBlocx where"),
+    ):
+        path = saved("one-residual", rezipped(model, "data.pkl", old, new))
+        with refused(message + ".*mlip-md reads MACE and ScaleShiftMACE"):
+            mlip_md.load(path)
+
+
+def test_models_are_recognised_by_content_and_by_ending(saved, tmp_path):
+    path = saved("one-plain")
+    for name in ("m.model", "m.pt", "m.zip", "m"):
+        assert mlip_md.load(path.rename(tmp_path / name)).config.architecture == "mace-torch"
+        path = tmp_path / name
+    with refused("ends too early|no zip"):
+        mlip_md.load(saved("x", b"no model"))
+    with refused("the file is empty"):
+        mlip_md.load(saved("x", b""))
+
+
+def test_damaged_models_raise_nothing_else(saved):
+    """Misprints of the pickle under right checksums, and cuts."""
+    model, rng = content("one-plain"), np.random.default_rng(0)
+    with zipfile.ZipFile(io.BytesIO(model)) as archive:
+        pickled = archive.read(archive.namelist()[0])
+    outcomes = set()
+    for _ in range(120):
+        at = int(rng.integers(len(pickled) - 40))
+        piece = bytearray(pickled[at : at + 40])
+        piece[0] = int(rng.integers(256))
+        changed = pickled[:at] + bytes(piece) + pickled[at + 40 :]
+        outcomes.add(outcome(saved("x", rezipped(model, "data.pkl", pickled, changed))))
+    assert outcomes == {"loaded", "refused"}
+    for length in range(1, len(model), 9001):
+        assert outcome(saved("x", model[:length])) == "refused"
+
+
+def outcome(path: Path) -> str:
+    try:
+        load_model(path)
+    except ModelFileError:
+        return "refused"
+    return "loaded"
+
+
+def rezipped(model: bytes, member: str, old: bytes, new: bytes) -> bytes:
+    """The file with something else in a member, checksums in order."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(model)) as before, zipfile.ZipFile(stream, "w") as after:
+        for info in before.infolist():
+            text = before.read(info)
+            if info.filename.endswith(member):
+                assert old in text
+                text = text.replace(old, new)
+            after.writestr(info.filename, text)
+    return stream.getvalue()
+
+
+def test_the_command_line_converts_a_head_and_shows_it(saved, tmp_path):
+    path, ours = saved("two-heads"), tmp_path / "own.safetensors"
+    said = CliRunner().invoke(app, ["convert", str(path), str(ours), "--head", "own"])
+    assert said.exit_code == 0, said.output
+    assert_equal(computed(mlip_md.load(ours)), expected("two-heads")["own"], 1e-10, 1e-9)
+    said = CliRunner().invoke(app, ["show", str(ours), "--json"])
+    info = json.loads(said.output)["info"]
+    assert info["head"] == "own"
+    assert info["heads"] == ["mp", "own"]
+    said = CliRunner().invoke(app, ["show", str(path)])
+    assert isinstance(said.exception, ModelFileError)
+    said = CliRunner().invoke(app, ["convert", str(ours), "--to", "mace-torch"])
+    assert "one only read" in str(said.exception)
