@@ -155,7 +155,7 @@ def _data(look: Look) -> str:
     paths = json.dumps(look.paths[0] if len(look.paths) == 1 else look.paths, ensure_ascii=False)
     batch = batch_size(look)
     bad = "skip" if look.bad else "error"
-    noise, why = (str(NOISE), "of the noise of the method, eV/Å")
+    noise, why = (str(NOISE), "eV/Å, net force over √atoms: noise of the method")
     if look.noisy > 0.01:
         noise, why = "null", f"{100 * look.noisy:.2g} % have more than {NOISE} eV/Å of net force"
     neutral = str(look.charged > 0).lower()

@@ -125,6 +125,10 @@ def test_stated_units_are_followed(tmp_path):
         file["H2/dft_total_energy"].attrs["units"] = "furlong"
     with pytest.raises(DataError, match=r"b\.h5:H2.*furlong"):
         read(tmp_path / "b.h5")
+    with h5py.File(tmp_path / "b.h5", "a") as file:
+        file["H2/dft_total_energy"].attrs["units"] = h5py.Empty("S4")
+    with pytest.raises(DataError, match=r"H2: the unit of dft_total_energy is Empty.*; text is ne"):
+        read(tmp_path / "b.h5")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A recipe for a data set: it fits, it is explained, and nothing has to be repaired by hand."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import ase
@@ -75,6 +76,14 @@ def test_a_clean_set_of_one_composition_passes_strictly(which):
     result = run("check", "train.yaml", "--strict")
     assert (result.exit_code, result.stderr) == (0, ""), result.exception
     assert "all structures have one formula, so E0 are open" in result.stdout
+
+
+def test_a_batch_of_one_structure_and_what_the_filter_of_noise_is_are_said_plainly():
+    write("set.xyz", springs("H2O", 30))
+    assert run("init", "set.xyz").exit_code == 0
+    written = Path("train.yaml").read_text(encoding="utf-8")
+    assert "0.1    # eV/Å, net force over √atoms: noise of the method" in written
+    assert "27 batches of 1 structure, at most 1, " in run("check", "train.yaml").stdout
 
 
 def test_crystals_with_stress(tmp_path):

@@ -398,13 +398,14 @@ def _iterate_hdf5(
     _: LabelKeys,
 ) -> Source:
     with _open_hdf5(path) as file:
+        count = len(file)
         for number, (key, group) in enumerate(_groups(file, path)):
             mark = _mark(group.value("split"), split, group.name)
             if split is not None and mark != split:
                 continue
             try:
                 for fields in fields_of(group, key):
-                    yield {**fields, "mark": mark, READ: number / len(file)}
+                    yield {**fields, "mark": mark, READ: number / count}
             except DataError as error:
                 yield error
 
@@ -449,7 +450,7 @@ class _Group:
             item = self._item(key)
             if getattr(item, "shape", ()) is None or isinstance(item, h5py.Group | h5py.Datatype):
                 raise DataError(f"{self.name}: {key} is {_kind(item)}; a value is needed")
-            return item[()] if isinstance(item, h5py.Dataset) else item
+            return _read_whole(item.id) if isinstance(item, h5py.Dataset) else item
 
     def text(self, key: str) -> str | None:
         """The text under a key, or None."""
@@ -483,7 +484,8 @@ class _Group:
                 raise DataError(
                     f"{self.name}: {key} is {_kind(item)}; numbers of shape ({wanted}) are needed"
                 )
-            values = np.asarray(item[()], np.float64).reshape(item.shape if shape else ())
+            whole = _read_whole(item.id) if isinstance(item, h5py.Dataset) else item
+            values = np.asarray(whole, np.float64).reshape(item.shape if shape else ())
             return values if units is None else values * self._factor(key, item, units, default)
 
     def atomic_numbers(self, key: str) -> np.ndarray:
@@ -496,11 +498,18 @@ class _Group:
         return whole
 
     def _item(self, key: str) -> Any:
-        return self._group.attrs[key] if key in self._attributes else self._group[key]
+        if key in self._attributes:
+            return self._group.attrs[key]
+        # what ``self._group[key]`` does, but for a File that it makes each time to ask its mode
+        found = h5py.h5o.open(self._group.id, key.encode())
+        known = isinstance(found, h5py.h5d.DatasetID)
+        return h5py.Dataset(found, readonly=True) if known else self._group[key]
 
     def _factor(self, key: str, item: Any, units: Mapping[str, float], default: str) -> float:
         beside = f"{key}_units"
-        stated = item.attrs.get("units") if isinstance(item, h5py.Dataset) else None
+        stated = None
+        if isinstance(item, h5py.Dataset) and h5py.h5a.exists(item.id, b"units"):
+            stated = _read_whole(h5py.h5a.open(item.id, b"units"))
         if stated is None:
             stated = self.value(beside) if beside in self else default
         text = _text(stated, f"{self.name}: the unit of {key}")
@@ -511,6 +520,20 @@ class _Group:
                 f"{self.name}: unit {text!r} of {key} is not known; known are {', '.join(units)}"
             )
         return units[unit]
+
+
+def _read_whole(found: Any) -> Any:
+    """All values of a data set or an attribute, by its identifier.
+
+    SPICE has few and small values in a group, and h5py's own way, which could also read parts of
+    them, takes three times as long.
+    """
+    if found.shape is None:
+        return h5py.Empty(found.dtype)
+    values = np.zeros(found.shape, found.dtype)
+    everything = (h5py.h5s.ALL, h5py.h5s.ALL) if isinstance(found, h5py.h5d.DatasetID) else ()
+    found.read(*everything, values)
+    return values[()]
 
 
 def _fits(found: tuple[int, ...] | None, shape: tuple[int | None, ...]) -> bool:

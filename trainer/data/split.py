@@ -37,7 +37,9 @@ def split_groups(
             shares[[0, part]] = shares[0] + shares[part], 0.0
     group = np.arange(len(groups))
     if split.by == "group":
-        _, group = np.unique(groups, return_inverse=True)
+        # not np.unique, whose array of text has room for the longest name in every row
+        place = {name: k for k, name in enumerate(sorted({*groups}))}
+        group = np.array([place[name] for name in groups], np.int64)
     return _assign(group, shares, split)
 
 

@@ -199,9 +199,9 @@ class TrainingData:
         plan = self.plan(0, 1)
         mean = sum(map(len, plan)) / len(plan)
         return (
-            f"{counts} structures of {elements}; {len(plan)} batches of {mean:.3g} structures, at "
-            f"most {self.budget.n_graph - 1}, {100 * nodes:.0f} % of the nodes and "
-            f"{100 * edges:.0f} % of the edges used"
+            f"{counts} structures of {elements}; {len(plan)} batches of {mean:.3g} "
+            f"structure{'s' * (self.budget.n_graph > 2)}, at most {self.budget.n_graph - 1}, "
+            f"{100 * nodes:.0f} % of the nodes and {100 * edges:.0f} % of the edges used"
         )
 
 
