@@ -81,8 +81,10 @@ def write_model(folder: Path, name: str) -> Path:
     return path
 
 
-def race(programs: list[Program], rounds: int, each: int) -> None:
-    """Warm up, compare forces, then take turns."""
+def race(
+    programs: list[Program], rounds: int, each: int, same: Sequence[str] = ("mlip-md", "mlip")
+) -> None:
+    """Warm up, compare forces (those of ``same`` must be the first one's), then take turns."""
     for program in programs:
         program.run(range(1, 3))
         program.cpu, program.wall = [], []
@@ -90,7 +92,7 @@ def race(programs: list[Program], rounds: int, each: int) -> None:
     for program, found in zip(programs[1:], forces[1:], strict=True):
         difference = np.abs(found - forces[0]).max() / np.abs(forces[0]).max()
         print(f"  forces of {program.name}: {difference:.1e} of the largest")
-        if program.name.partition(":")[0] in ("mlip-md", "mlip") and not difference < TOLERANCE:
+        if program.name.partition(":")[0] in same and not difference < TOLERANCE:
             raise SystemExit(f"{program.name} computes something else: no times")
     for turn in range(rounds):
         for program in programs:

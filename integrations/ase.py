@@ -38,6 +38,7 @@ class MLIPCalculator(Calculator):
     Args:
         potential_or_path: a ``Potential``, or what ``mlip_md.load`` opens (name of a bundled
             model, path of a model file, of an InstaDeep zip or of a run folder).
+        head: which head of a mace-torch model that has several.
         dtype: "float32" (what None means) or "float64": the working precision of this object;
             JAX's global setting is not touched.
         device: a JAX device, or "cpu", "gpu", "cuda:1"; None is JAX's default of now.
@@ -55,6 +56,7 @@ class MLIPCalculator(Calculator):
 
     Raises:
         ConfigError: if dtype and default_dtype disagree, or a keyword's value is not allowed.
+        HeadError: if the model has no such head, or several and none is named.
         ModelFileError: if the model cannot be opened.
     """
 
@@ -72,6 +74,7 @@ class MLIPCalculator(Calculator):
         self,
         potential_or_path: Potential | str | os.PathLike[str] = DEFAULT_MODEL,
         *,
+        head: str | None = None,
         dtype: str | None = None,
         device: Any = None,
         skin: float | None = None,
@@ -88,7 +91,12 @@ class MLIPCalculator(Calculator):
                 "give one of them"
             )
         given = potential_or_path
-        self.potential = given if isinstance(given, Potential) else mlip_md.load(given)
+        if isinstance(given, Potential):
+            if head is not None:
+                raise ConfigError(f"a Potential has its head; leave head = {head!r} out")
+            self.potential = given
+        else:
+            self.potential = mlip_md.load(given, head)
         self.allowed_atomic_numbers = set(self.potential.elements)
         self._lock = threading.RLock()
         self._watch = Watch()

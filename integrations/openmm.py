@@ -1,4 +1,4 @@
-"""OpenMM-ML potential: ``MLPotential("mlip-md", modelPath=...)``.
+"""OpenMM-ML potential: ``MLPotential("mlip-md", modelPath=..., head=...)``.
 
 Keywords, periodicity and embedding; the force itself is ``openmm_force.MLForce``. ``minimize``
 relaxes a Simulation in bounded steps; use it instead of ``minimizeEnergy``.
@@ -158,19 +158,25 @@ class MLIPPotentialImpl(MLPotentialImpl):
         name: the name under which OpenMM-ML knows it.
         modelPath: what ``mlip_md.load`` opens: path of a model file, of an InstaDeep zip, of a run
             folder, or name of a bundled model. None is the bundled default.
+        head: which head of a mace-torch model that has several.
 
     Raises:
         TypeError: on another keyword.
+        HeadError: if the model has no such head, or several and none is named.
         ModelFileError: if there is no such model or it is unusable.
     """
 
     def __init__(
-        self, name: str, modelPath: str | os.PathLike[str] | None = None, **args: Any
+        self,
+        name: str,
+        modelPath: str | os.PathLike[str] | None = None,
+        head: str | None = None,
+        **args: Any,
     ) -> None:
-        _refuse_unknown(args, ("modelPath",), f"MLPotential({name!r})")
-        self.name = name
+        _refuse_unknown(args, ("modelPath", "head"), f"MLPotential({name!r})")
+        self.name, self.head = name, head
         self.model_path = lasting_name(DEFAULT_MODEL if modelPath is None else modelPath)
-        self.potential = share_potential(self.model_path)
+        self.potential = share_potential(self.model_path, head=head)
 
     def addForces(  # noqa: N802 (OpenMM-ML's name)
         self,
@@ -217,6 +223,7 @@ class MLIPPotentialImpl(MLPotentialImpl):
             options.returnEnergyType == "energy",
             options.engine(),
             own.to_bytes(self.potential) if options.embedModel else None,
+            self.head,
         )
         _ = function.engine  # what it refuses is refused here, not at the first step
         force = openmm.PythonForce(function)

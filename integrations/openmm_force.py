@@ -44,24 +44,30 @@ _potentials_lock = threading.Lock()
 
 
 def share_potential(
-    model: str, sha256: str | None = None, content: bytes | None = None
+    model: str,
+    sha256: str | None = None,
+    content: bytes | None = None,
+    head: str | None = None,
 ) -> Potential:
     """Open a potential, or find it among those that this process has open.
 
     Args:
         model: what ``mlip_md.load`` opens.
         sha256: identity that the potential must have; None takes what is there.
-        content: the model file itself; it is read instead of ``model``.
+        content: the model file itself, of one head; it is read instead of ``model``.
+        head: which head of a model that has several.
 
     Raises:
+        HeadError: if there is no such head, or several and none is named.
         ModelFileError: if there is no such model, or it is another one than ``sha256`` says.
     """
     with _potentials_lock:
         if sha256 is not None and sha256 in _potentials:
             return _potentials[sha256]
-        potential = (
-            mlip_md.load(name_then(model, sha256)) if content is None else own.from_bytes(content)
-        )
+        if content is None:
+            potential = mlip_md.load(name_then(model, sha256), head)
+        else:
+            potential = own.from_bytes(content)
         if sha256 is not None and potential.sha256 != sha256:
             raise ModelFileError(
                 f"{model} holds another model (sha256 {potential.sha256[:12]}…) than this System "
@@ -86,6 +92,7 @@ class MLForce:
         total_energy: whether the energy includes that of the isolated atoms.
         engine_options: keywords of ``Engine``.
         content: the model file, if it is to travel with the System.
+        head: which head of a model that has several.
 
     Attributes:
         last_result: what the engine said of the latest geometry that was computed (eV, Å), stress
@@ -104,6 +111,7 @@ class MLForce:
         total_energy: bool,
         engine_options: dict[str, Any],
         content: bytes | None = None,
+        head: str | None = None,
     ) -> None:
         self.__setstate__(
             {
@@ -115,6 +123,7 @@ class MLForce:
                 "total_energy": total_energy,
                 "engine_options": engine_options,
                 "content": content,
+                "head": head,
                 "version": VERSION,
             }
         )
@@ -231,7 +240,7 @@ def _checked(token: dict[str, Any]) -> dict[str, Any]:
 def _reopen(token: dict[str, Any]) -> Potential:
     """Open the model of a System that may have been made elsewhere."""
     try:
-        return share_potential(token["model"], token["sha256"], token["content"])
+        return share_potential(token["model"], token["sha256"], token["content"], token.get("head"))
     except ModelFileError as error:
         raise ModelFileError(
             f"the model of this System cannot be opened: {error}. If the file has moved, open it "

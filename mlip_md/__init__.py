@@ -31,6 +31,7 @@ def load(name_or_path: str | os.PathLike[str], head: str | None = None) -> Poten
         The potential.
 
     Raises:
+        HeadError: if it has no such head, or several and none is named.
         ModelFileError: if this is no name or path, there is no such potential, or its file is
             unusable.
     """

@@ -161,7 +161,7 @@ def show(
 
     from mlip_md import bundled
 
-    potential = mlip_md.load(model, head)
+    potential = _load_any_head(model, head)
     if as_json:
         identity = {"sha256": potential.sha256, "num_parameters": potential.num_parameters}
         typer.echo(json.dumps(potential.description() | identity, indent=2))
@@ -171,6 +171,18 @@ def show(
     card = bundled.card(model) if model in bundled.names() else None
     if card is not None:
         console.print(Markdown(card))
+
+
+def _load_any_head(model: str, head: str | None) -> Potential:
+    """A potential to look at: of several heads the first, if none is named."""
+    try:
+        return mlip_md.load(model, head)
+    except errors.HeadError as error:
+        if head is not None:
+            raise
+        first, *_ = error.heads
+        typer.echo(f"This is head {first} of several; --head NAME shows another.", err=True)
+        return mlip_md.load(model, first)
 
 
 @app.command(rich_help_panel=_LOOK)

@@ -76,6 +76,18 @@ class ModelFileError(MLIPError, ValueError):
     """A model file is damaged, foreign, of an unknown version or does not fit its description."""
 
 
+class HeadError(ModelFileError):
+    """A model has several heads and none is named, or it has not the one that is.
+
+    Attributes:
+        heads: names of those that it has.
+    """
+
+    def __init__(self, message: str, heads: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.heads = list(heads)
+
+
 class DataError(MLIPError, ValueError):
     """A data set, a label or a statistic of it is unusable."""
 

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from e3nn import o3, set_optimization_defaults
 from mace import data, modules
+from mace.calculators import MACECalculator
+from mace.cli import convert_e3nn_cueq
 from mace.tools import AtomicNumberTable, torch_geometric
 
 FOLDER = Path(__file__).parent / "data" / "mace_torch"
@@ -99,7 +101,19 @@ VARIANTS = {
         "heads": ["pt_head", "a", "b"],
         **MP,
     },
+    "cueq": {"first": PLAIN, "max_ell": 2, "correlation": 3, "cueq": "ir_mul"},
+    "cueq-reduced": {
+        "first": DENSITY,
+        "later": DENSITY_RESIDUAL,
+        "correlation": 3,
+        "heads": ["mp", "own"],
+        "use_reduced_cg": True,
+        "cueq": "mul_ir",
+    },
 }
+CALCULATED = [("two-heads", "own"), ("two-heads", "mp"), ("mp-0b3", "Default")]
+"""Models and heads that mace-torch's calculator computes."""
+
 GATES = {"silu": torch.nn.functional.silu, "tanh": torch.tanh, None: None}
 
 
@@ -184,6 +198,9 @@ def make(name):
         results = results_of(precise)
         assert factor < 1e6, name
     scale_readouts(model, factor)
+    if layout := VARIANTS[name].get("cueq"):
+        model = convert_e3nn_cueq.run(model, layout=layout)
+        results = results_of(model)
     content = io.BytesIO()
     torch.save(model, content)
     (FOLDER / f"{name}.model.xz").write_bytes(lzma.compress(content.getvalue(), preset=9))
@@ -199,7 +216,25 @@ def scale_readouts(model, factor):
             last.weight.mul_(factor)
 
 
+def make_calculator_results():
+    """What the ASE calculator says of a molecule and of a crystal in OpenMM's form, in float64."""
+    frames = ase.io.read(FOLDER / "calculator.extxyz", ":")
+    results = {}
+    for name, head in CALCULATED:
+        content = lzma.decompress((FOLDER / f"{name}.model.xz").read_bytes())
+        model = torch.load(io.BytesIO(content), weights_only=False)
+        calculator = MACECalculator(models=model, device="cpu", default_dtype="float64", head=head)
+        rows = results[f"{name} {head}"] = []
+        for atoms in frames:
+            atoms.calc = calculator
+            forces = atoms.get_forces().tolist()
+            rows.append({"energy": float(atoms.get_potential_energy()), "forces": forces})
+    text = json.dumps(results).replace('{"energy"', '\n{"energy"')
+    (FOLDER / "calculator.json").write_text(text + "\n")
+
+
 if __name__ == "__main__":
     set_optimization_defaults(jit_script_fx=False)  # TorchScript takes minutes
     for name in sys.argv[1:] or VARIANTS:
         make(name)
+    make_calculator_results()

@@ -13,7 +13,7 @@ import pytest
 
 from mlip_md.errors import ModelFileError
 from mlip_md.formats.soundness import expected_shapes, unflatten
-from mlip_md.networks.config import MACEConfig, NequIPConfig
+from mlip_md.networks.config import MACEConfig, NequIPConfig, TorchMACEConfig
 from mlip_md.potential import Potential
 
 CONFIGS = {
@@ -21,7 +21,11 @@ CONFIGS = {
     "nequip": NequIPConfig(
         num_layers=2, node_irreps="4x0e + 4x1o", l_max=1, radial_net_n_hidden=8, num_bessel=4
     ),
-}
+    "mace-torch": TorchMACEConfig(
+        num_channels=4, l_max=1, first_interaction="RealAgnosticInteractionBlock",
+        radial_widths=(8,), readout_width=4,
+    ),
+}  # fmt: skip
 
 
 def make_potential(architecture: str, **hyperparameters: Any) -> Potential:

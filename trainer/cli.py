@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import json
 import logging
 import math
 import time
@@ -19,6 +20,7 @@ from rich.table import Table
 
 from mlip_md.errors import ConfigError, DataError, NotLearnedError, RejectedError
 from mlip_md.files import check_new_file, check_new_folder, write_text
+from mlip_md.formats.names import HEAD_HELP
 from mlip_md.ownership import release_all
 from mlip_md.signals import (
     ENDINGS,
@@ -111,6 +113,7 @@ def train_command(
         str | None,
         typer.Option("--from", metavar="MODEL", help="Start from this potential: fine-tuning."),
     ] = None,
+    head: Annotated[str | None, typer.Option(metavar="NAME", help=HEAD_HELP)] = None,
     run: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/NAME.")] = None,
     resume: Annotated[
         Literal["auto", "never", "must", "allow-changes"],
@@ -136,6 +139,7 @@ def train_command(
 
     end = STARTED + parse_duration(max_time)
     chosen = [] if start is None else [f"start.potential={start}"]
+    chosen += [] if head is None else [f"start.head={json.dumps(head)}"]
     checked, origins = load_recipe(recipe, [*(overrides or []), *chosen])
     folder = run or Path("runs") / checked.name
     check_new_folder(folder, "--run")
@@ -210,7 +214,7 @@ def _with_parent(recipe: Recipe) -> tuple[Recipe, Potential | None]:
     import mlip_md
     from mlip_md.trainer.finetune import adopt_network
 
-    parent = mlip_md.load(recipe.start.potential)
+    parent = mlip_md.load(recipe.start.potential, recipe.start.head)
     adopted, changes = adopt_network(recipe, parent)
     for line in changes:
         typer.echo(line)
@@ -417,6 +421,7 @@ def evaluate_command(
     data: Annotated[
         Path, typer.Argument(help="Labeled structures: HDF5, extended XYZ, or a prepared folder.")
     ],
+    head: Annotated[str | None, typer.Option(metavar="NAME", help=HEAD_HELP)] = None,
     split: Annotated[
         str | None, typer.Option(help="Only structures that the file marks so, e.g. test.")
     ] = None,
@@ -459,7 +464,7 @@ def evaluate_command(
     for path, option in ((output, "--output"), (extxyz, "--extxyz"), (plot, "--plot")):
         if path is not None:
             check_new_file(path, option)
-    potential = mlip_md.load(model)
+    potential = mlip_md.load(model, head)
     with _plain_warnings():
         store, left_out = read_graphs(
             data,

@@ -53,6 +53,8 @@ def adopt_network(recipe: Recipe, parent: Potential) -> tuple[Recipe, list[str]]
     before, now = ({"model": r.plain()["model"], "data": {"cutoff": r.data.cutoff}}
                    for r in (recipe, adopted))  # fmt: skip
     changes = find_differences(before, now)
+    if "model.kind" in changes:  # the rows of another network say nothing of this one
+        changes = {k: v for k, v in changes.items() if k in ("model.kind", "data.cutoff")}
     return adopted, [
         f"{name} is the parent's, {ours}, not the recipe's, {theirs}"
         for name, (theirs, ours) in changes.items()
@@ -164,7 +166,7 @@ def starting_weights(
         if mine.shape != fresh.shape:
             [axis] = [k for k, n in enumerate(fresh.shape) if n != mine.shape[k]]
             # where the number stands in the name, and for embeddings, layers divide by its root
-            divided = name not in values or name.endswith("LinearNodeEmbeddingBlock_0#embeddings")
+            divided = name not in values or name.endswith("#embeddings")
             mine = (math.sqrt(now / before) if divided else 1.0) * np.take(mine, places, axis)
             if not nearest:
                 drawn_rows = np.moveaxis(np.array(fresh), axis, 0)

@@ -16,7 +16,7 @@ import typer
 
 from mlip_md.errors import ConfigError, DeviceError, StoppedError
 from mlip_md.files import check_new_file
-from mlip_md.formats.names import MODEL_HELP
+from mlip_md.formats.names import HEAD_HELP, MODEL_HELP
 from mlip_md.hints import hint
 from mlip_md.integrations.md.observers import TerminalObserver
 from mlip_md.integrations.md.settings import (
@@ -30,6 +30,7 @@ from mlip_md.integrations.models import DEFAULT_MODEL
 from mlip_md.signals import EXIT_KEYBOARD
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
+HeadOption = Annotated[str | None, typer.Option(metavar="NAME", help=HEAD_HELP)]
 
 
 def _one_of(*choices: str) -> Any:
@@ -72,6 +73,7 @@ def md_command(
     context: typer.Context,
     structure: StructureArgument = None,
     model: ModelOption = DEFAULT_MODEL,
+    head: HeadOption = None,
     engine: Annotated[
         str, typer.Option(help="What integrates the motion.", **_one_of(*choices_of("engine")))
     ] = MDSettings.engine,
@@ -285,6 +287,7 @@ def _conclude(folder: Path) -> None:
 def minimize_command(
     structure: StructureArgument = None,
     model: ModelOption = DEFAULT_MODEL,
+    head: HeadOption = None,
     fmax: Annotated[float, typer.Option(help="eV/Å: largest force at which to stop.")] = 0.01,
     steps: Annotated[int, typer.Option(min=1, help="At most so many steps.")] = 500,
     optimizer: Annotated[
@@ -328,7 +331,9 @@ def minimize_command(
         raise ConfigError(f"{path} exists; name another file with --output")
     check_new_file(path, "--output")
     format_structure(path.name, given)  # what cannot be written is known before it is computed
-    calculator = MLIPCalculator(model, dtype=DTYPE_OF_PRECISION[precision], device=device)
+    calculator = MLIPCalculator(
+        model, head=head, dtype=DTYPE_OF_PRECISION[precision], device=device
+    )
     console.print(f"[bold]{given.name}[/bold]: {len(given.atoms)} atoms, model {model}")
     console.print(escape(given.line()), soft_wrap=True)
     for note in given.report.notes:

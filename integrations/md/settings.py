@@ -74,6 +74,7 @@ class MDSettings:
         velocities: at the start: "draw" them, or those of the "file".
         hydrogen_mass: u, to which hydrogen is made heavier by what its heavy neighbor loses; None
             leaves the masses.
+        head: which head of a mace-torch model that has several.
 
     Raises:
         ConfigError: if a value is not allowed.
@@ -99,6 +100,7 @@ class MDSettings:
     drop_virtual_sites: bool = False
     velocities: VelocityOrigin = "draw"
     hydrogen_mass: float | None = None
+    head: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("engine", "ensemble", "precision", "trajectory_format", "velocities"):

@@ -7,7 +7,8 @@ are those of the file but for linear maps that leave every energy as it is:
 - our edge vectors point the other way: radial weights of odd harmonics change their sign;
 - paths of messages and elements have our order;
 - e3nn for torch has other constants of nonlinearities, which go into the weights that follow;
-- couplings of the product basis are mapped to ours, from the tensors that the file brings along;
+- couplings of the product basis are mapped to ours, from the tensors that the file brings along
+  (or the polynomials, where modules of cuEquivariance hold the weights);
 - one of several heads is taken.
 """
 
@@ -22,7 +23,8 @@ import numpy as np
 from e3nn_jax import Irrep
 
 from mlip_md.elements import COVALENT_RADII
-from mlip_md.errors import ModelFileError
+from mlip_md.errors import HeadError, ModelFileError
+from mlip_md.formats import cue_records
 from mlip_md.formats.soundness import (
     check_statistics,
     check_weights,
@@ -53,6 +55,15 @@ _CONSTANTS = 1e-6
 _COUPLINGS = 1e-4
 """Relative; beyond it a file's product basis is none of products of Clebsch-Gordan coefficients."""
 
+_BEYOND = {
+    "Polar": "charges that act beyond the cutoff",
+    "LES": "charges that act beyond the cutoff",
+    "Dipole": "dipoles",
+    "NonLinear": "gated messages and a radial network with biases (as MH-1 and OMOL have)",
+    "Att": "attention between neighbors",
+}
+"""Why a class is not computed, by a word in its name."""
+
 _BASES = {"BesselBasis": "bessel", "GaussianBasis": "gaussian"}
 _TRANSFORMS = {"AgnesiTransform": "agnesi", "SoftTransform": "soft"}
 _GATES = {
@@ -73,8 +84,9 @@ def load_model(path: str | os.PathLike[str], head: str | None = None) -> Potenti
         The potential, with float64 weights.
 
     Raises:
-        ModelFileError: if the file is missing, damaged or foreign, has no such head, or holds
-            something else than ``TorchMACEConfig`` describes.
+        HeadError: if it has no such head, or several and none is named.
+        ModelFileError: if the file is missing, damaged or foreign, or holds something else than
+            ``TorchMACEConfig`` describes.
     """
     path = Path(path)
     with explaining(f"{path}: "):
@@ -95,8 +107,13 @@ class _Module:
     """
 
     def __init__(self, file: TorchFile, name: str, record: Any) -> None:
-        self.file, self.name = file, name
+        self.file, self.name, self.record = file, name, record
         state: Any = record.state if isinstance(record, Record) else None
+        if isinstance(record, dict) and not name:
+            raise ModelFileError(
+                "it holds a dict, such as a checkpoint of a training: weights without their "
+                f"network. Take the NAME.model that the training left. {_SUPPORTED}"
+            )
         if not isinstance(record, Record) or not isinstance(state, dict):
             raise ModelFileError(f"{name or 'what it holds'} is no saved module. {_SUPPORTED}")
         self.kind: Global = record.function
@@ -157,6 +174,8 @@ class _Module:
     def irreps(self, name: str) -> list[tuple[int, int, int]]:
         """Irreps that are an attribute, as (multiplicity, degree, parity)."""
         try:
+            if self.of_package(cue_records.PACKAGE):
+                return cue_records.irreps(self._state[name])
             pairs = [mul_ir.arguments[0] for mul_ir in self._state[name].arguments[0]]
             found = [(mul, *ir.arguments[0]) for mul, ir in pairs]
             return [(mul, degree, parity) for mul, degree, parity in found]
@@ -171,7 +190,8 @@ class _Module:
 def _potential(model: _Module, head: str | None, name: str) -> Potential:
     kind = model.kind.name
     if not model.of_package("mace") or kind not in ("MACE", "ScaleShiftMACE"):
-        raise ModelFileError(f"it holds a {model.kind.module:.60}.{kind:.60}. {_SUPPORTED}")
+        named = f"{model.kind.module:.60}.{kind:.60}{_reason(kind)}"
+        raise ModelFileError(f"it holds a {named}. {_SUPPORTED}")
     numbers = model.array("atomic_numbers").ravel()
     order = np.argsort(numbers, kind="stable")
     elements = tuple(int(z) for z in numbers[order])
@@ -210,9 +230,10 @@ def _head(model: _Module, head: str | None) -> tuple[int, list[str]]:
         raise ModelFileError("its heads are no list of names")
     listed = ", ".join(f"{name:.40}" for name in heads[:20])
     if head is None and len(heads) > 1:
-        raise ModelFileError(f"it has several heads; choose one with head=: {listed}")
+        named = "head=, on the command line --head, in a recipe start.head"
+        raise HeadError(f"it has several heads; name one ({named}): {listed}", heads)
     if head is not None and head not in heads:
-        raise ModelFileError(f"it has no head {head!r}; it has: {listed}")
+        raise HeadError(f"it has no head {head!r:.60}; it has: {listed}", heads)
     return (0 if head is None else heads.index(head)), heads
 
 
@@ -238,6 +259,11 @@ def _neighbors(model: _Module) -> float:
     return found.pop()
 
 
+def _reason(kind: str) -> str:
+    """In brackets, what a class has that is not computed; empty for unknown ones."""
+    return next((f" ({why})" for word, why in _BEYOND.items() if word in kind), "")
+
+
 def _refusing(wrong: bool, what: str) -> None:
     """Refuse what the network does not compute."""
     require(not wrong, f"it has {what}, which mlip-md does not compute. {_SUPPORTED}")
@@ -249,7 +275,7 @@ def _config(model: _Module, elements: tuple[int, ...]) -> Any:
     kinds = [block.kind.name for block in blocks]
     require(bool(blocks) and len(blocks) == len(products), f"it has no layers. {_SUPPORTED}")
     for kind in kinds:
-        _refusing(kind not in INTERACTIONS, f"{kind:.60} layers")
+        _refusing(kind not in INTERACTIONS, f"layers of {kind:.60}{_reason(kind)}")
     _refusing(len(set(kinds[1:])) > 1, "later layers of different kinds")
     _refusing(model.has_child("joint_embedding"), "embeddings of charge, spin or other inputs")
     _refuse_layouts(model)
@@ -266,9 +292,14 @@ def _config(model: _Module, elements: tuple[int, ...]) -> Any:
     inner = [(channels, l, (-1) ** l) for l in range(symmetry + 1)]
     same = all(irreps == inner for irreps in hidden[:-1]) and hidden[-1] == inner[:1]
     _refusing(not same, "other features than equally many of 0e, 1o, 2e, … (0e in the last layer)")
-    contractions = [p.child("symmetric_contractions").children("contractions") for p in products]
-    orders = [c.attribute("correlation") for several in contractions for c in several]
-    _refusing(not orders or orders.count(orders[0]) < len(orders), "different correlations")
+    bases = [product.child("symmetric_contractions") for product in products]
+    parts = [
+        part
+        for basis in bases
+        for part in ([basis] if _is_cue(basis) else basis.children("contractions"))
+    ]
+    orders = {part.attribute("contraction_degree", part.attribute("correlation")) for part in parts}
+    _refusing(len(orders) != 1, "different correlations")
     radial, last = model.child("radial_embedding"), model.children("readouts")[-1:]
     basis, widths = _radial(model, radial)
     fields = {
@@ -276,7 +307,7 @@ def _config(model: _Module, elements: tuple[int, ...]) -> Any:
         "num_channels": channels,
         "l_max": l_max,
         "node_symmetry": symmetry,
-        "correlation": orders[0],
+        "correlation": orders.pop(),
         "first_interaction": kinds[0],
         "interaction": kinds[-1],
         "last_readout_only": bool(model.attribute("use_last_readout_only", False)),
@@ -294,6 +325,11 @@ def _config(model: _Module, elements: tuple[int, ...]) -> Any:
     return parse_config("mace-torch", fields)
 
 
+def _is_cue(part: _Module) -> bool:
+    """Whether it is one of cuEquivariance's modules whose weights are known."""
+    return part.of_package(cue_records.PACKAGE) and part.kind.name in cue_records.LAYERS
+
+
 def _refuse_layouts(model: _Module) -> None:
     """Other packages than e3nn keep weights in an order of their own."""
     for block, product in zip(
@@ -302,12 +338,9 @@ def _refuse_layouts(model: _Module) -> None:
         parts = [block.child("linear"), block.child("skip_tp"), product.child("linear")]
         parts.append(product.child("symmetric_contractions"))
         for part in parts:
-            other = not (part.of_package("e3nn") or part.of_package("mace"))
-            _refusing(
-                other,
-                f"weights in the layout of {part.kind.module.split('.')[0]:.40} (of cuEquivariance "
-                "mace_cueq_to_e3nn turns them back)",
-            )
+            known = part.of_package("e3nn") or part.of_package("mace") or _is_cue(part)
+            package = part.kind.module.split(".")[0]
+            _refusing(not known, f"weights in the layout of {package:.40}.{part.kind.name:.40}")
         density = block.has_child("density_fn") == ("Density" in block.kind.name)
         _refusing(not density, f"a {block.kind.name} without or with a density")
 
@@ -316,10 +349,12 @@ def _radial(model: _Module, radial: _Module) -> tuple[dict[str, Any], list[int]]
     """Hyperparameters of the radial basis, and the hidden widths of the radial network."""
     functions, cutoff = radial.child("bessel_fn"), radial.child("cutoff_fn")
     basis = _BASES.get(functions.kind.name, "")
-    # torch 2.13 has no derivative of them: mace-torch's forces are not those of its energies
-    wrong = "radial functions of ChebychevBasis, whose derivative its forces leave out"
-    _refusing(functions.kind.name == "ChebychevBasis", wrong)
-    _refusing(not basis, f"radial functions of {functions.kind.name:.60}")
+    named = f"radial functions of {functions.kind.name:.60}"
+    if functions.kind.name == "ChebychevBasis":  # torch 2.13 gives none, and no word of it
+        named += " (torch has no derivative of them: mace-torch's forces are not of its energies)"
+    _refusing(not basis, named)
+    kind = cutoff.kind.name
+    _refusing(kind != "PolynomialCutoff", f"a cutoff function of {kind:.60}")
     rc = model.number("r_max")
     same = np.isclose(cutoff.number("r_max"), rc, rtol=_CONSTANTS)
     _refusing(not same, "a cutoff function that ends elsewhere than at r_max")
@@ -342,7 +377,8 @@ def _radial(model: _Module, radial: _Module) -> tuple[dict[str, Any], list[int]]
             _refusing(trained, f"a distance transform of trained {name}")
     networks = [block.child("conv_tp_weights") for block in model.children("interactions")]
     for network in networks:
-        _refusing(network.kind.name != "FullyConnectedNet", f"radial {network.kind.name:.60}")
+        kind = network.kind.name
+        _refusing(kind != "FullyConnectedNet", f"radial networks of {kind:.60}")
     widths = [[int(w.shape[-1]) for w in _kernels(network)[:-1]] for network in networks]
     _refusing(any(w != widths[0] for w in widths), "radial networks of different widths")
     exponent = cutoff.number("p")
@@ -522,7 +558,9 @@ class _Weights:
     def _contraction(self, product: _Module, leaving: int) -> dict[str, np.ndarray]:
         """Weights of the product basis."""
         highest, factors = self.config.correlation, natural_irreps(self.config.l_max)
-        contractions = product.child("symmetric_contractions").children("contractions")
+        if _is_cue(basis := product.child("symmetric_contractions")):
+            return self._cue_contraction(basis, leaving)
+        contractions = basis.children("contractions")
         require(len(contractions) == leaving, f"{product.name} has not {leaving} contractions")
         weights = {}
         for l, contraction in enumerate(contractions):
@@ -536,12 +574,42 @@ class _Weights:
                 require(sound, f"{contraction.name} has weights of shape {found.shape}")
                 tensor = contraction.array(f"U_matrix_{order}")
                 matrix = _couplings(tensor, factors, order, _natural(l), found.shape[1])
-                ours = np.einsum("rk,skc->src", matrix, found)
-                # of use_agnostic_product: the same for every element
-                same = len(ours) == 1
-                species = np.zeros(self.species, int) if same else self.order
-                weights[f"w{order}_{_natural(l)}"] = ours[species]
+                weights[f"w{order}_{_natural(l)}"] = self._by_species(matrix, found)
         return weights
+
+    def _cue_contraction(self, basis: _Module, leaving: int) -> dict[str, np.ndarray]:
+        """The same of cuEquivariance's module: one tensor of weights for all irreps and orders."""
+        factors, found = natural_irreps(self.config.l_max), basis.array("weight")
+        sound = found.ndim == 3 and found.shape[2] == self.channels
+        sound = sound and found.shape[0] in (1, self.species)
+        require(sound, f"{basis.name} has weights of shape {found.shape}")
+        if basis.has_tensor("projection"):
+            projection = basis.array("projection")
+            sound = projection.ndim == 2 and len(projection) == found.shape[1]
+            require(sound, f"{basis.name} has a projection of shape {projection.shape}")
+            found = np.einsum("sac,ab->sbc", found, projection)
+        weights = {}
+        for order in range(self.config.correlation, 0, -1):
+            indices, coefficients = cue_records.paths(basis.record, order)
+            ends = [found.shape[1], *[sum(ir.dim for ir in factors)] * order, leaving**2]
+            within = bool(((indices >= 0) & (indices < ends)).all())
+            require(within, f"{basis.name} has paths between other features than its own")
+            for l in range(leaving):
+                mine = (indices[:, -1] >= l**2) & (indices[:, -1] < (l + 1) ** 2)
+                used, columns = np.unique(indices[mine, 0], return_inverse=True)
+                places = np.stack([*indices[mine, 1:-1].T, indices[mine, -1] - l**2, columns])
+                theirs = _polynomials(
+                    places, coefficients[mine], factors, order, _natural(l), len(used)
+                )
+                matrix = _solved(theirs, factors, order, _natural(l))
+                weights[f"w{order}_{_natural(l)}"] = self._by_species(matrix, found[:, used])
+        return weights
+
+    def _by_species(self, matrix: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Weights (species, our paths, channels) of theirs, in our order of species."""
+        ours = np.einsum("rk,skc->src", matrix, weights)
+        # of use_agnostic_product: the same for every element
+        return ours[np.zeros(self.species, int) if len(ours) == 1 else self.order]
 
     def _linear_readout(self, readout: _Module) -> dict[str, Any]:
         kind = readout.kind.name
@@ -578,9 +646,6 @@ def _couplings(
 ) -> np.ndarray:
     """The matrix (our paths, their paths) that gives our weights of the same couplings.
 
-    Only the part of a coupling that is symmetric in its factors counts: both are compared as
-    polynomials.
-
     Args:
         tensor: their couplings, (2L+1, components, ..., paths); no first axis for L = 0.
         factors: irreps of the features.
@@ -591,16 +656,52 @@ def _couplings(
     dimension = sum(ir.dim for ir in factors)
     shape = (irrep.dim, *(dimension,) * order, paths)
     require(tensor.size == np.prod(shape, dtype=float), f"its U_matrix_{order} is of another size")
+    tensor = tensor.reshape(shape)
+    places = np.stack(np.nonzero(tensor))
+    component, *inside, path = places
+    theirs = _polynomials(
+        np.stack([*inside, component, path]), tensor[tuple(places)], factors, order, irrep, paths
+    )
+    return _solved(theirs, factors, order, irrep)
+
+
+def _polynomials(
+    places: np.ndarray,
+    coefficients: np.ndarray,
+    factors: tuple[Irrep, ...],
+    order: int,
+    irrep: Irrep,
+    paths: int,
+) -> np.ndarray:
+    """Couplings as polynomials: only the part that is symmetric in equal factors counts.
+
+    Args:
+        places: (order + 2, n) components that are multiplied, component of the result, path.
+        coefficients: (n,) there.
+        factors: irreps of the features.
+        order: of the power.
+        irrep: of the result.
+        paths: number of paths.
+
+    Returns:
+        (monomials, 2L+1, paths).
+    """
+    dimension = sum(ir.dim for ir in factors)
     indices = {index: i for i, index in enumerate(monomial_indices(dimension, order))}
-    tuples = np.sort(np.indices((dimension,) * order).reshape(order, -1), axis=0).T
-    places = [indices[tuple(place)] for place in tuples.tolist()]
-    theirs = np.zeros((len(indices), irrep.dim, paths))
-    np.add.at(theirs, places, np.moveaxis(tensor.reshape(irrep.dim, -1, paths), 1, 0))
+    require(paths <= len(indices) * irrep.dim, f"its basis of order {order} has too many paths")
+    rows = [indices[tuple(inside)] for inside in np.sort(places[:order], axis=0).T.tolist()]
+    found = np.zeros((len(indices), irrep.dim, paths))
+    np.add.at(found, (np.array(rows, int), places[-2], places[-1]), coefficients)
+    return found
+
+
+def _solved(theirs: np.ndarray, factors: tuple[Irrep, ...], order: int, irrep: Irrep) -> np.ndarray:
+    """The matrix (our paths, their paths) between equal polynomials."""
     basis, merge = reduced_couplings(factors, order, irrep, symmetric=False)
     ours = np.moveaxis(basis, 1, 2).reshape(-1, basis.shape[1])
-    theirs = theirs.reshape(-1, paths)
+    theirs = theirs.reshape(-1, theirs.shape[-1])
     solution = np.linalg.lstsq(ours, theirs, rcond=None)[0]
     error = np.abs(ours @ solution - theirs).max(initial=0.0)
     same = error <= _COUPLINGS * np.abs(theirs).max(initial=1e-300)
-    _refusing(not same, f"a product basis (U_matrix_{order}) of other couplings")
+    _refusing(not same, f"a product basis of other couplings (of order {order})")
     return np.asarray(np.linalg.pinv(merge) @ solution)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlip_md import bundled
-from mlip_md.errors import ModelFileError
+from mlip_md.errors import HeadError, ModelFileError
 from mlip_md.formats import instadeep, mace_torch, own
 from mlip_md.formats.names import NAMES
 from mlip_md.potential import Potential
@@ -82,6 +82,7 @@ def open_potential(name_or_path: str | os.PathLike[str], head: str | None = None
         The potential.
 
     Raises:
+        HeadError: if there is no such head, or several and none is named.
         ModelFileError: if this is no name or path, there is no such potential, or its file is
             unusable.
     """
@@ -102,9 +103,13 @@ def open_potential(name_or_path: str | os.PathLike[str], head: str | None = None
 
 
 def _without_heads(potential: Potential, name: str, head: str | None) -> Potential:
-    if head is not None:
-        raise ModelFileError(f"{name}: it has no heads to choose from; leave head {head!r} out")
-    return potential
+    """A potential of one head at most, which may be named if it is the one that was converted."""
+    stated = potential.info.get("head")
+    if head in (None, stated):
+        return potential
+    if stated is None:
+        raise HeadError(f"{name}: it has no heads to choose from; leave head {head!r:.60} out")
+    raise HeadError(f"{name}: it has head {stated!r:.60} alone, not {head!r:.60}", [stated])
 
 
 def _format_of(path: Path) -> Format:

@@ -7,6 +7,7 @@ accept, and a potential is checked against the network that it describes before 
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import json
 import math
@@ -188,7 +189,9 @@ def explaining(before: str = "", after: str = "") -> Iterator[None]:
     try:
         yield
     except ModelFileError as error:
-        raise ModelFileError(f"{before}{error}{after}") from error
+        explained = copy.copy(error)  # with its attributes
+        explained.args = (f"{before}{error}{after}",)
+        raise explained from error
 
 
 def read_bytes(path: Path, limit: int) -> bytes:

@@ -4,43 +4,30 @@
 """
 
 import dataclasses
-import functools
 import io
 import json
-import lzma
+import pickle
+import re
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
-import ase.io
 import numpy as np
 import pytest
+from mace_torch_cases import NAMES, Numbers, content, expected, structures
 from model_files import refused
 from typer.testing import CliRunner
 
 import mlip_md
 from mlip_md.cli import app
 from mlip_md.engine import Engine
-from mlip_md.errors import ModelFileError
+from mlip_md.errors import HeadError, ModelFileError
 from mlip_md.formats import own
 from mlip_md.formats.mace_torch import load_model
 from mlip_md.potential import Potential
 
-FOLDER = Path(__file__).parents[1] / "data" / "mace_torch"
-NAMES = sorted(path.name.removesuffix(".model.xz") for path in FOLDER.glob("*.model.xz"))
 IN_FLOAT32 = "density-agnesi-zbl", "plain-then-residual", "gaussian-plain", "soft-zbl"
 SINGLE = ("single-precision",)
 """Models whose constants were rounded to float32 before mace-torch computed in float64."""
-
-
-class Numbers(NamedTuple):
-    energy: float
-    forces: np.ndarray
-    stress: np.ndarray | None
-
-
-def content(name: str) -> bytes:
-    return lzma.decompress((FOLDER / f"{name}.model.xz").read_bytes())
 
 
 @pytest.fixture
@@ -53,21 +40,6 @@ def saved(tmp_path):
         return path
 
     return write
-
-
-def expected(name: str) -> dict[str, list[Numbers]]:
-    """By head, what mace-torch says of the structures."""
-    numbers: dict[str, list[Numbers]] = {}
-    for result in json.loads((FOLDER / f"{name}.json").read_text())["results"]:
-        stress = None if result["stress"] is None else np.array(result["stress"])
-        row = Numbers(result["energy"], np.array(result["forces"]), stress)
-        numbers.setdefault(result["head"], []).append(row)
-    return numbers
-
-
-@functools.cache
-def structures():
-    return ase.io.read(FOLDER / "structures.extxyz", ":")
 
 
 def computed(potential: Potential, dtype: str = "float64") -> list[Numbers]:
@@ -168,10 +140,11 @@ def test_the_density_counts(saved):
 
 def test_heads_differ_and_must_be_chosen(saved):
     path, wanted = saved("two-heads"), expected("two-heads")
-    with refused(r"several heads; choose one with head=: mp, own"):
-        mlip_md.load(path)
-    with refused("no head 'x'; it has: mp, own"):
-        mlip_md.load(path, "x")
+    for head, message in ((None, r"several heads; name one \(head=.*\): mp, own"),
+                          ("x", "no head 'x'; it has: mp, own")):  # fmt: skip
+        with pytest.raises(HeadError, match=f"two-heads.model: it has {message}$") as caught:
+            mlip_md.load(path, head)
+        assert caught.value.heads == ["mp", "own"]
     first, second = (mlip_md.load(path, head) for head in ("mp", "own"))
     assert (first.atomic_energies != second.atomic_energies).all()
     assert second.info["head"] == "own"
@@ -198,15 +171,41 @@ def test_a_converted_file_has_the_same_numbers(saved, tmp_path):
 def test_other_models_are_refused_by_name(saved):
     model = content("one-residual")
     for old, new, message in (
-        (b"ScaleShiftMACE", b"PolarMACEqqqqq", r"holds a mace\.modules\.models\.PolarMACEqqqqq"),
-        (b"RealAgnosticResidualI", b"RealAgnosticAttResidI", "has RealAgnosticAttResidInteraction"),
+        (b"ScaleShiftMACE", b"PolarMACE", r"mace\.modules\.models\.PolarMACE \(charges that act"),
+        (b"ScaleShiftMACE", b"MACELES", r"models\.MACELES \(charges that act beyond the cutoff"),
+        (b"ScaleShiftMACE", b"AtomicDipolesMACE", r"models\.AtomicDipolesMACE \(dipoles\)"),
+        (b"mace.modules.models", b"nequip.model", r"holds a nequip\.model\.ScaleShiftMACE\."),
+        (b"ResidualI", b"AttResidualI", r"RealAgnosticAttResidualInteractionBlock \(attention"),
+        (b"ResidualI", b"ResidualNonLinearI", r"NonLinearInteractionBlock \(gated messages.* MH-1"),
         (b"BesselBasis", b"OtherBasis", "radial functions of OtherBasis,"),
-        (b"BesselBasis", b"ChebychevBasis", "whose derivative its forces leave out"),
+        (b"BesselBasis", b"ChebychevBasis", r"ChebychevBasis \(torch has no derivative"),
+        (b"PolynomialCutoff", b"OtherCutoff", "a cutoff function of OtherCutoff,"),
+        (b"FullyConnectedNet", b"RadialMLP", "radial networks of RadialMLP,"),
+        (b"e3nn.o3._linear\n", b"oeq\n", r"weights in the layout of oeq\.Linear,"),
         (b"LinearReadoutBlock", b"LinearReadoutBlocx", "a LinearReadoutBlocx where"),
     ):
         path = saved("one-residual", rezipped(model, "data.pkl", old, new))
         with refused(message + ".*mlip-md reads MACE and ScaleShiftMACE"):
             mlip_md.load(path)
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("m/data.pkl", pickle.dumps({"model": {}, "epoch": 3}, 2))
+    with refused(r"a dict, such as a checkpoint of a training.* Take the NAME\.model"):
+        mlip_md.load(saved("x", stream.getvalue()))
+
+
+def test_bases_of_cuequivariance_are_read_or_refused(saved):
+    model = content("cueq-reduced")
+    for old, new, message in (
+        (b"linear\nLinear", b"linear\nOther", r"layout of cuequivariance_torch\.Other,"),
+        (b"operations", b"operatjons", "cuEquivariance is damaged, or of a version"),
+        (b"indices", b"indjces", "cuEquivariance is damaged, or of a version"),
+        (b"latin1", b"latin2", "cuEquivariance is damaged"),
+        (b"\2\0\0\0f8r", b"\2\0\0\0i8r", "cuEquivariance is damaged"),
+    ):
+        path = saved("x", rezipped(model, "data.pkl", old, new))
+        with refused(message):
+            mlip_md.load(path, "mp")
 
 
 def test_models_are_recognised_by_content_and_by_ending(saved, tmp_path):
@@ -267,7 +266,18 @@ def test_the_command_line_converts_a_head_and_shows_it(saved, tmp_path):
     info = json.loads(said.output)["info"]
     assert info["head"] == "own"
     assert info["heads"] == ["mp", "own"]
-    said = CliRunner().invoke(app, ["show", str(path)])
-    assert isinstance(said.exception, ModelFileError)
+    for head, shown in (([], "mp"), (["--head", "own"], "own")):
+        said = CliRunner().invoke(app, ["show", str(path), *head])
+        assert said.exit_code == 0, said.output
+        assert re.search(rf"\bhead +│ *{shown} ", said.stdout)
+        assert '["mp", "own"]' in said.stdout
+        assert said.stderr.startswith("This is head mp of several") != bool(head)
+    said = CliRunner().invoke(app, ["show", str(path), "--head", "x"])
+    assert "no head 'x'; it has: mp, own" in str(said.exception)
+    said = CliRunner().invoke(app, ["convert", str(path), str(tmp_path / "none.safetensors")])
+    assert "name one" in str(said.exception)
+    assert mlip_md.load(ours, "own").info["head"] == "own"
+    with refused("has head 'own' alone, not 'mp'"):
+        mlip_md.load(ours, "mp")
     said = CliRunner().invoke(app, ["convert", str(ours), "--to", "mace-torch"])
     assert "one only read" in str(said.exception)

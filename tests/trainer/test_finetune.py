@@ -7,6 +7,7 @@ import h5py
 import jax
 import numpy as np
 import pytest
+from mace_torch_cases import write_torch_model
 from model_files import make_potential
 from training_cases import E0, small_recipe, write_data_set
 from typer.testing import CliRunner
@@ -14,8 +15,9 @@ from typer.testing import CliRunner
 import mlip_md
 from mlip_md.cli import app
 from mlip_md.engine import Engine
-from mlip_md.errors import ConfigError
+from mlip_md.errors import ConfigError, HeadError, NotLearnedError
 from mlip_md.formats import own
+from mlip_md.formats.soundness import flatten
 from mlip_md.trainer import finetune
 from mlip_md.trainer.data import load_data
 from mlip_md.trainer.train import Trainer
@@ -24,6 +26,7 @@ NETWORKS = {
     "mace": {},
     "mace, all by species": {"gate_nodes": True, "species_embedding_dim": 6},
     "nequip": {},
+    "mace-torch": {},
 }
 WATER = np.array([[0.0, 0, 0], [0.96, 0, 0], [-0.2, 0.9, 0.3], [1.9, 0.4, 1.2]])
 
@@ -227,3 +230,44 @@ def test_the_command_line_starts_from_a_model(trained, tmp_path):
     again = CliRunner().invoke(app, ["train", str(recipe), "--run", str(tmp_path / "run")])
     assert again.exit_code != 0
     assert "start" in again.output
+
+
+def test_a_model_of_mace_torch_is_trained_further(tmp_path):
+    parent = write_torch_model(tmp_path, "two-heads")
+    data = swap_element(write_data_set(tmp_path / "set.hdf5", 20), 8, 16, -500.0)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"name: tuned\ndata: {{path: {data}, batch_size: 8, curate: null, split: {{by: structure, "
+        "train: 0.8, validation: 0.1, test: 0.1}}\n"
+        "start: {potential: none, atomic_energies: refit}\n"
+        "optimizer: {transition_steps: to the end, warmup_steps: 0, peak_learning_rate: 0.01,\n"
+        '  factors: {"*/layer_0/*": 0, "*/embedding/*": 0}}\n'
+        "train: {epochs: 1, ema_decay: 0.0}\nlog: {plots: false}\n"
+    )
+    command = ["train", str(recipe), "--from", str(parent), "--run", str(tmp_path / "run")]
+    said = CliRunner().invoke(app, command)
+    assert isinstance(said.exception, HeadError)
+    said = CliRunner().invoke(app, [*command, "--head", "own"])
+    assert isinstance(said.exception, NotLearnedError), said.output  # two steps, random weights
+    told = [line for line in said.output.splitlines() if "is the parent's" in line]
+    assert told[0] == "model.kind is the parent's, mace-torch, not the recipe's, mace"
+    assert [line.partition(" ")[0] for line in told] == ["model.kind", "data.cutoff"]
+    before, after = mlip_md.load(parent, "own"), mlip_md.load(tmp_path / "run")
+    assert after.elements == (1, 6, 8, 16)
+    changing = {"atomic_energies": None, "avg_num_neighbors": None}
+    after_config, before_config = (
+        dataclasses.replace(p.config, **changing) for p in (after, before)
+    )
+    assert after_config == before_config
+    assert after.avg_num_neighbors == before.avg_num_neighbors
+    assert (after.scaling_mean, after.scaling_stdev) == (before.scaling_mean, before.scaling_stdev)
+    assert after.info["parent"]["sha256"] == before.sha256
+    assert after.atomic_energies[2] == before.atomic_energies[2]  # not in the data
+    assert abs(after.atomic_energies[:2] - before.atomic_energies[:2]).min() > 1.0
+    weights = flatten(after.params), flatten(before.params)
+    same = {name for name in weights[1] if name in weights[0] and np.array_equal(
+        weights[0][name], np.asarray(weights[1][name], np.float32))}  # fmt: skip
+    frozen = {name for name in weights[1] if name in weights[0] and "layer_0" in name
+              and weights[0][name].shape == weights[1][name].shape}  # fmt: skip
+    assert frozen
+    assert same == frozen

@@ -317,6 +317,7 @@ class StartConfig(Section):
 
     Attributes:
         potential: a file, run folder or bundled name; the network and the cutoff are its.
+        head: which head of a mace-torch model that has several.
         atomic_energies: "keep" its E0 and fit those of new elements to what they leave, or "refit":
             those of the data (model.atomic_energies), and its of elements that these lack.
         new_elements: weights of elements it does not know: copies of the "nearest" relative's, or
@@ -328,6 +329,7 @@ class StartConfig(Section):
     """
 
     potential: str
+    head: str | None = None
     atomic_energies: Literal["keep", "refit"] = "keep"
     new_elements: Literal["nearest", "fresh"] = "nearest"
     replay: str | list[str] | None = None

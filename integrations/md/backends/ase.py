@@ -58,7 +58,10 @@ class ASEBackend(Backend):
         self.structure = structure
         self.atoms = structure.atoms.copy()
         self.calculator = MLIPCalculator(
-            settings.model, dtype=DTYPE_OF_PRECISION[settings.precision], device=settings.device
+            settings.model,
+            head=settings.head,
+            dtype=DTYPE_OF_PRECISION[settings.precision],
+            device=settings.device,
         )
         self.potential = self.calculator.potential
         self.potential.species(self.atoms.numbers)

@@ -99,7 +99,7 @@ class OpenMMBackend(Backend):
             cell = structure.atoms.cell.array
             reduced, self._rotation = reduce_lattice(cell)
             self._vectors = np.rint(cell @ self._rotation.T @ np.linalg.inv(reduced))
-        self.potential = share_potential(settings.model)
+        self.potential = share_potential(settings.model, head=settings.head)
         self.atoms = self.structure.atoms
         self._periodic = bool(self.atoms.pbc.any())
         species = self.potential.species(self.atoms.numbers)
@@ -113,6 +113,7 @@ class OpenMMBackend(Backend):
             self._periodic,
             False,
             {"dtype": DTYPE_OF_PRECISION[settings.precision], "device": settings.device},
+            head=settings.head,
         )
         _ = self._force.engine  # what it refuses is refused here, not at the first step
         labels = None
