@@ -80,7 +80,9 @@ def test_many_in_float64_by_the_definition(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("name", CASES["rows"])
+@pytest.mark.parametrize(
+    "name", ["mace-spice2", pytest.param("nequip-spice2", marks=pytest.mark.slow)]
+)
 def test_float32_with_kernels(name, tmp_path):
     found = losses(name, tmp_path, FEW)
     np.testing.assert_allclose(found, RECORDED["losses"][name][:FEW], rtol=1e-4)
