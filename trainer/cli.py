@@ -313,6 +313,8 @@ def check_command(
     for line in (*data.notes, data.summary(), *statistics_lines(data.statistics)):
         typer.echo(line)
     typer.echo(f"{checked.model['kind']} with {trainer.num_parameters:,} weights")
+    for line in trainer.unreached:
+        typer.echo(f"Warning: {line}")
     if deep:
         for line in judge_costs(trainer).lines():
             typer.echo(line)

@@ -95,7 +95,7 @@ def learning_factors(params: Params, factors: Mapping[str, float]) -> Params:
             counts.
 
     Raises:
-        ConfigError: if a pattern fits no weight.
+        ConfigError: if a pattern fits no weight, or all weights are frozen.
     """
     unused = set(factors)
 
@@ -113,6 +113,10 @@ def learning_factors(params: Params, factors: Mapping[str, float]) -> Params:
         raise ConfigError(
             f"optimizer.factors: {', '.join(sorted(unused))} fits no weights; their names are, for "
             f"example, {', '.join(names[:: max(1, len(names) // 3)][:3])}"
+        )
+    if factors and not any(jax.tree_util.tree_leaves(tree)):
+        raise ConfigError(
+            "optimizer.factors freeze every weight, and nothing would be trained; leave one above 0"
         )
     return tree
 

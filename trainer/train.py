@@ -49,6 +49,7 @@ from mlip_md.trainer.checkpoint import CheckpointFolder
 from mlip_md.trainer.data import Batch, TrainingData, write_structures
 from mlip_md.trainer.evaluation import evaluate_sets
 from mlip_md.trainer.finetune import adopt_elements, describe_parent, starting_weights
+from mlip_md.trainer.lengths import find_unreached
 from mlip_md.trainer.loggers import Logger, open_loggers
 from mlip_md.trainer.loss import stage_at, weights_at
 from mlip_md.trainer.metrics import Errors
@@ -189,6 +190,7 @@ class Trainer:
             **({} if parent is None else {"radial_scale": parent.radial_scale}),
         )
         steps = len(data.plan(recipe.seed, 1))
+        self.unreached = find_unreached(recipe, steps)
         self.optimizer = settle_steps(recipe.optimizer, steps, recipe.train.epochs)
         settled = recipe.model_copy(update={"optimizer": self.optimizer})
         # First, because they look whether this process and its compiler can compute.
@@ -325,6 +327,8 @@ class Trainer:
                 f"starts from {name} ({self.parent.sha256[:12]}); E0: "
                 f"{self.data.statistics.atomic_energies_source}"
             )
+        for line in self.unreached:
+            self.log.line(f"Warning: {line}")
 
     def _continue(self, state: TrainState, saved: dict[str, Any]) -> None:
         """Take up the state and the progress of a checkpoint."""

@@ -40,6 +40,7 @@ from mlip_md.trainer.train import Trainer
 EPOCHS, STEPS = 4, 6
 """Epochs of the small recipe and batches of each."""
 OTHER_CUTOFF = 3.5
+RATES = ("init", "peak", "final")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -346,7 +347,7 @@ def test_every_part_of_the_data_counts_in_the_fingerprint(part, name, data):
 
 def test_a_run_goes_on_with_another_learning_rate(recipe, data, tmp_path):
     stop_at_step(Trainer(recipe, data, tmp_path), 8)
-    slower = changed(recipe, optimizer={f"{k}_learning_rate": 1e-4 for k in ("peak", "final")})
+    slower = changed(recipe, optimizer={f"{k}_learning_rate": 1e-4 for k in RATES})
     with pytest.raises(CheckpointError, match="or go on with --resume allow-changes"):
         Trainer(slower, data, tmp_path).run()
     trainer = Trainer(slower, data, tmp_path)
@@ -612,6 +613,16 @@ def test_rows_that_an_earlier_version_did_not_know_are_no_difference(recipe, dat
     other = identify(changed(recipe, optimizer={"factors": {"*": 0.5}}), data)
     with pytest.raises(CheckpointError, match=r"optimizer.factors"):
         check_same(old, other, tmp_path, allow_changes=False)
+
+
+def test_what_a_training_never_comes_to_is_said_at_its_start(recipe, data, tmp_path):
+    short = changed(recipe, train={"epochs": FLIP - 1})
+    Trainer(short, data, tmp_path).run()
+    lines = (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines()
+    told = [line for line in lines if "Warning: loss." in line]
+    assert len(told) == 2
+    assert f"1000 from epoch {FLIP} on is never reached; train.epochs is {FLIP - 1}" in told[0]
+    assert lines.index(told[1]) < next(k for k, line in enumerate(lines) if "epoch    0" in line)
 
 
 def test_a_training_that_learned_nothing_says_so(recipe, data, tmp_path, saved):

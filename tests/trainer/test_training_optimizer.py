@@ -227,6 +227,13 @@ def test_a_pattern_that_fits_nothing_is_refused():
         learning_factors({"head": {"vector": 1.0}}, {"haed/*": 0.1})
 
 
+def test_a_network_whose_weights_are_all_frozen_is_refused():
+    params = {"head": {"vector": 1.0}, "matrix": 2.0}
+    assert learning_factors(params, {"*": 0.0, "matrix": 0.1})["matrix"] == 0.1
+    with pytest.raises(ConfigError, match=r"optimizer.factors freeze every weight"):
+        learning_factors(params, {"head/*": 0.0, "matrix": 0.0})
+
+
 def test_a_plateau_is_lowered_to_the_final_rate_and_no_further():
     config = OptimizerConfig(
         schedule="plateau", plateau_epochs=3, peak_learning_rate=1.0, final_learning_rate=0.3

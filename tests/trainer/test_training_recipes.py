@@ -2,6 +2,7 @@
 
 import json
 import re
+import typing
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from mlip_md.trainer.recipe import (
     OptimizerConfig,
     Recipe,
     SplitConfig,
+    StartConfig,
     TrainConfig,
     describe_rows,
     dump_resolved,
@@ -175,6 +177,77 @@ def test_bad_values_are_refused_with_their_place(text, message, write):
     lines = str(caught.value).splitlines()
     assert all(line.startswith("train.yaml") for line in lines)
     assert len(lines) == (2 if "<<" in text else 1)  # a merged mistake stands in two sections
+
+
+CONTRADICTIONS = [
+    ("optimizer", "{peak_learning_rate: 0.001, final_learning_rate: 0.0001}",
+     "init_learning_rate: 0.01 is above peak_learning_rate: 0.001; peak_learning_rate is the "
+     "highest of the three: lower the first, or set warmup_steps: 0"),
+    ("optimizer", "{peak_learning_rate: 0.001, warmup_steps: 0}",
+     "final_learning_rate: 0.01 is above peak_learning_rate: 0.001; peak_learning_rate is the "
+     "highest of the three: lower the first"),
+    ("optimizer", "{schedule: exponential, final_learning_rate: 0.0}",
+     "an exponential schedule never reaches final_learning_rate: 0"),
+    ("loss", "{energy: {weight: 0.0}, forces: {weight: 0.0}}",
+     "energy, forces and stress all weigh 0 from epoch 1 on, and nothing would be trained; give one"
+     " of them a weight"),
+    ("loss", "{energy: {weight: [{from_epoch: 1, value: 1.0}, {from_epoch: 7, value: 0.0}]},"
+     " forces: {weight: [{from_epoch: 0, value: 1.0}, {from_epoch: 5, value: 0.0}]}}",
+     "energy, forces and stress all weigh 0 from epoch 7 on, and nothing would be trained; give one"
+     " of them a weight"),
+    ("start", "{potential: organics-gfn2, replay_weight: 0.5}",
+     "replay_weight: 0.5 weighs nothing without replay; name the second data set, or leave the"
+     " weight out"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("section", "rows", "message"), CONTRADICTIONS)
+def test_rows_that_contradict_each_other_are_refused_in_a_sentence(section, rows, message, write):
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(write(f"{section}: {rows}\n"))
+    assert str(caught.value) == f"train.yaml:1:1: {section}: {message}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "optimizer: {init_learning_rate: 0.02, warmup_steps: 0}\n",  # no warm-up, no first rate
+        "optimizer: {init_learning_rate: 0.02, warmup_epochs: 0.0}\n",
+        "loss: {energy: {weight: 0.0}}\n",
+        "loss: {energy: {weight: 0.0}, forces: {weight: 0.0}, stress: {weight: 1.0}}\n",
+        "start: {potential: organics-gfn2, replay: a.xyz, replay_weight: 0.0}\n",
+        "optimizer: {grad_norm: .inf}\ncheckpoint: {every_minutes: .inf}\n",  # never
+    ],
+)
+def test_rows_that_only_look_so_are_not(text, write):
+    load_recipe(write(text))
+
+
+NUMBERS = [
+    (section, key)
+    for section, model in {**SECTIONS, "start": StartConfig}.items()
+    for key, field in model.model_fields.items()
+    if float in (field.annotation, *typing.get_args(field.annotation))
+]
+
+
+@pytest.mark.parametrize(("section", "key"), NUMBERS)
+@pytest.mark.parametrize("value", [".nan", "-1.0", "-.inf"])
+def test_no_number_is_negative_or_none(section, key, value, write):
+    text = f"{key}: {value}\n"
+    for name in reversed(section.split(".")):
+        text = f"{name}:\n" + "".join(f"  {line}\n" for line in text.splitlines())
+    with pytest.raises(ConfigError, match=rf"{section}\.{key}: "):
+        load_recipe(write(text))
+
+
+@pytest.mark.parametrize(
+    "row", ["loss.delta", "train.select_energy_weight", "train.select_stress_weight",
+            "optimizer.peak_learning_rate", "loss.forces.weight"],
+)  # fmt: skip
+def test_what_would_give_nan_is_finite(row, write):
+    with pytest.raises(ConfigError, match=rf"^--set {row}.*finite"):
+        load_recipe(write(RECIPE), [f"{row}=.inf"])
 
 
 def test_a_recipe_that_is_not_utf8_is_refused_with_its_line(tmp_path):

@@ -72,7 +72,7 @@ class LossConfig(Section):
     """
 
     kind: Literal["mse", "huber", "l1", "l1-l2"] = "mse"
-    delta: float = Field(default=0.01, gt=0)
+    delta: float = Field(default=0.01, gt=0, allow_inf_nan=False)
     energy: LossTermConfig = _constant(1.0)
     forces: LossTermConfig = _constant(25.0)
     stress: LossTermConfig = _constant(0.0)
@@ -81,6 +81,19 @@ class LossConfig(Section):
     def trains_stress(self) -> bool:
         """Whether stresses have a weight in any epoch."""
         return any(step.value for step in self.stress.weight)
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> LossConfig:
+        """Some term has a weight in every epoch."""
+        terms = (self.energy.weight, self.forces.weight, self.stress.weight)
+        for epoch in sorted({max(step.from_epoch, 1) for weight in terms for step in weight}):
+            reached = ([s.value for s in weight if s.from_epoch <= epoch][-1] for weight in terms)
+            if not any(reached):
+                raise ValueError(
+                    f"energy, forces and stress all weigh 0 from epoch {epoch} on, and nothing "
+                    "would be trained; give one of them a weight"
+                )
+        return self
 
 
 class OptimizerConfig(Section):
@@ -127,6 +140,18 @@ class OptimizerConfig(Section):
 
     @model_validator(mode="after")
     def _check_schedule(self) -> OptimizerConfig:
+        warms_up = self.warmup_steps if self.warmup_epochs is None else self.warmup_epochs
+        peak, highest = self.peak_learning_rate, "peak_learning_rate is the highest of the three"
+        if warms_up and self.init_learning_rate > peak:
+            raise ValueError(
+                f"init_learning_rate: {self.init_learning_rate:g} is above peak_learning_rate: "
+                f"{peak:g}; {highest}: lower the first, or set warmup_steps: 0"
+            )
+        if self.final_learning_rate > peak:
+            raise ValueError(
+                f"final_learning_rate: {self.final_learning_rate:g} is above peak_learning_rate: "
+                f"{peak:g}; {highest}: lower the first"
+            )
         if self.schedule == "exponential" and self.final_learning_rate == 0:
             raise ValueError("an exponential schedule never reaches final_learning_rate: 0")
         if self.schedule == "plateau" and self.kind == "schedule-free":
@@ -261,8 +286,8 @@ class TrainConfig(Section):
     epochs: int = Field(default=220, ge=1)
     precision: Literal["float32", "float64"] = "float32"
     ema_decay: float = Field(default=0.99, ge=0, lt=1)
-    select_energy_weight: float = Field(default=10.0, ge=0)
-    select_stress_weight: float = Field(default=10.0, ge=0)
+    select_energy_weight: float = Field(default=10.0, ge=0, allow_inf_nan=False)
+    select_stress_weight: float = Field(default=10.0, ge=0, allow_inf_nan=False)
     select_by: str | None = None
     patience: int | None = Field(default=None, ge=1)
 
@@ -334,6 +359,15 @@ class StartConfig(Section):
     new_elements: Literal["nearest", "fresh"] = "nearest"
     replay: str | list[str] | None = None
     replay_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _check_replay(self) -> StartConfig:
+        if self.replay is None and self.replay_weight != 1.0:
+            raise ValueError(
+                f"replay_weight: {self.replay_weight:g} weighs nothing without replay; name the "
+                "second data set, or leave the weight out"
+            )
+        return self
 
 
 class Recipe(Section):
