@@ -396,7 +396,7 @@ def test_tokens_are_small_and_stay_readable():
     old = pickle.loads(bytes.fromhex(TOKEN))
     assert type(old) is openmm_force.MLForce
     token = old.__getstate__()
-    assert {*token, "version"} == force.__getstate__().keys()
+    assert {*token, "version", "head"} == force.__getstate__().keys()
     assert list(zlib.decompress(token["numbers"])) == [8, 1, 1]
     assert np.frombuffer(zlib.decompress(token["particles"]), np.int32).tolist() == [4, 5, 6]
     assert token["engine_options"] == {"dtype": "float32", "device": None}

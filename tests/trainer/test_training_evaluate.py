@@ -204,7 +204,7 @@ def frame(structure, **others):
 @pytest.fixture
 def run_evaluate(potential, monkeypatch):
     """Call the command for the potential with a data file and options."""
-    monkeypatch.setattr("mlip_md.load", lambda name: potential)
+    monkeypatch.setattr("mlip_md.load", lambda name, head=None: potential)
     app = typer.Typer()
     app.command()(cli.evaluate_command)
     return lambda *arguments: CliRunner().invoke(app, ["model", *map(str, arguments)])

@@ -19,7 +19,7 @@ def potential():
 
 @pytest.fixture(autouse=True)
 def pair_engine(monkeypatch, potential):
-    monkeypatch.setattr(mlip_md, "load", lambda name: potential)
+    monkeypatch.setattr(mlip_md, "load", lambda name, head=None: potential)
     monkeypatch.setattr(PairEngine, "device", jax.devices()[0], raising=False)
     set_engine(monkeypatch, PairEngine)
 
