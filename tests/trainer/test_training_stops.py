@@ -27,13 +27,13 @@ watch = ending_process(
     lambda: kind != "unsaved" or time.monotonic() - begun > value,
     lambda: print("cleaned", flush=True),
     max_seconds=value if kind == "limit" else float("inf"),
-    grace=0.2,
+    grace=0.2 if patient else 3.0,  # time to answer, on a busy machine too
 )
 with Interruptions(*ENDINGS, patient=patient), watch:
-    print("ready", flush=True)
     if kind == "left":
         sys.exit(7)
     try:
+        print("ready", flush=True)  # the signal may be here before the next line is
         threading.Lock().acquire() and threading.Event().wait()  # answers to nothing
     except KeyboardInterrupt:
         print("stopped", flush=True)
@@ -93,7 +93,7 @@ def test_work_that_answers_ends_by_itself(kind, cleaned, interruptible):
     say(process, "ready")
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=60)
-    assert output.splitlines() == ["stopped", "cleaned"] if cleaned else ["stopped"]
+    assert output.splitlines() == ["stopped", "cleaned"][: 1 + cleaned]
     assert (process.returncode == 75) == cleaned
     assert ("StoppedError" in errors) == (not cleaned)
 
