@@ -16,7 +16,6 @@ from mlip_md.errors import ConfigError, DataError
 from mlip_md.trainer.data.batching import (
     Batch,
     BatchBudget,
-    iterate_batches,
     join_batches,
     make_batch,
     plan_epoch,
@@ -31,6 +30,7 @@ from mlip_md.trainer.data.prepared import (
     prepare_once,
     warn_of_energies,
 )
+from mlip_md.trainer.data.shares import Shares, iterate_parts
 from mlip_md.trainer.data.sources import is_prepared
 from mlip_md.trainer.data.statistics import Statistics, describe_open_energies
 from mlip_md.trainer.data.store import GraphStore
@@ -96,8 +96,9 @@ class TrainingData:
         done: int = 0,
         dtype: str = "float32",
         replay_weight: float = 1.0,
-    ) -> Iterator[tuple[np.ndarray, Batch]]:
-        """The batches of a training epoch with the indices of their training structures.
+        shares: Shares | None = None,
+    ) -> Iterator[tuple[np.ndarray, list[Batch]]]:
+        """The batches of a training epoch with the indices of their training structures, in parts.
 
         Beside each stands the batch of the same number of an epoch of the replayed structures,
         which begins again where it is shorter.
@@ -109,17 +110,24 @@ class TrainingData:
             done: batches to leave out at the start.
             dtype: as ``make_batch`` takes it.
             replay_weight: of the loss of replayed structures.
+            shares: parts of every batch that this process makes; None: one, the whole.
         """
-        plan = plan[done:]
-        batches = iterate_batches(self.train, plan, self.budget, dtype=dtype)
+        batches = iterate_parts(self.train, plan, self.budget, shares, done, dtype)
         if self.replay is None or self.replay_budget is None:
             yield from batches
             return
         replayed = plan_epoch(self.replay, self.replay_budget, seed, epoch)
-        beside = [replayed[k % len(replayed)] for k in range(done, done + len(plan))]
-        others = iterate_batches(self.replay, beside, self.replay_budget, dtype=dtype)
-        for (indices, batch), (_, other) in zip(batches, others, strict=True):
-            yield indices, join_batches(batch, other, replay_weight)
+        beside = [replayed[k % len(replayed)] for k in range(len(plan))]
+        others = iterate_parts(self.replay, beside, self.replay_budget, shares, done, dtype)
+        for (indices, parts), (more, replays) in zip(batches, others, strict=True):
+            counts = len(indices), len(more)
+            yield (
+                indices,
+                [
+                    join_batches(part, replay, replay_weight, counts)
+                    for part, replay in zip(parts, replays, strict=True)
+                ],
+            )
 
     def example(self, dtype: str = "float32") -> Batch:
         """One batch, to build a network with.
