@@ -16,7 +16,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -212,6 +212,12 @@ class Team:
         return 1 if self.mesh is None else jax.process_count()
 
     @property
+    def _mesh(self) -> Mesh:
+        if self.mesh is None:
+            raise ConfigError("one device alone has nothing to divide; see gather")
+        return self.mesh
+
+    @property
     def leads(self) -> bool:
         """Whether this process writes files and speaks."""
         return self.mesh is None or jax.process_index() == 0
@@ -225,6 +231,16 @@ class Team:
         count = parts // self.processes
         first = count * jax.process_index()
         return Shares(parts, range(first, first + count))
+
+    def lines(self) -> list[str]:
+        """What a run should say of its devices; nothing of the only one there is."""
+        if self.mesh is not None:
+            return [
+                f"{self.mesh.size} devices of {self.processes} processes divide every batch "
+                f"({self.mesh.devices.flat[0].device_kind})"
+            ]
+        there = jax.local_device_count()
+        return [f"one of {there} devices trains; --devices all uses all"] if there > 1 else []
 
     def spread(self, parts: Sequence[Batch]) -> Batch:
         """The parts of a batch on their devices, as one with an axis of parts in front.
@@ -242,8 +258,7 @@ class Team:
         return spread
 
     def _from_all(self, mine: np.ndarray) -> jax.Array:
-        assert self.mesh is not None
-        place = NamedSharding(self.mesh, PartitionSpec(AXIS))
+        place = NamedSharding(self._mesh, PartitionSpec(AXIS))
         return jax.make_array_from_process_local_data(place, mine)
 
     def everywhere(self, tree: Tree) -> Tree:
@@ -311,33 +326,33 @@ class Team:
         if self.processes > 1:
             multihost_utils.sync_global_devices(name)
 
-    def asking(self, reason: Reason | None) -> jax.Array | None:
-        """Why this process asks all to stop, for a step, which tells all; None if it is alone.
+    def asking(self, reason: Reason | None) -> jax.Array:
+        """Why this process asks all to stop, for a step, which tells all.
 
         Args:
             reason: None does not ask.
         """
-        if self.processes == 1 or self.shares is None:
-            return None
         code = 0 if reason is None else 1 + REASONS.index(reason)
-        return self._from_all(np.full(len(self.shares.mine), code, np.int32))
+        return self._from_all(np.full(self._mesh.size // self.processes, code, np.int32))
 
 
-def gather(devices: int | Literal["all"] | None = None) -> Team:
+def gather(devices: int | str | None = None) -> Team:
     """The devices that train, those of all processes that are ``joined``.
 
     Args:
-        devices: how many of each process; None is one, or all of a process among several.
+        devices: how many of each process, or "all"; None is one, or all of a process among several.
 
     Raises:
-        DeviceError: if a process has fewer.
+        DeviceError: if a process has fewer, or it is no number.
     """
     there, processes = len(jax.local_devices()), jax.process_count()
     if devices is None:
         devices = 1 if processes == 1 else "all"
-    count = there if devices == "all" else devices
+    count = there if devices == "all" else int(devices) if str(devices).isdecimal() else 0
     if not 1 <= count <= there:
-        raise DeviceError(f"--devices {count}: JAX sees {there} in this process", "Give fewer")
+        raise DeviceError(
+            f"--devices {devices}: JAX sees {there} in this process", f"Give 1 to {there}, or all"
+        )
     if processes * count == 1:
         return Team()
     groups: list[list[jax.Device]] = [[] for _ in range(processes)]

@@ -292,6 +292,8 @@ class Trainer:
     def _run(self, resume: Resume, max_seconds: float) -> Outcome:
         """``run`` in a folder that is ours."""
         self._begin(resume)
+        for line in self.team.lines():
+            self.log.line(line)
         with (
             self._open_loggers() as self.loggers,
             Interruptions(*ENDINGS, max_seconds=max_seconds) as self.interruptions,
@@ -414,12 +416,12 @@ class Trainer:
         count = len(plan)
         weights = weights_at(self.recipe.loss, progress.epoch)
         lowers = self.optimizer.schedule == "plateau" or progress.rate != 1.0
-        rate = (np.float32(progress.rate),) if lowers else ()
+        rate = np.float32(progress.rate) if lowers else None
         waiting: collections.deque[Waiting] = collections.deque()
         clock = begun = time.monotonic()
         slow = True  # until it is known
         for indices, batch in self.batches(progress.epoch, progress.batch, plan):
-            log = self.step(batch, weights, *rate, **self._asking())
+            log = self.step(batch, weights, *self._besides(rate))
             progress.batch += 1
             progress.step += 1
             waiting.append((progress.step, indices, log))
@@ -481,10 +483,11 @@ class Trainer:
             fault, self._fault = self._fault, None
             raise fault
 
-    def _asking(self) -> dict[str, Any]:
-        """What a step takes to tell all processes that one is to stop."""
-        asked = self.team.asking(self.interruptions.reason)
-        return {} if asked is None else {"asked": asked}
+    def _besides(self, rate: np.float32 | None) -> tuple[Any, ...]:
+        """What a step takes besides: a factor on the learning rate, what processes ask."""
+        if self.team.processes > 1:
+            return rate, self.team.asking(self.interruptions.reason)
+        return () if rate is None else (rate,)
 
     def _stopping(self) -> Reason | None:
         """Why to stop after this step: all processes after the same, when all have heard of it."""
@@ -505,22 +508,21 @@ class Trainer:
             f"epoch {self.recipe.train.epochs}"
         )
 
-    def step(self, *arguments: Any, **named: Any) -> StepLog:
+    def step(self, *arguments: Any) -> StepLog:
         """Change the state by one step; before the first, look whether it fits into the memory.
 
         Args:
             arguments: of ``train_step``, without the state.
-            named: likewise.
 
         Raises:
             CapacityError: if it does not fit.
         """
         if self._needed is None:
             with naming_out_of_memory(self.load, self.device):
-                self._needed = plan_memory(self.train_step, self.state, *arguments, **named) or 0
+                self._needed = plan_memory(self.train_step, self.state, *arguments) or 0
             check_memory(self.load, self.device, self._needed)
         with naming_out_of_memory(self.load, self.device, self._needed):
-            self.state, log = self.train_step(self.state, *arguments, **named)
+            self.state, log = self.train_step(self.state, *arguments)
         return log
 
     def _describe_load(self) -> Load:
