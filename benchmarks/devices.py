@@ -3,13 +3,14 @@
     python benchmarks/devices.py [--devices 1 2 4 8] [--each 16] [--steps 20] [--virtual]
 
 Weak scaling: 1 is a step on one device; the ideal is the same time for N times the structures. The
-network of a shipped recipe (``--recipe``) with random weights on moved molecules of benzene, the trainer's own
-step, parts and transfers. ``--virtual`` divides a processor, which shows the form and no speed: its
-devices share the cores. Several processes: start it as ``mlip-md train`` is, with srun or mpirun;
-then only the number of all devices is measured.
+network of a shipped recipe (``--recipe``) with random weights on moved molecules of benzene, the
+trainer's own step, parts and transfers. ``--virtual`` divides a processor, which shows the form and
+no speed: its devices share the cores. Several processes: start it as ``mlip-md train`` is, with srun
+or mpirun; then only the number of all devices is measured.
 """
 
 import argparse
+import functools
 import os
 import statistics
 import sys
@@ -22,9 +23,9 @@ VIRTUAL = "--xla_force_host_platform_device_count="
 
 def measure(name: str, devices: int | str, each: int, steps: int) -> tuple[int, int, float]:
     """Devices of the team, structures of a step, and the median time (s) of one."""
+    import jax
     from ase.build import molecule
 
-    import jax
     from mlip_md.networks import build_network, draw_weights
     from mlip_md.trainer.data import BatchBudget, GraphStore, LabeledStructure, iterate_parts
     from mlip_md.trainer.loss import weights_at
@@ -56,9 +57,8 @@ def measure(name: str, devices: int | str, each: int, steps: int) -> tuple[int, 
     state, weights, times = None, weights_at(recipe.loss, 1), []
     for _, batches in iterate_parts(store, plan, budget, team.shares):
         if state is None:
-            graph = jax.tree_util.tree_map(np.asarray, batches[0].graph)
-            key = jax.random.key(0)
-            params = jax.jit(lambda: draw_weights(network, recipe.network, key, graph))()
+            draw = jax.jit(functools.partial(draw_weights, network, recipe.network))
+            params = draw(jax.random.key(0), batches[0].graph)
             state = team.everywhere(init_state(recipe, params))
         begun = time.perf_counter()
         state, log = step(state, team.spread(batches), weights)
