@@ -5,8 +5,8 @@
 Weak scaling: 1 is a step on one device; the ideal is the same time for N times the structures. The
 network of a shipped recipe (``--recipe``) with random weights on moved molecules of benzene, the
 trainer's own step, parts and transfers. ``--virtual`` divides a processor, which shows the form and
-no speed: its devices share the cores. Several processes: start it as ``mlip-md train`` is, with srun
-or mpirun; then only the number of all devices is measured.
+no speed: its devices share the cores. Several processes: start it as ``mlip-md train`` is, with
+srun or mpirun; then only the number of all devices is measured.
 """
 
 import argparse
