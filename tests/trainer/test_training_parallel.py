@@ -1,6 +1,7 @@
 """Training on several devices and in several processes: the numbers of one, and one end for all."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -9,14 +10,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from pair_potential import PairNetwork
 from training_cases import small_recipe, write_data_set
 
 import mlip_md
 from mlip_md.errors import ConfigError, DataError
-from mlip_md.trainer.data import Shares, iterate_parts, load_data
+from mlip_md.potential import predict
+from mlip_md.trainer import load_recipe
+from mlip_md.trainer.data import Shares, iterate_parts, load_data, prepared, store
 from mlip_md.trainer.data.shares import divide, share_budget
+from mlip_md.trainer.loss import batch_loss, weights_at
 from mlip_md.trainer.parallel import Place, find_place
 from mlip_md.trainer.train import IN_FLIGHT
 
@@ -39,7 +45,10 @@ step, run, count = train.Trainer.step, train.Trainer.run, 0
 def acting(self, *arguments):
     global count
     count += 1
-    if count == int(at):
+    if act == "NAN" and count in (int(at), int(at) + 1):
+        batch, weights, *others = arguments
+        arguments = batch, weights._replace(energy=weights.energy * float("nan")), *others
+    elif count == int(at):
         os.kill(os.getpid(), getattr(signal, act))
     return step(self, *arguments)
 
@@ -66,7 +75,10 @@ DEADLINE = 300
 
 
 def start(*runs, devices=1, act=""):
-    """A process of one or several ``mlip-md train``; "SIGTERM:7" is sent before its 7th step."""
+    """A process of one or several ``mlip-md train``; "SIGTERM:7" is sent before its 7th step.
+
+    "NAN:7" spoils its 7th and 8th.
+    """
     folders = Path(mlip_md.__file__).parents[1], TESTS, os.environ.get("PYTHONPATH", "")
     environment = {
         **os.environ,
@@ -132,14 +144,17 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(recipe, tmp_path_factory):
-    """One process with two devices: a run on one, on both, on both and then on one."""
+    """One process with two devices: runs on one, on both, on both and then on one; accumulated."""
     folder = tmp_path_factory.mktemp("alone")
+    accumulated = "--set", "optimizer.num_gradient_accumulation_steps=3"
     early = [recipe, "--run", folder / "moved", "--set", "train.epochs=4", "--devices", 2]
     process = start(
         [recipe, "--run", folder / "one"],
         [recipe, "--run", folder / "two", "--devices", "all"],
         early,
         [recipe, "--run", folder / "moved"],
+        [recipe, "--run", folder / "one-of-3", *accumulated],
+        [recipe, "--run", folder / "two-of-3", *accumulated, "--devices", 2],
         devices=2,
     )
     ended = Ended(process)
@@ -154,12 +169,15 @@ def test_two_devices_give_the_losses_of_one(alone):
     expected = steps(folder / "one")
     assert len(expected) == EPOCHS * STEPS > 50
     np.testing.assert_allclose(steps(folder / "two"), expected, rtol=1e-9)
+    accumulated = steps(folder / "one-of-3")
+    assert abs(accumulated / expected - 1).max() > 1e-3
+    np.testing.assert_allclose(steps(folder / "two-of-3"), accumulated, rtol=1e-9)
 
 
 def test_a_checkpoint_of_two_devices_goes_on_with_one(alone):
     folder, ended = alone
     assert f"resumed at epoch 5, step {4 * STEPS}" in ended.out
-    assert [run[:2] for run in ended.runs[2:]] == [["done", "28"], ["done", "56"]]
+    assert [run[:2] for run in ended.runs[2:4]] == [["done", "28"], ["done", "56"]]
     found, two = steps(folder / "moved"), steps(folder / "two")
     np.testing.assert_array_equal(found[: 4 * STEPS], two[: 4 * STEPS])
     np.testing.assert_allclose(found, steps(folder / "one"), rtol=1e-9)
@@ -207,10 +225,26 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(recipe, alone, tmp
     run = recipe, "--run", tmp_path / "run"
     ended = train_together(*run, acts=("", "SIGTERM:20"))
     assert [process.code for process in ended] == [75, 75], ended[0].err + ended[1].err
-    stopped = 20 + IN_FLIGHT
+    stopped = 21 + IN_FLIGHT  # what the 20th step takes is made before the signal comes
     assert [process.runs[0][:2] for process in ended] == 2 * [["terminated", str(stopped)]]
     assert (tmp_path / "run" / "checkpoints" / f"step-{stopped:09d}.safetensors").exists()
     assert [process.runs for process in train_together(*run)] == [alone[1].runs[1:2]] * 2
+
+
+@pytest.mark.slow
+def test_bad_steps_take_all_processes_back_together(recipe, tmp_path):
+    """With steps in flight behind the bad ones; as one process does that waits for each."""
+    rows = "--set", "faults.max_bad_steps_in_row=2"
+    spoiled = "NAN:17"
+    both = train_together(recipe, "--run", tmp_path / "both", *rows, acts=(spoiled, spoiled))
+    assert [process.code for process in both] == [0, 0], both[0].err + both[1].err
+    alone = Ended(
+        start([recipe, "--run", tmp_path / "alone", *rows, "--devices", 2], devices=2, act=spoiled)
+    )
+    assert "Back to step 16" in both[0].out
+    assert "Back to step 16" in alone.out
+    assert [process.runs for process in both] == [alone.runs] * 2
+    np.testing.assert_array_equal(steps(tmp_path / "both"), steps(tmp_path / "alone"))
 
 
 @pytest.mark.slow
@@ -225,8 +259,6 @@ def test_an_error_of_process_0_is_an_error_of_all(recipe, tmp_path):
 
 @pytest.fixture(scope="module")
 def data(recipe):
-    from mlip_md.trainer import load_recipe
-
     return load_data(load_recipe(str(recipe))[0])
 
 
@@ -259,10 +291,30 @@ def test_processes_make_their_parts_only(data):
             np.testing.assert_array_equal(one.graph.senders, other.graph.senders)
 
 
-def test_a_process_that_trusts_another_reads_no_array(recipe, data, tmp_path, monkeypatch):
-    from mlip_md.trainer import load_recipe
-    from mlip_md.trainer.data import prepared, store
+@pytest.mark.parametrize("count", [2, 8])  # of 8 parts of 7 structures one is empty
+def test_parts_add_up_to_the_loss_of_the_whole(recipe, data, count):
+    """Also beside replayed structures, of which there are as many parts."""
+    loss = load_recipe(str(recipe))[0].loss
+    replayed = dataclasses.replace(data, replay=data.validation, replay_budget=data.budget)
+    network, weights = PairNetwork(3, 4.0), weights_at(loss, 1)
+    params = network.init(jax.random.key(0), data.example().graph)
+    plan = data.plan(seed=3, epoch=1)[:1]
 
+    def value(batch):
+        return batch_loss(loss, predict(network.apply, params, batch.graph), batch, weights)
+
+    for of in (data, replayed):
+        ((_, (whole,)),) = of.batches(plan, 3, 1, replay_weight=0.3)
+        ((_, parts),) = of.batches(
+            plan, 3, 1, replay_weight=0.3, shares=Shares(count, range(count))
+        )
+        counts = [part.graph.graph_mask.sum() for part in parts]
+        total = sum(n * float(value(part)) for n, part in zip(counts, parts, strict=True))
+        assert len(parts) == count
+        assert total / sum(counts) == pytest.approx(float(value(whole)), rel=1e-5)
+
+
+def test_a_process_that_trusts_another_reads_no_array(recipe, data, tmp_path, monkeypatch):
     checked, _ = load_recipe(str(recipe))
     kept = load_data(checked, tmp_path / "prepared")
     for module in (prepared, store):
