@@ -80,8 +80,14 @@ app.command("make-dataset", rich_help_panel=_MAKE)(make_dataset_command)
 
 def main() -> None:
     """Run the command line; errors made on purpose become one line and an exit code."""
-    with lasting_streams():
-        _main()
+    try:
+        with lasting_streams():
+            _main()
+    except SystemExit as end:
+        parallel = sys.modules.get("mlip_md.trainer.parallel")
+        if parallel is not None and end.code:
+            parallel.end_alone(end.code)
+        raise
 
 
 def _main() -> None:

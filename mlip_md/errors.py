@@ -155,5 +155,9 @@ class StoppedError(MLIPError, RuntimeError):
     """A signal of the system (SIGTERM, SIGHUP) ended a run; what it had done is saved."""
 
 
+class LostProcessError(StoppedError):
+    """Another process of the same training ended, or is out of reach."""
+
+
 class SimulationError(MLIPError, RuntimeError):
     """A simulation became unstable or its engine stopped; its last good frame is kept."""

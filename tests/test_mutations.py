@@ -220,6 +220,11 @@ FAST = {
     ),
 }  # fmt: skip
 SLOW = {
+    "mean of the means of devices": Mistake(
+        "trainer/step.py", "share = count / jax.lax.psum(count, axis)",
+        "share = jnp.float32(1 / mesh.size)",
+        ("test_training_parallel.py::test_two_devices_give_the_losses_of_one",),
+    ),
     "GPU: edges outside are walked along": Mistake(
         "networks/gpu_kernels.py", "keys = jnp.where(inside, nodes, number)", "keys = nodes",
         ("test_gpu_convolution.py::test_edges_outside_are_not_read",),

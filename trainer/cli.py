@@ -8,10 +8,11 @@ import datetime
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from mlip_md.potential import Potential
     from mlip_md.trainer.data import Statistics, TrainingData
     from mlip_md.trainer.evaluation import Evaluation
+    from mlip_md.trainer.parallel import Team
     from mlip_md.trainer.recipe import Recipe
     from mlip_md.trainer.train import Trainer
 
@@ -129,11 +131,30 @@ def train_command(
         str | None, typer.Option(metavar="HH:MM", help="Save and stop (exit code 75) after this.")
     ] = None,
     strict: Strict = False,
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|all",
+            help="Devices of each process; default: one, or all of a process among several.",
+        ),
+    ] = None,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Several processes: where process 0 is reached."),
+    ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many there are; default: as SLURM or Open MPI says."),
+    ] = None,
+    process_number: Annotated[
+        int | None, typer.Option(min=0, help="Which of them this is, from 0; likewise.")
+    ] = None,
 ) -> None:
-    """Train a potential from a recipe.
+    """Train a potential from a recipe, on one device, several, or several machines.
 
-    Exit codes: 0 done, 2 recipe, 3 data, 4 diverged (NaN), 5 storage, 75 interrupted or out of
-    time with the state saved, 130 Ctrl-C with the state saved; 7 memory, 8 nothing learned.
+    Exit codes: 0 done, 2 recipe, 3 data, 4 diverged (NaN), 5 storage, 75 interrupted, out of time
+    or another process lost, with the state saved, 130 Ctrl-C with the state saved; 7 memory, 8
+    nothing learned.
     """
     from mlip_md.trainer.recipe import load_recipe
 
@@ -144,32 +165,69 @@ def train_command(
     folder = run or Path("runs") / checked.name
     check_new_folder(folder, "--run")
     trainer: Trainer | None = None
-    with _answering(lambda: trainer is None or not trainer.unsaved, end - time.monotonic()):
+    with (
+        _answering(lambda: trainer is None or not trainer.unsaved, end - time.monotonic()),
+        _teamed(devices, coordinator, processes, process_number) as team,
+    ):
         checked, parent = _with_parent(checked)
-        data = _load(checked, folder, strict, keep=not dry_run)
+        data = _load(checked, folder, strict, team, keep=not dry_run)
         typer.echo("compiling the network")
         if dry_run:
-            _dry_run(checked, data, folder, parent, dry_run)
+            _dry_run(checked, data, folder, parent, team, dry_run)
             return
         with _plain_warnings(), _bar() as (echo, tick):
             from mlip_md.trainer.train import Trainer
 
             trainer = Trainer(
-                checked, data, folder, parent=parent, origins=origins, echo=echo, tick=tick
-            )
+                checked, data, folder, parent=parent, origins=origins, echo=echo, tick=tick,
+                team=team,
+            )  # fmt: skip
             outcome = trainer.run(resume, end - time.monotonic())
     if outcome.problem:
         raise NotLearnedError(outcome.problem)
     raise typer.Exit({"done": 0, "keyboard": EXIT_KEYBOARD}.get(outcome.status, EXIT_SAVED))
 
 
-def _load(recipe: Recipe, folder: Path, strict: bool, keep: bool) -> TrainingData:
-    """The data of a run, which says what it reads; kept prepared in the run's folder or not."""
+@contextlib.contextmanager
+def _teamed(
+    devices: str | None, coordinator: str | None, processes: int | None, number: int | None
+) -> Iterator[Team]:
+    """The devices that train; of several processes one speaks."""
+    from mlip_md.trainer.parallel import find_place, gather, joined
+
+    with joined(find_place(coordinator, processes, number)), contextlib.ExitStack() as stack:
+        team = gather(devices)
+        if not team.leads:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        yield team
+
+
+def _load(recipe: Recipe, folder: Path, strict: bool, team: Team, keep: bool) -> TrainingData:
+    """The data of a run, which says what it reads; kept prepared in the run's folder or not.
+
+    Of several processes one reads files and compares checksums, and the others trust it.
+    """
+    from mlip_md.trainer.data import Statistics, load_data
+
+    kept = folder / PREPARED if keep else None
+    read: list[TrainingData] = []
+
+    def first() -> dict[str, Any]:
+        read.append(_read(recipe, folder, strict, kept))
+        return read[0].statistics.to_dict()
+
+    statistics = Statistics.from_dict(team.first(first))
+    if not read:
+        read.append(load_data(recipe, kept, known=statistics if keep else None))
+    return read[0]
+
+
+def _read(recipe: Recipe, folder: Path, strict: bool, kept: Path | None) -> TrainingData:
     from mlip_md.trainer.data import load_data, usable_cores
 
     _say_reading(recipe.data.path)
     with _listing_rejected(folder / REJECTED) as bad, _plain_warnings(strict):
-        kept = folder / PREPARED if keep else None
         data = load_data(recipe, kept, workers=usable_cores(), tell=_tell_structures())
         bad += data.rejected
     _say_kept(folder / PREPARED)
@@ -179,13 +237,19 @@ def _load(recipe: Recipe, folder: Path, strict: bool, keep: bool) -> TrainingDat
 
 
 def _dry_run(
-    recipe: Recipe, data: TrainingData, folder: Path, parent: Potential | None, steps: int
+    recipe: Recipe,
+    data: TrainingData,
+    folder: Path,
+    parent: Potential | None,
+    team: Team,
+    steps: int,
 ) -> None:
     from mlip_md.trainer.costs import time_steps
     from mlip_md.trainer.train import Trainer
 
     typer.echo(data.summary())
-    for name, value in time_steps(Trainer(recipe, data, folder, parent=parent), steps).items():
+    trainer = Trainer(recipe, data, folder, parent=parent, team=team)
+    for name, value in time_steps(trainer, steps).items():
         typer.echo(f"{name}: {value:.4g}")
 
 

@@ -28,7 +28,7 @@ from mlip_md.trainer.data import (
     TrainingData,
     is_prepared,
     iterate,
-    iterate_batches,
+    iterate_parts,
     open_prepared,
     open_store,
     plan_epoch,
@@ -36,6 +36,7 @@ from mlip_md.trainer.data import (
 )
 from mlip_md.trainer.data.store import ranges
 from mlip_md.trainer.metrics import Errors
+from mlip_md.trainer.parallel import Team
 from mlip_md.trainer.step import EvalStep, make_eval_step
 
 WORST = 5
@@ -122,11 +123,11 @@ def evaluate_store(
         budget: shape of the batches.
         on_oversize: "error" or "drop" for structures larger than a batch.
     """
-    return metrics.mean_errors(_sums(step, params, store, budget, on_oversize))
+    return metrics.mean_errors(_sums(step, params, store, budget, on_oversize, Team()))
 
 
 def evaluate_sets(
-    step: EvalStep, params: Params, data: TrainingData
+    step: EvalStep, params: Params, data: TrainingData, team: Team | None = None
 ) -> tuple[Errors, dict[str, Errors]]:
     """Errors of weights on the validation part: of all its structures, and by name of their set.
 
@@ -134,32 +135,39 @@ def evaluate_sets(
         step: the compiled evaluation of the network.
         params: its weights.
         data: of the run.
+        team: devices for which ``step`` is compiled; None is one.
     """
     total: dict[str, float] = {}
     errors = {}
     for name, store in data.sets().items():
-        sums = _sums(step, params, store, data.budget, data.on_oversize)
+        sums = _sums(step, params, store, data.budget, data.on_oversize, team or Team())
         metrics.add_sums(total, sums)
         errors[name] = metrics.mean_errors(sums)
     return metrics.mean_errors(total), {name: values for name, values in errors.items() if name}
 
 
 def _sums(
-    step: EvalStep, params: Params, store: GraphStore, budget: BatchBudget, on_oversize: str
+    step: EvalStep,
+    params: Params,
+    store: GraphStore,
+    budget: BatchBudget,
+    on_oversize: str,
+    team: Team,
 ) -> dict[str, float]:
     total: dict[str, float] = {}
-    for _, batch in _batches(params, store, budget, on_oversize):
+    for _, batch in _batches(params, store, budget, on_oversize, team):
         metrics.add_sums(total, step(params, batch)[1])
     return total
 
 
 def _batches(
-    params: Params, store: GraphStore, budget: BatchBudget, on_oversize: str
+    params: Params, store: GraphStore, budget: BatchBudget, on_oversize: str, team: Team
 ) -> Iterator[tuple[np.ndarray, Batch]]:
     """All structures of a store in its order, in the precision of the weights."""
     plan = plan_epoch(store, budget, 0, 0, shuffle=False, on_oversize=on_oversize)
     dtype = str(jax.tree_util.tree_leaves(params)[0].dtype)
-    return iterate_batches(store, plan, budget, dtype=dtype)
+    for indices, parts in iterate_parts(store, plan, budget, team.shares, dtype=dtype):
+        yield indices, team.spread(parts)
 
 
 def evaluate_in_detail(
@@ -173,7 +181,7 @@ def evaluate_in_detail(
     """All errors, with every prediction; arguments as for ``evaluate_store``."""
     params = jax.tree_util.tree_map(jnp.asarray, params)  # once, not for every batch
     collection = _Collection(store)
-    for indices, batch in _batches(params, store, budget, on_oversize):
+    for indices, batch in _batches(params, store, budget, on_oversize, Team()):
         collection.add(indices, batch, step(params, batch)[0])
     return collection.evaluation()
 

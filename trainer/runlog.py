@@ -28,16 +28,19 @@ class RunLog:
     Args:
         folder: of the run; must exist.
         echo: called with every line of ``log.txt`` as well.
+        writes: whether anything is written; of several processes one does.
     """
 
-    def __init__(self, folder: Path, echo: Echo | None = None) -> None:
+    def __init__(self, folder: Path, echo: Echo | None = None, writes: bool = True) -> None:
         self.metrics = folder / "metrics.csv"
         self.events = folder / "events.jsonl"
         self.text = folder / "log.txt"
-        self._echo = echo
+        self._echo, self._writes = echo, writes
 
     def line(self, text: str) -> None:
         """Append a line, with the time, to ``log.txt``."""
+        if not self._writes:
+            return
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         with open(self.text, "a", encoding="utf-8") as stream:
             stream.write(f"{now} {text}\n")
@@ -46,12 +49,16 @@ class RunLog:
 
     def event(self, kind: str, **values: Any) -> None:
         """Append one JSON object to ``events.jsonl``; NaN, which JSON has not, becomes null."""
+        if not self._writes:
+            return
         values = {key: None if value != value else value for key, value in values.items()}
         with open(self.events, "a", encoding="utf-8") as stream:
             stream.write(json.dumps({"event": kind, **values}) + "\n")
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         """Append the row of an epoch to ``metrics.csv``, and the same as an event."""
+        if not self._writes:
+            return
         header = [] if not self.metrics.exists() else self._table()[0]
         new = not self.metrics.exists() or self.metrics.stat().st_size == 0
         columns = header[0].split(",") if header else list(row)  # of the version that began
@@ -88,6 +95,8 @@ class RunLog:
         Raises:
             OutputError: if a file cannot be written; its old content is kept then.
         """
+        if not self._writes:
+            return
         if self.metrics.exists():
             header, rows = self._table()
             kept = [line for line, row in rows if row["epoch"] <= epoch]

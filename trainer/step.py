@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlip_md.compiler import check_sums, jit
 from mlip_md.devices import find_device, message_memory
@@ -53,12 +54,16 @@ class TrainState:
 
 
 class StepLog(NamedTuple):
-    """What a step tells the host: loss, norm of its gradient, bad steps in a row, structures."""
+    """What a step tells the host: loss, norm of its gradient, bad steps in a row, structures.
+
+    Of several processes also whether one asks all to stop, see ``Team.asking``.
+    """
 
     loss: jax.Array
     gradient_norm: jax.Array
     bad_in_row: jax.Array
     structures: jax.Array
+    asked: jax.Array | None = None
 
 
 TURN_MEMORY = 512 * 2**20
@@ -67,7 +72,7 @@ quarter of them: computing anew in the backward pass costs more than warm caches
 
 TrainStep = Any
 """``jax.jit`` of (TrainState, Batch, LossWeights) to (TrainState, StepLog); a fourth argument is a
-factor on the learning rate."""
+factor on the learning rate, a fifth what processes ask."""
 EvalStep = Callable[[Params, Batch], tuple[Prediction, Sums]]
 
 
@@ -91,8 +96,9 @@ def make_train_step(
     recipe: Recipe,
     scaling_mean: float = 0.0,
     scaling_stdev: float = 1.0,
+    mesh: Mesh | None = None,
 ) -> TrainStep:
-    """The compiled step ``(state, batch, weights[, rate]) -> (state, log)``.
+    """The compiled step ``(state, batch, weights[, rate, asked]) -> (state, log)``.
 
     A step whose loss or gradient is not finite changes nothing but the counters of bad steps. The
     old state's memory is reused for the new one (donated); do not touch it afterwards. ``rate`` is
@@ -103,6 +109,7 @@ def make_train_step(
         recipe: its loss, optimizer and averaging; the lengths of the schedule in steps.
         scaling_mean: added to every node energy, eV.
         scaling_stdev: factor of the network's node energies before that.
+        mesh: devices that compute a part of each batch, which then has an axis of parts in front.
 
     Raises:
         CompilerError: if the installed compiler adds up wrongly.
@@ -120,6 +127,10 @@ def make_train_step(
                 apply, params, batch.graph, scaling_mean=scaling_mean, scaling_stdev=scaling_stdev
             )
         return batch_loss(recipe.loss, prediction, batch, weights)
+
+    gradient_of = jax.value_and_grad(loss_of)
+    if mesh is not None:
+        gradient_of = _mean_over_parts(gradient_of, mesh)
 
     def good_step(state: TrainState, gradient: Params, rate: jax.Array | None) -> TrainState:
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
@@ -139,18 +150,68 @@ def make_train_step(
         )
 
     def step(
-        state: TrainState, batch: Batch, weights: LossWeights, rate: jax.Array | None = None
+        state: TrainState,
+        batch: Batch,
+        weights: LossWeights,
+        rate: jax.Array | None = None,
+        asked: jax.Array | None = None,
     ) -> tuple[TrainState, StepLog]:
-        loss, gradient = jax.value_and_grad(loss_of)(state.params, batch, weights)
+        loss, gradient = gradient_of(state.params, batch, weights)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         refused = dataclasses.replace(
             state, bad_steps=state.bad_steps + 1, bad_in_row=state.bad_in_row + 1
         )
         state = _select(finite, good_step(state, gradient, rate), refused)
-        return state, StepLog(loss, norm, state.bad_in_row, jnp.sum(batch.graph.graph_mask))
+        count = jnp.sum(batch.graph.graph_mask)
+        stop = None if asked is None else jnp.max(asked)
+        return state, StepLog(loss, norm, state.bad_in_row, count, stop)
 
-    return jit(step, donate_argnums=0)
+    if mesh is None:
+        return jit(step, donate_argnums=0)
+    return jit(step, donate_argnums=0, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def _mean_over_parts(gradient_of: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """Loss and gradient of a divided batch: means over all its structures, not over devices.
+
+    Args:
+        gradient_of: (params, batch, weights) to the mean loss of a batch and its gradient.
+        mesh: the devices, with one axis.
+    """
+    (axis,) = mesh.axis_names
+
+    def part(params: Params, batch: Batch, weights: LossWeights) -> Any:
+        batch = _only_part(batch)
+        found = gradient_of(params, batch, weights)
+        count = jnp.sum(batch.graph.graph_mask)
+        share = count / jax.lax.psum(count, axis)
+        return jax.lax.psum(optax.tree.scale(share.astype(found[0].dtype), found), axis)
+
+    return _on_parts(part, mesh, PartitionSpec())
+
+
+def _only_part(batch: Batch) -> Batch:
+    """A device's part of a batch, without the axis of parts."""
+    part: Batch = jax.tree_util.tree_map(lambda array: array[0], batch)
+    return part
+
+
+def _on_parts(function: Callable[..., Any], mesh: Mesh, results: Any) -> Callable[..., Any]:
+    """A function of (params, batch, …) on every device, the batch's part there.
+
+    Networks, their kernels among them, do not know that there are other devices, so JAX cannot
+    follow which of their arrays differ; nothing inside their gradient is summed over devices.
+    """
+    whole, (axis,) = PartitionSpec(), mesh.axis_names
+
+    def call(params: Params, batch: Batch, *others: Any) -> Any:
+        specs = (whole, PartitionSpec(axis), *(whole for _ in others))
+        return jax.shard_map(
+            function, mesh=mesh, in_specs=specs, out_specs=results, check_vma=False
+        )(params, batch, *others)
+
+    return call
 
 
 def make_eval_step(
@@ -158,6 +219,7 @@ def make_eval_step(
     scaling_mean: float = 0.0,
     scaling_stdev: float = 1.0,
     dtype: str = "float32",
+    mesh: Mesh | None = None,
 ) -> EvalStep:
     """The compiled evaluation ``(params, batch) -> (prediction, sums of errors)``.
 
@@ -166,6 +228,7 @@ def make_eval_step(
         scaling_mean: added to every node energy, eV.
         scaling_stdev: factor of the network's node energies before that.
         dtype: precision in which it is to be called.
+        mesh: as ``make_train_step`` takes it; the prediction has an axis of parts then, too.
 
     Raises:
         CompilerError: if the installed compiler adds up wrongly.
@@ -180,7 +243,16 @@ def make_eval_step(
             )
         return prediction, error_sums(prediction, batch)
 
-    return jit(step)
+    if mesh is None:
+        return jit(step)
+    (axis,) = mesh.axis_names
+
+    def part(params: Params, batch: Batch) -> tuple[Prediction, Sums]:
+        prediction, sums = step(params, _only_part(batch))
+        added: Sums = jax.lax.psum(sums, axis)
+        return jax.tree_util.tree_map(lambda array: array[None], prediction), added
+
+    return jit(_on_parts(part, mesh, (PartitionSpec(axis), PartitionSpec())))
 
 
 def averaged_params(

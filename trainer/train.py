@@ -13,6 +13,7 @@ continuation; what each of them changed stands in ``log.txt`` and, with the valu
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -43,7 +44,7 @@ from mlip_md.formats import own
 from mlip_md.networks import build_network, draw_weights
 from mlip_md.ownership import owning
 from mlip_md.potential import Params, Potential
-from mlip_md.signals import ENDINGS, Interruptions
+from mlip_md.signals import ENDINGS, Interruptions, Reason
 from mlip_md.trainer import metrics
 from mlip_md.trainer.checkpoint import CheckpointFolder
 from mlip_md.trainer.data import Batch, TrainingData, write_structures
@@ -54,6 +55,7 @@ from mlip_md.trainer.loggers import Logger, open_loggers
 from mlip_md.trainer.loss import stage_at, weights_at
 from mlip_md.trainer.metrics import Errors
 from mlip_md.trainer.optimizer import learning_rate_schedule, lowered_rate, settle_steps
+from mlip_md.trainer.parallel import REASONS, Team
 from mlip_md.trainer.recipe import Origins, Recipe, StartConfig, dump_resolved, find_differences
 from mlip_md.trainer.report import write_report
 from mlip_md.trainer.resume import (
@@ -153,6 +155,7 @@ class Trainer:
         origins: Origins | None = None,
         echo: Echo | None = None,
         tick: Tick | None = None,
+        team: Team | None = None,
     ) -> None:
         """Build the network and its first weights; nothing is written yet.
 
@@ -165,6 +168,7 @@ class Trainer:
             origins: of the recipe's values, for ``config.resolved.yaml``.
             echo: called with every line of the log.
             tick: called after every step with epoch, batches done and batches of the epoch.
+            team: devices that train, see ``parallel.gather``; None is JAX's default one.
 
         Raises:
             ConfigError: if the recipe starts from a potential and none is given.
@@ -178,6 +182,7 @@ class Trainer:
             data = adopt_elements(data, parent, _start(recipe).atomic_energies == "keep")
         data = keep_shape(data, recipe, folder)
         self.recipe, self.data, self.folder, self.parent = recipe, data, folder, parent
+        self.team = team = team or Team()
         self.origins = origins or Origins()
         statistics = data.statistics
         network = build_network(
@@ -197,8 +202,11 @@ class Trainer:
         scaling = {}
         if parent is not None:
             scaling = {n: getattr(parent, n) for n in ("scaling_mean", "scaling_stdev")}
-        self.train_step = make_train_step(network.apply, settled, **scaling)
-        self.eval_step = make_eval_step(network.apply, dtype=recipe.train.precision, **scaling)
+        self.train_step = make_train_step(network.apply, settled, mesh=team.mesh, **scaling)
+        self._make_eval_step = functools.partial(
+            make_eval_step, network.apply, dtype=recipe.train.precision, **scaling
+        )
+        self.eval_step = self._make_eval_step(mesh=team.mesh)
         example = data.example()
         # jit leaves the forward pass out and compiles the rest once instead of piece by piece
         draw = functools.partial(draw_weights, network, recipe.network)
@@ -210,10 +218,10 @@ class Trainer:
                 nearest = _start(recipe).new_elements == "nearest"
                 params = starting_weights(parent, statistics.elements, nearest, key, example.graph)
         with self.computing():
-            self.state = init_state(settled, params)
+            self.state = team.everywhere(init_state(settled, params))
         self.progress = TrainingProgress()
         self.checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint.keep_latest)
-        self.log = RunLog(folder, echo)
+        self.log = RunLog(folder, echo, writes=team.leads)
         self.interruptions = Interruptions()
         self.loggers: list[Logger] = []
         self._tick = tick
@@ -222,6 +230,8 @@ class Trainer:
         self._needed: int | None = None  # bytes of a step, known when it is compiled
         self._done = self._saved = 0  # last good step, and the last one on the disk
         self._long_validation = True  # until it is known: the first one compiles
+        self._asked: tuple[int, Reason] | None = None  # step in which a process asked all to stop
+        self._fault: BadStepsError | None = None
 
     def computing(self) -> AbstractContextManager[None]:
         """The precision of the run, around whatever calls its steps or touches its state."""
@@ -239,9 +249,12 @@ class Trainer:
         """
         recipe = self.recipe
         plan = self.data.plan(recipe.seed, epoch) if plan is None else plan
-        return self.data.batches(
-            plan, recipe.seed, epoch, done, recipe.train.precision, _start(recipe).replay_weight
-        )
+        parts = self.data.batches(
+            plan, recipe.seed, epoch, done, recipe.train.precision, _start(recipe).replay_weight,
+            self.team.shares,
+        )  # fmt: skip
+        for indices, batch in parts:
+            yield indices, self.team.spread(batch)
 
     @property
     def unsaved(self) -> bool:
@@ -271,15 +284,20 @@ class Trainer:
             OwnershipError: if another training goes on in the folder.
             NonFiniteError: if too many steps in a row gave NaN or infinity.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with owning(self.folder), self.computing():
-            return self._run(resume, max_seconds)
+        self.team.first(functools.partial(self.folder.mkdir, parents=True, exist_ok=True))
+        own = owning(self.folder) if self.team.leads else contextlib.nullcontext()
+        with own, self.computing():
+            outcome = self._run(resume, max_seconds)
+            self.team.wait("the end of a run")
+            return outcome
 
     def _run(self, resume: Resume, max_seconds: float) -> Outcome:
         """``run`` in a folder that is ours."""
         self._begin(resume)
+        for line in self.team.lines():
+            self.log.line(line)
         with (
-            open_loggers(self.recipe, self.folder, self.progress.step) as self.loggers,
+            self._open_loggers() as self.loggers,
             Interruptions(*ENDINGS, max_seconds=max_seconds) as self.interruptions,
         ):
             if not self.checkpoints.files():
@@ -297,24 +315,16 @@ class Trainer:
                 self._finish_epoch()
             return self._finish()
 
+    def _open_loggers(self) -> AbstractContextManager[list[Logger]]:
+        if not self.team.leads:
+            return contextlib.nullcontext([])
+        return open_loggers(self.recipe, self.folder, self.progress.step)
+
     def _begin(self, resume: Resume) -> None:
-        if resume == "never" and self.checkpoints.files():
-            raise CheckpointError(
-                f"{self.folder} holds checkpoints of an earlier run; choose another folder, or "
-                "continue it with --resume auto"
-            )
-        found = None
-        if resume != "never":
-            allow = resume == "allow-changes"
-            now = self._identity()
-            found = self.checkpoints.restore(
-                self.state, lambda saved: check_same(saved["recipe"], now, self.folder, allow)
-            )
+        found = self._restore(functools.partial(self._find_checkpoint, resume))
         if found is not None:
             self._continue(*found)
             return
-        if resume == "must":
-            raise CheckpointError(f"{self.folder} holds no checkpoint to resume from")
         self.log.truncate(-1, -1)
         self._describe_run()
         self.log.line(
@@ -330,10 +340,46 @@ class Trainer:
         for line in self.unreached:
             self.log.line(f"Warning: {line}")
 
+    def _find_checkpoint(self, resume: Resume) -> tuple[TrainState, dict[str, Any]] | None:
+        """What a run begins with; None if at the start."""
+        if resume == "never":
+            if self.checkpoints.files():
+                raise CheckpointError(
+                    f"{self.folder} holds checkpoints of an earlier run; choose another folder, or "
+                    "continue it with --resume auto"
+                )
+            return None
+        allow, now = resume == "allow-changes", self._identity()
+        found = self.checkpoints.restore(
+            self.state, lambda saved: check_same(saved["recipe"], now, self.folder, allow)
+        )
+        if found is None and resume == "must":
+            raise CheckpointError(f"{self.folder} holds no checkpoint to resume from")
+        return found
+
+    def _restore(
+        self, find: Callable[[], tuple[TrainState, dict[str, Any]] | None]
+    ) -> tuple[TrainState, dict[str, Any]] | None:
+        """A checkpoint that process 0 finds, in all of them."""
+        state = self.state
+
+        def progress() -> dict[str, Any] | None:
+            nonlocal state
+            found = find()
+            if found is None:
+                return None
+            state = found[0]
+            return found[1]
+
+        saved = self.team.first(progress)
+        return None if saved is None else (self.team.everywhere(state), saved)
+
     def _continue(self, state: TrainState, saved: dict[str, Any]) -> None:
         """Take up the state and the progress of a checkpoint."""
-        changes = find_differences(with_defaults(saved["recipe"]), self._identity())
         self._take_up(state, saved)
+        if not self.team.leads:
+            return
+        changes = find_differences(with_defaults(saved["recipe"]), self._identity())
         step, epoch = self.progress.step, self.progress.epoch
         versions = changed_versions(self.folder / "environment.json")
         self._describe_run()
@@ -345,7 +391,9 @@ class Trainer:
             self.log.line(f"other versions than before: {', '.join(versions)}")
 
     def _take_up(self, state: TrainState, saved: Mapping[str, Any]) -> None:
-        self.state = jax.tree_util.tree_map(jax.numpy.array, state)
+        if self.team.mesh is None:  # else it has memory of its own
+            state = jax.tree_util.tree_map(jax.numpy.array, state)
+        self.state = state
         values = {name: value for name, value in saved.items() if name != "recipe"}
         self.progress = TrainingProgress(**values)
         self._done = self._saved = self.progress.step
@@ -356,6 +404,8 @@ class Trainer:
         return {**identify(self.recipe, self.data), **parent}
 
     def _describe_run(self) -> None:
+        if not self.team.leads:
+            return
         for name, text in {
             "config.resolved.yaml": dump_resolved(self.recipe, self.origins),
             "environment.json": json.dumps(describe_environment(), indent=1),
@@ -370,22 +420,23 @@ class Trainer:
         count = len(plan)
         weights = weights_at(self.recipe.loss, progress.epoch)
         lowers = self.optimizer.schedule == "plateau" or progress.rate != 1.0
-        rate = (np.float32(progress.rate),) if lowers else ()
+        rate = np.float32(progress.rate) if lowers else None
         waiting: collections.deque[Waiting] = collections.deque()
         clock = begun = time.monotonic()
         slow = True  # until it is known
         for indices, batch in self.batches(progress.epoch, progress.batch, plan):
-            log = self.step(batch, weights, *rate)
+            log = self.step(batch, weights, *self._besides(rate))
             progress.batch += 1
             progress.step += 1
             waiting.append((progress.step, indices, log))
             self._note_until(waiting, 0 if slow else IN_FLIGHT)
+            self._raise_fault(progress.step)
             slow, begun = time.monotonic() - begun > SLOW, time.monotonic()
             if self._tick is not None:
                 self._tick(progress.epoch, progress.batch, count)
             elif time.monotonic() - self._told > TELL_AFTER:
                 self._tell_progress(count, time.monotonic() - clock)
-            stop = self.interruptions.reason is not None
+            stop = self._stopping() is not None
             if stop or (slow and self.unsaved) or self._checkpoint_due():
                 self._note_until(waiting, 0)
                 progress.add(seconds=time.monotonic() - clock)
@@ -394,6 +445,7 @@ class Trainer:
             if stop:
                 return False
         self._note_until(waiting, 0)
+        self._raise_fault()
         progress.add(seconds=time.monotonic() - clock)
         if self._long_validation and self.unsaved:
             self._save()
@@ -417,9 +469,37 @@ class Trainer:
             self.log.event("bad_step", step=step, structures=names)
             self.log.line(f"a step gave NaN or infinity and was not applied (batch: {names[0]}, …)")
         if bad >= self.recipe.faults.max_bad_steps_in_row:
-            raise BadStepsError(bad, step, indices)
+            self._fault = self._fault or BadStepsError(bad, step, indices)
+            if self.team.processes == 1:
+                self._raise_fault()
+        if log.asked is not None and self._asked is None and (code := int(log.asked)):
+            self._asked = step, REASONS[code - 1]
         if step % self.recipe.log.every_steps == 0:
             self.log.event("step", step=step, epoch=self.progress.epoch, loss=loss, norm=norm)
+
+    def _raise_fault(self, step: float = math.inf) -> None:
+        """Go back after bad steps; processes hear of a step sooner or later, and go back together.
+
+        Args:
+            step: the last that is begun.
+        """
+        if self._fault is not None and step >= self._fault.args[1] + IN_FLIGHT:
+            fault, self._fault = self._fault, None
+            raise fault
+
+    def _besides(self, rate: np.float32 | None) -> tuple[Any, ...]:
+        """What a step takes besides: a factor on the learning rate, what processes ask."""
+        if self.team.processes > 1:
+            return rate, self.team.asking(self.interruptions.reason)
+        return () if rate is None else (rate,)
+
+    def _stopping(self) -> Reason | None:
+        """Why to stop after this step: all processes after the same, when all have heard of it."""
+        if self.team.processes == 1:
+            return self.interruptions.reason
+        if self._asked is None or self.progress.step < self._asked[0] + IN_FLIGHT:
+            return None
+        return self._asked[1]
 
     def _tell_progress(self, count: int, seconds: float) -> None:
         """A line about a long epoch, where no bar moves."""
@@ -469,14 +549,14 @@ class Trainer:
         """Write the batch out, go back to the last checkpoint and go on with a lower rate."""
         bad, step, indices = fault.args
         path = self.folder / f"bad-step-{step}.extxyz"
-        written = write_structures(self.data.train, indices, path)
+        written = self.team.first(lambda: str(write_structures(self.data.train, indices, path)))
         names, settings = ", ".join(self.data.names(indices)), self.recipe.faults
         if self.progress.rollbacks >= settings.rollbacks:
             raise NonFiniteError(
                 f"{bad} steps in a row gave NaN or infinity, up to step {step}. The last batch, "
                 f"written to {written}, holds {names}. Check these labels, or {LOWER_RATES}"
             )
-        found = self.checkpoints.restore(self.state)
+        found = self._restore(lambda: self.checkpoints.restore(self.state))
         if found is None:
             raise CheckpointError(f"{self.folder} holds no checkpoint to go back to")
         rate, rollbacks = self.progress.rate * settings.rate_factor, self.progress.rollbacks + 1
@@ -495,16 +575,17 @@ class Trainer:
         return self.progress.step % settings.every_steps == 0 or minutes >= settings.every_minutes
 
     def _save(self) -> None:
-        values = dataclasses.asdict(self.progress)
-        values["recipe"] = self._identity()
-        self.checkpoints.save(self.state, values, self.progress.step)
+        if self.team.leads:
+            values = dataclasses.asdict(self.progress)
+            values["recipe"] = self._identity()
+            self.checkpoints.save(self.state, values, self.progress.step)
         self._done = self._saved = self.progress.step
         self._last_save = time.monotonic()
 
     def _validate(self, epoch: int, params: Params) -> tuple[Errors, dict[str, Errors], float]:
         """Errors of weights, whole and by set, and their score, recorded under an epoch."""
         begun = time.monotonic()
-        errors = evaluate_sets(self.eval_step, params, self.data)
+        errors = evaluate_sets(self.eval_step, params, self.data, self.team)
         self._long_validation = time.monotonic() - begun > SLOW
         row = self._row(epoch, *errors)
         self.log.epoch(row)
@@ -569,9 +650,10 @@ class Trainer:
         if best is None or score < best["score"]:
             progress.best[stage] = {"epoch": epoch, "score": score, "errors": errors}
             training = {"epoch": epoch, "validation": errors, "validation_sets": sets}
-            potential = self.make_potential(params, training)
-            for name in (f"best-stage{stage}.safetensors", "model.safetensors"):
-                own.save(potential, self.folder / name)
+            if self.team.leads:
+                potential = self.make_potential(params, training)
+                for name in (f"best-stage{stage}.safetensors", "model.safetensors"):
+                    own.save(potential, self.folder / name)
             self.log.event("best", step=progress.step, epoch=epoch, stage=stage, score=score)
         self._judge_progress(epoch - progress.best[stage]["epoch"])
         progress.epoch, progress.batch, progress.sums = epoch + 1, 0, {}
@@ -638,7 +720,7 @@ class Trainer:
         return {name: getattr(self.parent, name) for name in names}
 
     def _interrupted(self) -> Outcome:
-        reason = self.interruptions.reason or "terminated"
+        reason = self._stopping() or "terminated"
         self.log.line(
             f"interrupted ({reason}) at epoch {self.progress.epoch}, step {self.progress.step}; "
             "the state is saved, the same command continues"
@@ -648,6 +730,8 @@ class Trainer:
 
     def _finish(self) -> Outcome:
         best = self.progress.last_best()
+        if not self.team.leads:
+            return Outcome("done", self.folder, self.progress.validated, best["errors"])
         self.log.line(
             f"done; the best model of the last stage is of epoch {best['epoch']}, "
             f"in {self.folder / 'model.safetensors'}"
@@ -658,7 +742,7 @@ class Trainer:
             self.log.line(f"Warning: {problem}")
         part, evaluation = write_report(
             self.folder,
-            self.eval_step,
+            self.eval_step if self.team.mesh is None else self._make_eval_step(),
             self.data,
             self.recipe.log.plots,
             problem,

@@ -62,7 +62,7 @@ def saved():
     evaluation = make_eval_step(network.apply)
     step_of: dict[str, object] = {}
 
-    def compiled_once(apply, recipe):
+    def compiled_once(apply, recipe, mesh=None):
         key = str(recipe.optimizer) + str(recipe.loss)
         return step_of.setdefault(key, make_train_step(apply, recipe))
 

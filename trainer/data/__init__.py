@@ -18,6 +18,8 @@ from mlip_md.trainer.data.readers import iterate as iterate
 from mlip_md.trainer.data.readers import read as read
 from mlip_md.trainer.data.readers import read_atomic_energies as read_atomic_energies
 from mlip_md.trainer.data.rejected import write_rejected as write_rejected
+from mlip_md.trainer.data.shares import Shares as Shares
+from mlip_md.trainer.data.shares import iterate_parts as iterate_parts
 from mlip_md.trainer.data.sources import Reading as Reading
 from mlip_md.trainer.data.sources import is_prepared as is_prepared
 from mlip_md.trainer.data.statistics import Statistics as Statistics

@@ -270,17 +270,20 @@ def make_batch(
     )
 
 
-def join_batches(first: Batch, second: Batch, weight: float) -> Batch:
+def join_batches(
+    first: Batch, second: Batch, weight: float, counts: tuple[int, int] | None = None
+) -> Batch:
     """One batch whose loss is L(first) + weight · L(second), each the mean over its structures.
 
     Args:
         first: any batch of NumPy arrays.
         second: another one, of the same precision; its structures follow the padding of the first.
         weight: at least 0.
+        counts: structures of the two, if these are only parts of larger batches.
     """
     one, two = first.graph, second.graph
     n_nodes, n_graphs = len(one.positions), len(one.graph_mask)
-    counts = [int(graph.graph_mask.sum()) for graph in (one, two)]
+    counts = counts or (int(one.graph_mask.sum()), int(two.graph_mask.sum()))
     behind = {"senders": n_nodes, "receivers": n_nodes, "node_graph": n_graphs}
     graph = Graph(**{
         field.name: np.concatenate([getattr(one, field.name),

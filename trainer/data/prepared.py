@@ -232,8 +232,13 @@ def warn_of_energies(data: PreparedData) -> None:
         data.isolated.warn_if_unused(dict(fitted))
 
 
-def open_prepared(folder: str | Path) -> PreparedData:
+def open_prepared(folder: str | Path, trusted: bool = False) -> PreparedData:
     """Open what ``prepare`` wrote to a folder.
+
+    Args:
+        folder: that ``prepare`` made.
+        trusted: whether another process has just opened it; then no checksum is compared, and of
+            the large arrays nothing is read before it is needed.
 
     Raises:
         DataError: if it is no such folder, of another version, or damaged.
@@ -251,14 +256,15 @@ def open_prepared(folder: str | Path) -> PreparedData:
         findings = tuple(Finding(**found) for found in index.get("findings", []))
         together = np.sort(np.concatenate(list(rows.values())))
         sets = {name: np.load(_set_file(folder, name)) for name in index.get("sets", [])}
-    store = open_store(folder / "graphs")
+    store = open_store(folder / "graphs", trusted)
     if not np.array_equal(together, np.arange(len(store))):
         raise DataError(
             f"{folder} is damaged: its parts ({', '.join(rows)}) do not hold each of its "
             f"{len(store)} structures exactly once; prepare the data again"
         )
-    with refusing_unreadable(folder, "not a folder of prepared data"):
-        check_sums(folder, index.get("sha256", {}))  # written since version 0.2.0
+    if not trusted:
+        with refusing_unreadable(folder, "not a folder of prepared data"):
+            check_sums(folder, index.get("sha256", {}))  # written since version 0.2.0
     parts = {name: _labeled(store.subset(r), statistics) for name, r in rows.items()}
     return PreparedData(
         parts, statistics, reports, config, isolated, findings, index.get("overlap", []),
@@ -286,10 +292,20 @@ def open_prepared_for(config: DataConfig, atomic_energies: AtomicEnergies) -> Pr
     fitted = data.statistics.atomic_energies_source == FITTED
     if "train" in data.parts and not (atomic_energies in (None, "average") and fitted):
         statistics = compute_statistics(data.parts["train"], atomic_energies, data.isolated)
-        parts = {name: _labeled(part, statistics) for name, part in data.parts.items()}
-        data = dataclasses.replace(data, parts=parts, statistics=statistics)
+        data = relabel(data, statistics)
     _warn(data)
     return data
+
+
+def relabel(data: PreparedData, statistics: Statistics) -> PreparedData:
+    """The data with the E0 of other statistics.
+
+    Args:
+        data: as it was opened.
+        statistics: of its training part.
+    """
+    parts = {name: _labeled(part, statistics) for name, part in data.parts.items()}
+    return dataclasses.replace(data, parts=parts, statistics=statistics)
 
 
 def prepare_once(

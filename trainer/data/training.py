@@ -16,7 +16,6 @@ from mlip_md.errors import ConfigError, DataError
 from mlip_md.trainer.data.batching import (
     Batch,
     BatchBudget,
-    iterate_batches,
     join_batches,
     make_batch,
     plan_epoch,
@@ -29,8 +28,10 @@ from mlip_md.trainer.data.prepared import (
     open_prepared_for,
     prepare,
     prepare_once,
+    relabel,
     warn_of_energies,
 )
+from mlip_md.trainer.data.shares import Shares, iterate_parts
 from mlip_md.trainer.data.sources import is_prepared
 from mlip_md.trainer.data.statistics import Statistics, describe_open_energies
 from mlip_md.trainer.data.store import GraphStore
@@ -96,8 +97,9 @@ class TrainingData:
         done: int = 0,
         dtype: str = "float32",
         replay_weight: float = 1.0,
-    ) -> Iterator[tuple[np.ndarray, Batch]]:
-        """The batches of a training epoch with the indices of their training structures.
+        shares: Shares | None = None,
+    ) -> Iterator[tuple[np.ndarray, list[Batch]]]:
+        """The batches of a training epoch with the indices of their training structures, in parts.
 
         Beside each stands the batch of the same number of an epoch of the replayed structures,
         which begins again where it is shorter.
@@ -109,17 +111,24 @@ class TrainingData:
             done: batches to leave out at the start.
             dtype: as ``make_batch`` takes it.
             replay_weight: of the loss of replayed structures.
+            shares: parts of every batch that this process makes; None: one, the whole.
         """
-        plan = plan[done:]
-        batches = iterate_batches(self.train, plan, self.budget, dtype=dtype)
+        batches = iterate_parts(self.train, plan, self.budget, shares, done, dtype)
         if self.replay is None or self.replay_budget is None:
             yield from batches
             return
         replayed = plan_epoch(self.replay, self.replay_budget, seed, epoch)
-        beside = [replayed[k % len(replayed)] for k in range(done, done + len(plan))]
-        others = iterate_batches(self.replay, beside, self.replay_budget, dtype=dtype)
-        for (indices, batch), (_, other) in zip(batches, others, strict=True):
-            yield indices, join_batches(batch, other, replay_weight)
+        beside = [replayed[k % len(replayed)] for k in range(len(plan))]
+        others = iterate_parts(self.replay, beside, self.replay_budget, shares, done, dtype)
+        for (indices, parts), (more, replays) in zip(batches, others, strict=True):
+            counts = len(indices), len(more)
+            yield (
+                indices,
+                [
+                    join_batches(part, replay, replay_weight, counts)
+                    for part, replay in zip(parts, replays, strict=True)
+                ],
+            )
 
     def example(self, dtype: str = "float32") -> Batch:
         """One batch, to build a network with.
@@ -211,6 +220,7 @@ def load_data(
     *,
     workers: int = 1,
     tell: Tell | None = None,
+    known: Statistics | None = None,
 ) -> TrainingData:
     """Read, curate and split the data set of a recipe, or open the folder that holds it prepared.
 
@@ -220,6 +230,8 @@ def load_data(
             None keeps them in memory.
         workers: as ``prepare`` takes them, for what is kept.
         tell: as ``prepare`` takes it.
+        known: statistics that another process, with the same recipe and ``keep``, has found in the
+            data; then no file is read again, only what batches are made of.
 
     Returns:
         The data of the run.
@@ -230,13 +242,16 @@ def load_data(
         DataError: if a file, a label or the whole set is unusable.
     """
     config, energies = recipe.data, recipe.network.atomic_energies
-    if isinstance(config.path, str) and is_prepared(config.path):
+    if known is not None:
+        data = relabel(open_prepared(_prepared_folder(config.path, keep), trusted=True), known)
+    elif isinstance(config.path, str) and is_prepared(config.path):
         data = open_prepared_for(config, energies)
     elif keep is not None:
         data = prepare_once(config, energies, keep, workers=workers, tell=tell)
     else:
         data = prepare(config, energies, tell=tell)
-    if recipe.start is None or recipe.start.atomic_energies != "keep":  # those of the data
+    from_data = recipe.start is None or recipe.start.atomic_energies != "keep"
+    if from_data and known is None:
         warn_of_energies(data)
     if "validation" not in data.parts:
         raise DataError(
@@ -253,7 +268,7 @@ def load_data(
     unlabeled = train.forces_mask is not None and not train.forces_mask.any()
     if any(step.value for step in recipe.loss.forces.weight) and unlabeled:
         raise ConfigError("loss.forces has a weight, but the data set has no forces")
-    replay = _load_replay(recipe, keep, workers, tell)
+    replay = _load_replay(recipe, keep, workers, tell, trusted=known is not None)
     return TrainingData(
         train=train,
         validation=data.parts["validation"],
@@ -273,8 +288,20 @@ def load_data(
     )
 
 
+def _prepared_folder(path: str | list[str], keep: Path | None) -> Path:
+    """The folder that another process of this training has opened or made."""
+    if isinstance(path, str) and is_prepared(path):
+        return Path(path)
+    if keep is None or not is_prepared(keep):
+        raise DataError(
+            f"{keep or path} is no prepared data here, but process 0 has them: all processes of a "
+            "training must see the run's folder"
+        )
+    return keep
+
+
 def _load_replay(
-    recipe: Recipe, keep: Path | None, workers: int, tell: Tell | None
+    recipe: Recipe, keep: Path | None, workers: int, tell: Tell | None, trusted: bool
 ) -> GraphStore | None:
     """All structures of ``start.replay``, read as those of ``data.path`` are; without E0 yet."""
     start = recipe.start
@@ -289,7 +316,7 @@ def _load_replay(
         }
     )
     if isinstance(start.replay, str) and is_prepared(start.replay):
-        store = open_prepared(start.replay).parts["train"]
+        store = open_prepared(start.replay, trusted).parts["train"]
         if store.cutoff != config.cutoff:
             raise ConfigError(
                 f"start.replay: {start.replay} was prepared with a cutoff of {store.cutoff} Å, the "
@@ -299,6 +326,8 @@ def _load_replay(
     if keep is None:
         return prepare(config, "zero", tell=tell).parts["train"]
     kept = keep.with_name(f"{keep.name}-replay")
+    if trusted:
+        return open_prepared(_prepared_folder([], kept), trusted).parts["train"]
     return prepare_once(config, "zero", kept, workers=workers, tell=tell).parts["train"]
 
 
