@@ -81,6 +81,7 @@ def labelled(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_fine_tuning_against_training_from_scratch(labelled, tmp_path, monkeypatch, capsys):
     """Of data that the parent labelled, nothing is left to learn; its E0 are matched."""
     script, parent = FOLDER / "fine_tuning.py", labelled / "parent.safetensors"

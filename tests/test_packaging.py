@@ -318,15 +318,18 @@ def global_changes(file: Path) -> Iterator[str]:
 
 WORKERS = ROOT / "trainer/generate/make_dataset.py"
 """Limits the threads of its own worker processes, in which nothing else runs."""
+PARALLEL = ROOT / "trainer/parallel.py"
+"""Lets processes meet, when asked to; what it changes meanwhile is put back."""
 CACHE = ROOT / "mlip_md/compilation_cache.py"
 """Switches JAX's cache of compiled programs on, for whoever asks for it."""
 
 
 def test_no_source_changes_global_state():
-    files = [file for file in ALL_SOURCES if file not in (WORKERS, CACHE)]
+    files = [file for file in ALL_SOURCES if file not in (WORKERS, CACHE, PARALLEL)]
     assert [change for file in files for change in global_changes(file)] == []
     assert len(list(global_changes(WORKERS))) == 1
     assert len(list(global_changes(CACHE))) == 2
+    assert len(list(global_changes(PARALLEL))) == 3
 
 
 def test_the_scan_for_global_changes_sees_them(tmp_path):

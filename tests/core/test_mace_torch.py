@@ -25,7 +25,7 @@ from mlip_md.formats import own
 from mlip_md.formats.mace_torch import load_model
 from mlip_md.potential import Potential
 
-IN_FLOAT32 = "density-agnesi-zbl", "plain-then-residual", "gaussian-plain", "soft-zbl"
+IN_FLOAT32 = "density-agnesi-zbl", "gaussian-plain"
 SINGLE = ("single-precision",)
 """Models whose constants were rounded to float32 before mace-torch computed in float64."""
 

@@ -960,7 +960,10 @@ def test_double_precision(name, gate, record_property):
 
 
 @pytest.mark.parametrize("gate", [name for name in GATES if name not in DOUBLE_PRECISION_ONLY])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [n if n != "mace-torch" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES],
+)
 def test_single_precision(name, gate, record_property):
     check(GATES[gate], subject(name, "float32"), record_property)
 
