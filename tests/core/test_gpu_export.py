@@ -129,6 +129,7 @@ def training_step(potential, n_edges: int):
 @pytest.mark.parametrize(("memory", "fits"), [(2**30, True), (None, False)])
 def test_a_training_step_takes_no_turns_where_memory_suffices(monkeypatch, potential, memory, fits):
     monkeypatch.setattr(messages, "MEMORY", 2**14)
+    monkeypatch.setattr("mlip_md.trainer.step.TURN_MEMORY", None)  # of processors
     step, arguments = training_step(potential, 20000)
     with bounding_turns(memory):
         program = for_cuda(step, *arguments)
