@@ -297,9 +297,10 @@ def test_parts_add_up_to_the_loss_of_the_whole(recipe, data, count):
     loss = load_recipe(str(recipe))[0].loss
     replayed = dataclasses.replace(data, replay=data.validation, replay_budget=data.budget)
     network, weights = PairNetwork(3, 4.0), weights_at(loss, 1)
-    params = network.init(jax.random.key(0), data.example().graph)
+    params = jax.jit(network.init)(jax.random.key(0), data.example().graph)
     plan = data.plan(seed=3, epoch=1)[:1]
 
+    @jax.jit
     def value(batch):
         return batch_loss(loss, predict(network.apply, params, batch.graph), batch, weights)
 
