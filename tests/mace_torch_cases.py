@@ -21,9 +21,9 @@ class Numbers(NamedTuple):
     stress: np.ndarray | None
 
 
-def content(name: str) -> bytes:
-    """The file of a model."""
-    return lzma.decompress((FOLDER / f"{name}.model.xz").read_bytes())
+def content(name: str, kind: str = "model") -> bytes:
+    """The file of a model: saved whole, or its state dict with the configuration (``state``)."""
+    return lzma.decompress((FOLDER / f"{name}.{kind}.xz").read_bytes())
 
 
 def write_torch_model(folder: Path, name: str) -> Path:

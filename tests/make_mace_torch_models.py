@@ -24,6 +24,7 @@ from mace import data, modules
 from mace.calculators import MACECalculator
 from mace.cli import convert_e3nn_cueq
 from mace.tools import AtomicNumberTable, torch_geometric
+from mace.tools.scripts_utils import extract_config_mace_model
 
 FOLDER = Path(__file__).parent / "data" / "mace_torch"
 SPECIES = [1, 6, 8]
@@ -113,6 +114,12 @@ VARIANTS = {
 }
 CALCULATED = [("two-heads", "own"), ("two-heads", "mp"), ("mp-0b3", "Default")]
 """Models and heads that mace-torch's calculator computes."""
+
+STATE_DICTS = {
+    "density-agnesi-zbl": ("state_dict", "config"),
+    "two-heads": ("model", "model_config"),
+}
+"""Models that are saved as a state dict with its configuration too, under these words."""
 
 GATES = {"silu": torch.nn.functional.silu, "tanh": torch.tanh, None: None}
 
@@ -216,13 +223,24 @@ def scale_readouts(model, factor):
             last.weight.mul_(factor)
 
 
+def saved_model(name):
+    content = lzma.decompress((FOLDER / f"{name}.model.xz").read_bytes())
+    return torch.load(io.BytesIO(content), weights_only=False)
+
+
+def make_state_dicts():
+    for name, (state, config) in STATE_DICTS.items():
+        model, content = saved_model(name), io.BytesIO()
+        torch.save({state: model.state_dict(), config: extract_config_mace_model(model)}, content)
+        (FOLDER / f"{name}.state.xz").write_bytes(lzma.compress(content.getvalue(), preset=9))
+
+
 def make_calculator_results():
     """What the ASE calculator says of a molecule and of a crystal in OpenMM's form, in float64."""
     frames = ase.io.read(FOLDER / "calculator.extxyz", ":")
     results = {}
     for name, head in CALCULATED:
-        content = lzma.decompress((FOLDER / f"{name}.model.xz").read_bytes())
-        model = torch.load(io.BytesIO(content), weights_only=False)
+        model = saved_model(name)
         calculator = MACECalculator(models=model, device="cpu", default_dtype="float64", head=head)
         rows = results[f"{name} {head}"] = []
         for atoms in frames:
@@ -237,4 +255,5 @@ if __name__ == "__main__":
     set_optimization_defaults(jit_script_fx=False)  # TorchScript takes minutes
     for name in sys.argv[1:] or VARIANTS:
         make(name)
+    make_state_dicts()
     make_calculator_results()

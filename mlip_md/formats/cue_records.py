@@ -7,20 +7,16 @@ there a polynomial is written out path by path, of weights and components of the
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
 from mlip_md.errors import ModelFileError
-from mlip_md.formats.soundness import require
-from mlip_md.formats.torch_zip import Global
+from mlip_md.formats.torch_zip import numpy_array
 
 PACKAGE = "cuequivariance_torch"
 LAYERS = ("Linear", "FullyConnectedTensorProduct", "SymmetricContraction")
 """Modules whose weights are known."""
-
-_DAMAGED = "its product basis of cuEquivariance is damaged"
 
 
 def irreps(record: Any) -> list[tuple[int, int, int]]:
@@ -56,22 +52,9 @@ def paths(module: Any, order: int) -> tuple[np.ndarray, np.ndarray]:
             for path in product.state["paths"]
         ]
         indices = np.array([path["indices"] for path in found], np.int32)
-        coefficients = np.array([_number(path["coefficients"]) for path in found])
+        coefficients = np.array([numpy_array(path["coefficients"]).item() for path in found])
         return indices.reshape(len(found), order + 2), coefficients
     except (TypeError, KeyError, AttributeError, ValueError, IndexError, OverflowError) as error:
-        raise ModelFileError(f"{_DAMAGED}, or of a version that is not known") from error
-
-
-def _number(array: Any) -> float:
-    """The number in an array of NumPy without dimensions, in double or single precision."""
-    _version, shape, dtype, _fortran, content = array.state
-    text, encoding = content.arguments
-    known = (
-        content.function == Global("_codecs", "encode")
-        and (shape, encoding, dtype.state[1]) == ((), "latin1", "<")
-        and dtype.arguments[0] in ("f8", "f4")
-    )
-    require(known, _DAMAGED)
-    (value,) = np.frombuffer(text.encode(encoding), "<" + dtype.arguments[0])
-    require(math.isfinite(value), _DAMAGED)
-    return float(value)
+        raise ModelFileError(
+            "its product basis of cuEquivariance is damaged, or of a version that is not known"
+        ) from error

@@ -1,6 +1,7 @@
-"""Models that mace-torch 0.3 saved whole (``NAME.model``): read without torch, and only read.
+"""Models that mace-torch 0.3 saved whole (``NAME.model``), or as a state dict with its config.
 
-``torch_zip`` makes records of the modules that such a file describes. Here they become a
+They are read without torch, and only read. ``torch_zip`` makes records of the modules that a file
+describes, ``mace_state`` of those that a state dict is of. Here they become a
 ``TorchMACEConfig`` and its weights. What the network does not compute is refused by name. Weights
 are those of the file but for linear maps that leave every energy as it is:
 
@@ -24,7 +25,7 @@ from e3nn_jax import Irrep
 
 from mlip_md.elements import COVALENT_RADII
 from mlip_md.errors import HeadError, ModelFileError
-from mlip_md.formats import cue_records
+from mlip_md.formats import cue_records, mace_state
 from mlip_md.formats.soundness import (
     check_statistics,
     check_weights,
@@ -35,7 +36,7 @@ from mlip_md.formats.soundness import (
     read_bytes,
     require,
 )
-from mlip_md.formats.torch_zip import Global, Record, Tensor, TorchFile
+from mlip_md.formats.torch_zip import Global, Record, Tensor, TorchFile, numpy_array
 from mlip_md.networks.config import INTERACTIONS
 from mlip_md.networks.layers import SECOND_MOMENTS
 from mlip_md.networks.mace import message_paths, natural_irreps
@@ -74,7 +75,7 @@ _GATES = {
 
 
 def load_model(path: str | os.PathLike[str], head: str | None = None) -> Potential:
-    """Read a model that mace-torch 0.3 saved whole.
+    """Read a model that mace-torch 0.3 saved whole, or as a state dict with its config.
 
     Args:
         path: the file, as ``torch.save`` writes it.
@@ -91,7 +92,13 @@ def load_model(path: str | os.PathLike[str], head: str | None = None) -> Potenti
     path = Path(path)
     with explaining(f"{path}: "):
         file = TorchFile(read_bytes(path, MAX_FILE_BYTES))
-        potential = _potential(_Module(file, "", file.root), head, path.stem)
+        root, stated = file.root, None
+        if isinstance(root, dict):
+            root, stated = mace_state.described(root)
+        model = _Module(file, "", root)
+        potential = _potential(model, head, path.stem)
+        if stated is not None:
+            _check_agreement(model, stated, potential.config)
         check_statistics(potential)
         check_weights(flatten(potential.params), expected_shapes(potential))
     return potential
@@ -109,11 +116,6 @@ class _Module:
     def __init__(self, file: TorchFile, name: str, record: Any) -> None:
         self.file, self.name, self.record = file, name, record
         state: Any = record.state if isinstance(record, Record) else None
-        if isinstance(record, dict) and not name:
-            raise ModelFileError(
-                "it holds a dict, such as a checkpoint of a training: weights without their "
-                f"network. Take the NAME.model that the training left. {_SUPPORTED}"
-            )
         if not isinstance(record, Record) or not isinstance(state, dict):
             raise ModelFileError(f"{name or 'what it holds'} is no saved module. {_SUPPORTED}")
         self.kind: Global = record.function
@@ -221,6 +223,54 @@ def _potential(model: _Module, head: str | None, name: str) -> Potential:
         scaling_stdev=scale,
         info=info,
     )
+
+
+def _check_agreement(model: _Module, stated: dict[str, Any], config: Any) -> None:
+    """What tensors give must be what the configuration beside them states."""
+    found = {
+        "r_max": model.array("r_max"),
+        "atomic_numbers": model.array("atomic_numbers"),
+        "num_elements": model.array("atomic_numbers").size,
+        "num_interactions": config.num_layers,
+        "num_bessel": config.num_basis,
+        "num_polynomial_cutoff": config.cutoff_exponent,
+        "radial_MLP": config.radial_widths,
+        "correlation": config.correlation,
+        "pair_repulsion": config.pair_repulsion,
+        "radial_type": config.radial_basis,
+        "distance_transform": config.distance_transform,
+        "atomic_energies": model.child("atomic_energies_fn").array("atomic_energies"),
+    }
+    if model.has_child("scale_shift"):
+        for word in ("scale", "shift"):
+            found[f"atomic_inter_{word}"] = model.child("scale_shift").array(word)
+    differing = [
+        word for word in found if word in stated and not _is(model, stated[word], found[word])
+    ]
+    readout = model.children("readouts")[-1]
+    if readout.has_child("linear_1"):
+        irreps = readout.child("linear_1").irreps("irreps_out")
+        differing += ["MLP_irreps"] * (irreps != [(config.readout_width, 0, 1)])
+    listed = ", ".join(differing)
+    require(not listed, f"its state dict and its config differ in {listed}; save both of one model")
+
+
+def _is(model: _Module, stated: Any, found: Any) -> bool:
+    """Whether a value of a configuration is what the tensors give."""
+    if isinstance(found, str):
+        stated = "none" if stated is None else stated
+        return isinstance(stated, str) and stated.lower() == found
+    try:
+        if isinstance(stated, Tensor):
+            numbers = model.file.array(stated)
+        else:
+            flat = stated if isinstance(stated, list | tuple) else [stated]
+            plain = all(isinstance(value, int | float) for value in flat)
+            numbers = np.array(flat, np.float64) if plain else numpy_array(stated)
+    except (TypeError, ValueError, AttributeError, OverflowError):
+        return False
+    wanted = np.ravel(found)
+    return numbers.size == wanted.size and np.allclose(numbers.ravel(), wanted, _CONSTANTS, 0.0)
 
 
 def _head(model: _Module, head: str | None) -> tuple[int, list[str]]:
@@ -421,15 +471,9 @@ def _gate(readout: _Module) -> tuple[str, float]:
 
 
 def _activation(part: _Module) -> tuple[str, float]:
-    function = part.attribute("f")
-    if isinstance(function, Record) and function.function.name == "getattr":
-        try:  # of a built-in function: the class and its name there
-            (module, kind), word = function.arguments
-            function = Global(f"{module}.{kind}", word)
-        except (TypeError, ValueError):
-            function = None
-    name = _GATES.get(function, "") if isinstance(function, Global) else ""
-    stated = ".".join(function)[:60] if isinstance(function, Global) else "of an unknown function"
+    function = mace_state.function_of(part.attribute("f"))
+    name = _GATES.get(function, "") if function else ""
+    stated = ".".join(function)[:60] if function else "of an unknown function"
     _refusing(not name, f"the nonlinearity {stated}")
     return name, 1.0 if part.attribute("_is_id", False) else part.number("cst")
 

@@ -8,6 +8,7 @@ import io
 import json
 import pickle
 import re
+import struct
 import zipfile
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from mlip_md.engine import Engine
 from mlip_md.errors import HeadError, ModelFileError
 from mlip_md.formats import own
 from mlip_md.formats.mace_torch import load_model
+from mlip_md.formats.soundness import flatten
 from mlip_md.potential import Potential
 
 IN_FLOAT32 = "density-agnesi-zbl", "gaussian-plain"
@@ -187,11 +189,94 @@ def test_other_models_are_refused_by_name(saved):
         path = saved("one-residual", rezipped(model, "data.pkl", old, new))
         with refused(message + ".*mlip-md reads MACE and ScaleShiftMACE"):
             mlip_md.load(path)
+
+
+@pytest.mark.parametrize("holding", [
+    {"model": {}, "epoch": 3},
+    {"interactions.0.linear_up.weight": 1},
+    {"model": 3, "config": {}},
+    {"state_dict": {}, "config": [1]},
+])  # fmt: skip
+def test_state_dicts_without_a_configuration_are_refused(saved, holding):
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
-        archive.writestr("m/data.pkl", pickle.dumps({"model": {}, "epoch": 3}, 2))
-    with refused(r"a dict, such as a checkpoint of a training.* Take the NAME\.model"):
+        archive.writestr("m/data.pkl", pickle.dumps(holding, 2))
+    with refused(r"a checkpoint of a training.* take the NAME\.model .*extract_config_mace_model"):
         mlip_md.load(saved("x", stream.getvalue()))
+
+
+@pytest.mark.parametrize(("name", "head"), [
+    ("density-agnesi-zbl", None), ("two-heads", "mp"), ("two-heads", "own"),
+])  # fmt: skip
+def test_a_state_dict_with_its_configuration_is_the_model(saved, name, head):
+    whole = mlip_md.load(saved(name), head)
+    found = mlip_md.load(saved(name, content(name, "state")), head)
+    weights, wanted = flatten(found.params), flatten(whole.params)
+    assert weights.keys() == wanted.keys()
+    for key, values in wanted.items():
+        np.testing.assert_array_equal(weights[key], values, err_msg=key)
+    np.testing.assert_array_equal(found.atomic_energies, whole.atomic_energies)
+    for field in ("config", "elements", "cutoff", "avg_num_neighbors", "scaling_mean", "info"):
+        assert getattr(found, field) == getattr(whole, field), field
+    assert found.scaling_stdev == whole.scaling_stdev
+    assert_equal(computed(found), expected(name)[head or "Default"], 1e-10, 1e-9)
+
+
+@pytest.mark.parametrize(("before", "old", "new", "message"), [
+    (rb"num_bessel~", rb"K\x05", b"K\x06", "differ in num_bessel; save both of one model"),
+    (rb"num_polynomial_cutoff~", rb"K\x06", b"K\x05", "differ in num_polynomial_cutoff;"),
+    (rb"num_interactions~", rb"K\x02", b"K\x03", "differ in num_interactions;"),
+    (rb"num_elements~", rb"K\x03", b"K\x04", "differ in num_elements;"),
+    (rb"correlation~", rb"K\x03", b"K\x02", "differ in correlation;"),
+    (rb"pair_repulsion~", rb"\x88", b"\x89", "differ in pair_repulsion;"),
+    (rb"r_max~", rb"G.{8}", b"G" + struct.pack(">d", 4.6), "differ in r_max;"),
+    (rb"radial_MLP~\]~\(", rb"K\x08", b"K\x09", "differ in radial_MLP;"),
+    (rb"radial_MLP~\]~\(", rb"K\x08", b"]", "differ in radial_MLP;"),
+    (rb"radial_MLP~\]~\(", rb"K\x08", b"\x8a\xff" + 255 * b"\x7f", "differ in radial_MLP;"),
+    (rb"MLP_irreps.{1,40}?", rb"K\x06", b"K\x07", "differ in MLP_irreps;"),
+    (rb"hidden_irreps.{1,80}?", rb"K\x04", b"K\x05", "other features than equally many"),
+    (rb"", rb"X\x0b\0\0\0edge_irreps", b"X\x0d\0\0\0hidden_irreps", "hidden_irreps are no"),
+    (rb"max_ell~", rb"K\x01", b"K\x02", "needed"),
+    (rb"max_ell~", rb"K\x01", b"M\xff\xff", "its max_ell is not 0 to"),
+    (rb"X\x06\0\0\0", rb"Agnesi", b"Others", "transformed by Others"),
+    (rb"X\x06\0\0\0", rb"bessel", b"gausss", "radial functions of gausss"),
+    (rb"", rb"contractions\.0", b"contractiens.0", "basis of cuEquivariance's modules; save"),
+    (rb"interaction_cls~", rb"c[^\n]*\n[^\n]*\n", b"N", "interaction_cls is no class"),
+    (rb"", rb"RealAgnosticDensityR", b"RealAgnosticNonLinearR", r"\(gated messages"),
+    (rb"X\x04\0\0\0", rb"gate", b"gatf", "its config has no gate; extract_config"),
+    (rb"", rb"silu", b"gelu", "the nonlinearity torch.nn.functional.gelu"),
+    (rb"", rb"scale_shift.shift", b"scale_shlft.shift", "has scale_shlft, which"),
+    (rb"", rb"atomic_energies_fn", b"atomic.energies.fn", "has atomic, which"),
+    (rb"", rb"covalent_radii", 14 * b".", "other names than a model's"),
+])  # fmt: skip
+def test_configurations_that_do_not_fit_are_refused(saved, before, old, new, message):
+    changed = edited(content("density-agnesi-zbl", "state"), before, old, new)
+    with refused(message):
+        mlip_md.load(saved("x", changed))
+
+
+@pytest.mark.parametrize(("word", "other"), [
+    ("atomic_energies", "radial_MLP"), ("atomic_numbers", "radial_MLP"),
+    ("atomic_inter_scale", "atomic_inter_shift"), ("atomic_inter_shift", "atomic_inter_scale"),
+])  # fmt: skip
+def test_statistics_that_do_not_fit_are_refused(saved, word, other):
+    """The configuration's are other numbers: of another word in it."""
+    keys = [f"X{chr(len(key))}\0\0\0{key}".encode() for key in (word, other)]
+    model = content("two-heads", "state")
+    if word == "atomic_inter_shift":  # the later of two counts
+        model = edited(model, b"", keys[0], keys[0][:-1] + b"x")
+    with refused(f"differ in {word};"):
+        mlip_md.load(saved("x", edited(model, b"", keys[1], keys[0])), "own")
+
+
+def edited(model: bytes, before: bytes, old: bytes, new: bytes) -> bytes:
+    """The file with something else in its pickle after a pattern; ~ is a place in the memo."""
+    with zipfile.ZipFile(io.BytesIO(model)) as archive:
+        pickled = archive.read(archive.namelist()[0])
+    pattern = b"(" + before.replace(b"~", rb"(?:q.|r.{4})") + b")" + old
+    text, count = re.subn(pattern, lambda found: found[1] + new, pickled, flags=re.DOTALL)
+    assert count
+    return rezipped(model, "data.pkl", pickled, text)
 
 
 def test_bases_of_cuequivariance_are_read_or_refused(saved):
@@ -219,9 +304,12 @@ def test_models_are_recognised_by_content_and_by_ending(saved, tmp_path):
         mlip_md.load(saved("x", b""))
 
 
-def test_damaged_models_raise_nothing_else(saved):
+@pytest.mark.parametrize(
+    ("name", "kind"), [("one-plain", "model"), ("density-agnesi-zbl", "state")]
+)
+def test_damaged_models_raise_nothing_else(saved, name, kind):
     """Misprints of the pickle under right checksums, and cuts."""
-    model, rng = content("one-plain"), np.random.default_rng(0)
+    model, rng = content(name, kind), np.random.default_rng(0)
     with zipfile.ZipFile(io.BytesIO(model)) as archive:
         pickled = archive.read(archive.namelist()[0])
     outcomes = set()
