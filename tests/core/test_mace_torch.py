@@ -27,7 +27,10 @@ from mlip_md.formats.mace_torch import load_model
 from mlip_md.formats.soundness import flatten
 from mlip_md.potential import Potential
 
-IN_FLOAT32 = "density-agnesi-zbl", "gaussian-plain"
+IN_FLOAT32 = (
+    *("density-agnesi-zbl", "gaussian-plain"),
+    *(pytest.param(n, marks=pytest.mark.slow) for n in ("plain-then-residual", "soft-zbl")),
+)
 SINGLE = ("single-precision",)
 """Models whose constants were rounded to float32 before mace-torch computed in float64."""
 
