@@ -300,14 +300,14 @@ class Team:
             try:
                 said = {"value": function()}
             except MLIPError as error:
-                said, own = {"error": type(error).__name__, "text": str(error)}, error
+                said, own = {"error": type(error).__name__, "arguments": error.args}, error
         text = json.dumps(said).encode()
         length = np.frombuffer(self._from_first(np.int64(len(text)).tobytes()), np.int64)[0]
         heard = json.loads(self._from_first(text[:length].ljust(length)))
         if own is not None:
             raise own
         if "error" in heard:
-            raise getattr(errors, heard["error"])(heard["text"])
+            raise getattr(errors, heard["error"], MLIPError)(*heard["arguments"])
         return heard["value"]
 
     def _from_first(self, content: bytes) -> bytes:

@@ -17,13 +17,14 @@ from pair_potential import PairNetwork
 from training_cases import small_recipe, write_data_set
 
 import mlip_md
+from mlip_md import errors
 from mlip_md.errors import ConfigError, DataError
 from mlip_md.potential import predict
 from mlip_md.trainer import load_recipe
 from mlip_md.trainer.data import Shares, iterate_parts, load_data, prepared, store
 from mlip_md.trainer.data.shares import divide, share_budget
 from mlip_md.trainer.loss import batch_loss, weights_at
-from mlip_md.trainer.parallel import Place, find_place
+from mlip_md.trainer.parallel import Place, Team, find_place
 from mlip_md.trainer.train import IN_FLIGHT
 
 EPOCHS, STEPS = 8, 7
@@ -245,6 +246,34 @@ def test_bad_steps_take_all_processes_back_together(recipe, tmp_path):
     assert "Back to step 16" in alone.out
     assert [process.runs for process in both] == [alone.runs] * 2
     np.testing.assert_array_equal(steps(tmp_path / "both"), steps(tmp_path / "alone"))
+
+
+ERRORS = [
+    kind for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, errors.MLIPError)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_every_error_reaches_the_other_processes(kind, monkeypatch):
+    own = kind("there is no tpu", "take cpu") if kind is errors.DeviceError else kind("none")
+    sent = []
+
+    def fail():
+        raise own
+
+    monkeypatch.setattr(Team, "processes", 2)
+    monkeypatch.setattr(Team, "leads", True)
+    monkeypatch.setattr(Team, "_from_first", lambda _, content: sent.append(content) or content)
+    with pytest.raises(kind):
+        Team().first(fail)
+    monkeypatch.setattr(Team, "leads", False)
+    monkeypatch.setattr(Team, "_from_first", lambda _, content: sent.pop(0))
+    with pytest.raises(kind) as found:
+        Team().first(fail)
+    assert type(found.value) is kind
+    assert str(found.value) == str(own)
+    assert not sent
 
 
 @pytest.mark.slow
