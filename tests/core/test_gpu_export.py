@@ -141,6 +141,19 @@ def test_a_training_step_takes_no_turns_where_memory_suffices(monkeypatch, poten
         assert found["pull_to_senders"] == 1 + 1
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_training_takes_few_turns_on_processors_where_the_convolution_is_compiled(
+    monkeypatch, potential, compiled
+):
+    monkeypatch.setattr(messages, "MEMORY", 2**14)
+    monkeypatch.setattr(
+        "mlip_md.trainer.step.find_native", lambda: SimpleNamespace(available=compiled)
+    )
+    step, arguments = training_step(potential, 20000)
+    program = step.lower(*arguments).as_text()
+    assert (max(turns(program), default=0) <= MOST_TURNS) == compiled
+
+
 def test_loops_are_seen():
     step = jax.jit(lambda x: jax.lax.fori_loop(0, 1234, lambda _, y: y * 2, x))
     assert turns(for_cuda(step, 1.0)) == [1234]
